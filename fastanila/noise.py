@@ -1,0 +1,146 @@
+"""The noise stream: every random number of fastanila is a function of (seed, step, stream, element).
+
+There is no hidden generator, so nothing has to be saved to resume, and a CPU, a GPU, an eager, a compiled and a
+captured run draw the same numbers. This module is the definition; ``kernels/philox.py`` is its Triton twin.
+
+    key     = the 64-bit seed, low word then high word
+    counter = (q & 0xffffffff, q >> 32, t & 0xffffffff, stream + 256 * (t >> 32)),   q = k // 4
+    r0..r3  = Philox4x32-10(counter, key)                    (Salmon et al., SC 2011)
+
+Element k (the row's global index times the row's size, plus the place in the row) takes lane k % 4. A word r becomes
+the uniform u = (r + 0.5) / 2**32; words (r0, r1) become the normals rho cos(theta), rho sin(theta) of lanes 0 and 1
+with rho = sqrt(-2 ln u(r0)), theta = int32(r1) * 2 pi / 2**32, and (r2, r3) likewise those of lanes 2 and 3.
+
+Numbers are drawn for a ``shape`` whose first dimension counts rows (chains, images); ``offset`` is the global index
+of the first row, so a slice of a batch draws exactly what the whole batch would have drawn there.
+``seed`` (mod 2**64) and ``step`` (0 <= step < 2**56) are ints or 0-dim int64 tensors on ``device``.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+# Philox's multipliers less 2**32. With a < 2**32 the product a * (M - 2**32) fits a signed 64-bit integer, so no
+# implementation has to define overflow; adding a to its high half gives the high half of a * M.
+_M0 = 0xD2511F53 - (1 << 32)
+_M1 = 0xCD9E8D57 - (1 << 32)
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_ROUNDS = 10
+
+
+class Stream(enum.IntEnum):
+    """What a draw is for. No two purposes share a stream; the value is part of the contract, so only append."""
+
+    LANGEVIN = 0  #: the transition's normals; step = transitions made so far in the run
+    ACCEPTANCE = 1  #: Metropolis uniforms, one a chain; step as above
+    RESTART = 2  #: which persistent chains restart; step = update
+    START = 3  #: where a chain starts from noise; step = update
+    START_DATA = 4  #: which data a chain starts from; step = update
+    DATA = 5  #: which data an update sees, and the latent draws of 2-D densities; step = update
+    DATA_CHOICE = 6  #: the mixture component of a 2-D density's draw; step = update
+    DATA_NOISE = 7  #: noise added to the data; step = update
+    LATENT = 8  #: the VAE's latents; step = update
+    INITIAL = 9  #: parameters drawn once, such as random Fourier features
+    EVALUATION = 10  #: held-out draws of a 2-D density
+
+
+def words(count: int, *, seed: int | Tensor, step: int | Tensor, stream: int = 0, start: int = 0, device=None) -> Tensor:
+    """The 32-bit words of elements ``start`` to ``start + count``: (count,) int64, each in [0, 2**32)."""
+    lanes = _quads(count, seed, step, stream, start, device)
+    return _interleave(lanes, count, start)
+
+
+def uniform(
+    shape, *, seed: int | Tensor, step: int | Tensor, stream: int, offset: int = 0, device=None, dtype=torch.float32
+) -> Tensor:
+    """Uniforms on (0, 1] of the given shape and dtype: (word + 0.5) / 2**32, rounded to float32."""
+    count, start = _extent(shape, offset)
+    r = words(count, seed=seed, step=step, stream=stream, start=start, device=device)
+    return _unit(r).to(dtype).reshape(shape)
+
+
+def integers(
+    high: int, shape, *, seed: int | Tensor, step: int | Tensor, stream: int, offset: int = 0, device=None
+) -> Tensor:
+    """Uniform integers in [0, high), int64, for high <= 2**31: the high half of word * high."""
+    if not 1 <= high <= 1 << 31:
+        raise ValueError(f"high must be between 1 and 2**31, got {high}")
+    count, start = _extent(shape, offset)
+    r = words(count, seed=seed, step=step, stream=stream, start=start, device=device)
+    return ((r * high) >> 32).reshape(shape)
+
+
+def normal(
+    shape, *, seed: int | Tensor, step: int | Tensor, stream: int = 0, offset: int = 0, device=None, dtype=torch.float32
+) -> Tensor:
+    """Standard normals of the given shape and dtype, |x| < 6.77.
+
+    The arithmetic is float32 and the result is rounded to ``dtype``; for float64 it is float64 from the same
+    float32 uniform on, which makes ``dtype=torch.float64`` the oracle for every other implementation.
+    """
+    count, start = _extent(shape, offset)
+    r0, r1, r2, r3 = _quads(count, seed, step, stream, start, device)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    lanes = (*_box_muller(r0, r1, wide), *_box_muller(r2, r3, wide))
+    return _interleave(lanes, count, start).to(dtype).reshape(shape)
+
+
+def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
+    """Philox4x32-10 on int64 tensors that hold 32-bit words; shapes broadcast."""
+    for _ in range(_ROUNDS):
+        p0, p1 = c0 * _M0, c2 * _M1
+        c0, c1, c2, c3 = ((p1 >> 32) + c2) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) + c0) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return c0, c1, c2, c3
+
+
+def as_word64(value: int | Tensor, device=None) -> Tensor:
+    """A seed or step as a 0-dim int64 tensor; an int is taken mod 2**64 and keeps its bits."""
+    if isinstance(value, Tensor):
+        return value
+    if value >= 1 << 63 or value < -(1 << 63):  # only then, because a compiler's symbolic int knows no big modulus
+        value = (value + (1 << 63)) % (1 << 64) - (1 << 63)
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
+def _quads(count: int, seed, step, stream: int, start: int, device) -> tuple[Tensor, ...]:
+    """The four words of each Philox counter that touches elements start .. start + count."""
+    first = start // 4
+    q = torch.arange(first, (start + count + 3) // 4, dtype=torch.int64, device=device)
+    seed, step = as_word64(seed, device), as_word64(step, device)
+    zero = torch.zeros_like(q)
+    return philox(
+        q & _MASK,
+        q >> 32,
+        zero + (step & _MASK),
+        zero + (stream + 256 * (step >> 32)),
+        seed & _MASK,
+        (seed >> 32) & _MASK,
+    )
+
+
+def _interleave(lanes: tuple[Tensor, ...], count: int, start: int) -> Tensor:
+    return torch.stack(lanes, dim=-1).reshape(-1)[start % 4 : start % 4 + count]
+
+
+def _unit(r: Tensor) -> Tensor:
+    return (r.to(torch.float32) + 0.5) * 2.0**-32
+
+
+def _box_muller(r_even: Tensor, r_odd: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    signed = (r_odd ^ 0x80000000) - 0x80000000
+    # the angle's product is rounded to float32 in every implementation's float32 path, and to nothing in the oracle's
+    theta = signed.to(dtype) * (2 * math.pi / 2**32)
+    rho = torch.sqrt(-2 * torch.log(_unit(r_even).to(dtype)))
+    return rho * torch.cos(theta), rho * torch.sin(theta)
+
+
+def _extent(shape, offset: int) -> tuple[int, int]:
+    count = math.prod(shape)
+    row = math.prod(shape[1:])
+    return count, offset * row
