@@ -40,16 +40,21 @@ class Stream(enum.IntEnum):
     ACCEPTANCE = 1  #: Metropolis uniforms, one a chain; step as above
     RESTART = 2  #: which persistent chains restart; step = update
     START = 3  #: where a chain starts from noise; step = update
-    START_DATA = 4  #: which data a chain starts from; step = update
-    DATA = 5  #: which data an update sees, and the latent draws of 2-D densities; step = update
-    DATA_CHOICE = 6  #: the mixture component of a 2-D density's draw; step = update
+    START_DATA = 4  #: which data a chain starts from, as DATA; step = update
+    DATA = 5  #: which data an update sees; the uniforms of a 2-D density's draw; step = update
+    DATA_NORMALS = 6  #: the normals of a 2-D density's draw; step = update
     DATA_NOISE = 7  #: noise added to the data; step = update
     LATENT = 8  #: the VAE's latents; step = update
     INITIAL = 9  #: parameters drawn once, such as random Fourier features
-    EVALUATION = 10  #: held-out draws of a 2-D density
+    EVALUATION = 10  #: held-out draws: which images, and the uniforms of a 2-D density's draw
+    EVALUATION_NORMALS = 11  #: held-out draws: the normals of a 2-D density's draw
+    START_DATA_NORMALS = 12  #: the normals of the 2-D data a chain starts from; step = update
+    BASELINE = 13  #: what a model is compared with, and the directions of sliced distances
 
 
-def words(count: int, *, seed: int | Tensor, step: int | Tensor, stream: int = 0, start: int = 0, device=None) -> Tensor:
+def words(
+    count: int, *, seed: int | Tensor, step: int | Tensor, stream: int = 0, start: int = 0, device=None
+) -> Tensor:
     """The 32-bit words of elements ``start`` to ``start + count``: (count,) int64, each in [0, 2**32)."""
     lanes = _quads(count, seed, step, stream, start, device)
     return _interleave(lanes, count, start)

@@ -1,0 +1,86 @@
+"""Where the chains of an update start.
+
+Every start has ``draw(update) -> (B, ...)``, the states that update's chains start from, and ``keep(update, z)``,
+which takes them back after their transitions. Draws are functions of (seed, update) on streams of their own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import noise
+from .noise import Stream
+
+
+def from_noise(shape, box: tuple[float, float], *, seed, step, stream=Stream.START, device=None) -> Tensor:
+    """Uniform states over the box, float32 of the given shape."""
+    low, high = box
+    return low + (high - low) * noise.uniform(shape, seed=seed, step=step, stream=stream, device=device)
+
+
+class NoiseStart:
+    """Short-run chains: every update starts afresh from uniform noise (Nijkamp et al. 2019)."""
+
+    def __init__(self, count: int, shape, box: tuple[float, float], *, seed: int, device=None):
+        self.shape, self.box, self.seed, self.device = (count, *shape), box, seed, device
+
+    def draw(self, update: int) -> Tensor:
+        return from_noise(self.shape, self.box, seed=self.seed, step=update, device=self.device)
+
+    def keep(self, update: int, z: Tensor) -> None:
+        pass
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+
+class DataStart:
+    """Contrastive divergence: every update starts from data (Hinton 2002)."""
+
+    def __init__(self, count: int, data, *, seed: int, device=None):
+        self.count, self.data, self.seed, self.device = count, data, seed, device
+
+    def draw(self, update: int) -> Tensor:
+        return self.data.draw(self.count, seed=self.seed, step=update, purpose="start", device=self.device)
+
+    def keep(self, update: int, z: Tensor) -> None:
+        pass
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+
+class PersistentStart:
+    """Persistent chains (Tieleman 2008), on the device: update u moves the next ``count`` of ``population`` in turn.
+
+    Each drawn chain starts again from uniform noise with probability ``reinit``. The population is a multiple of the
+    count, so every chain is visited equally often and never twice in an update.
+    """
+
+    def __init__(
+        self, count: int, population: int, shape, box: tuple[float, float], *, reinit: float, seed: int, device=None
+    ):
+        if population % count:
+            raise ValueError(f"chains must be a multiple of batch_size ({count}), got {population}")
+        self.count, self.box, self.reinit, self.seed, self.device = count, box, reinit, seed, device
+        # update -1, so that the first restarts differ from the starts
+        self.chains = from_noise((population, *shape), box, seed=seed, step=(1 << 56) - 1, device=device)
+
+    def draw(self, update: int) -> Tensor:
+        z = self._slice(update)
+        u = noise.uniform(
+            (self.count, *[1] * (z.dim() - 1)), seed=self.seed, step=update, stream=Stream.RESTART, device=self.device
+        )
+        fresh = from_noise(z.shape, self.box, seed=self.seed, step=update, device=self.device)
+        return torch.where(u <= self.reinit, fresh, z)
+
+    def keep(self, update: int, z: Tensor) -> None:
+        self._slice(update).copy_(z)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"population": self.chains}
+
+    def _slice(self, update: int) -> Tensor:
+        start = update * self.count % len(self.chains)
+        return self.chains[start : start + self.count]

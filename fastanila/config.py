@@ -1,0 +1,218 @@
+"""The settings of a run: one frozen dataclass, which is the command line, the config file and config.json at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+from . import data, ops
+from .samplers import check_count
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a training run is. A field that is None takes the data set's default; config.json holds them resolved."""
+
+    data: str = "rings"
+    """Data set: rings, 8gaussians, 25gaussians, pinwheel, two-moons, swiss-roll, checkerboard (2-D); digits,
+    image-folder, cifar10, flowers102."""
+    data_dir: str | None = None
+    """Folder that holds the images (image-folder, cifar10, flowers102)."""
+    download: bool = False
+    """Fetch cifar10 or flowers102 into --data-dir if they are missing."""
+    image_size: int = 32
+    """Side to which images are resized and cropped (image-folder, flowers102), pixels."""
+    channels: int = 3
+    """Channels of an image-folder: 3 for RGB, 1 for grey."""
+
+    energy: Literal["mlp", "convnet"] | None = None
+    """Energy network: mlp for vectors, convnet (five layers) for images."""
+    width: int | None = None
+    """Units of a hidden layer (mlp), or channels of the first layer (convnet)."""
+    depth: int | None = None
+    """Hidden layers (mlp)."""
+    features: int | None = None
+    """Random Fourier features ahead of the network (mlp); 0 for none."""
+    feature_scale: float | None = None
+    """Standard deviation of the Fourier features' frequencies, 1 / unit of data."""
+    confinement: float | None = None
+    """c of the energy's term c/2 |x|^2, 1 / squared unit of data."""
+
+    sampler: Literal["anila", "langevin"] = "anila"
+    """Sampler of the chains: anila (anisotropic) or langevin (plain, no threshold)."""
+    threshold: float | None = None
+    """AniLA's b, 1 / unit of data: a score beyond it is clipped and its noise shrunk; inf is plain Langevin. The
+    sampler's bias grows with the fraction clipped: watch clip_fraction, and keep it near a tenth or below."""
+    step_size: float | None = None
+    """Langevin step size eps, squared units of data."""
+    noise_scale: float | None = None
+    """Langevin noise scale sigma; below 1 the chains run at the temperature sigma^2."""
+    norm: Literal["element", "channel", "chain"] = "element"
+    """Whose magnitude the threshold bounds: each element, a pixel's channels, the whole chain."""
+    clamp: bool | None = None
+    """Clamp the chains to the data's box at every transition."""
+
+    steps: int | None = None
+    """Transitions a chain makes for one update (K)."""
+    chains: int | None = None
+    """Persistent chains, a multiple of --batch-size; otherwise equal to it."""
+    batch_size: int | None = None
+    """Data, and chains, that one update sees."""
+    init: Literal["persistent", "data", "noise"] = "persistent"
+    """Where an update's chains start: where they were left (PCD), at data (CD), or in uniform noise (short-run)."""
+    reinit: float | None = None
+    """Probability that a persistent chain restarts from noise in an update it takes part in."""
+
+    iterations: int | None = None
+    """Updates of the parameters."""
+    lr: float | None = None
+    """Adam's learning rate at the start."""
+    lr_decay: Literal["linear", "none"] = "linear"
+    """Learning rate over the run: linear to zero, or constant."""
+    energy_l2: float | None = None
+    """Weight of the mean squared energies in the loss."""
+    data_noise: float | None = None
+    """Standard deviation of Gaussian noise added to the data, units of data."""
+    clip_grad: float | None = None
+    """Largest norm of the parameters' gradient; 0 for no clipping."""
+    ema: float | None = None
+    """Decay per update of the parameters' moving average, which sampling and evaluation use; 0 for none."""
+
+    seed: int = 0
+    """Names every random number of the run."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes CUDA where there is one."""
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """Arithmetic of the energy network: float32, tf32 (CUDA matrix products), bf16 (autocast)."""
+    fused: bool = True
+    """Compiled transitions with the fused step; --no-fused runs the plain definition, eagerly, with the same noise."""
+    out: str | None = None
+    """Run directory; default runs/DATA, or the first free runs/DATA-2, -3, ..."""
+    log_every: int | None = None
+    """Updates between lines of metrics.jsonl."""
+    sample_every: int | None = None
+    """Updates between sample pictures, and exact likelihoods of 2-D data; 0 for none."""
+    save_every: int | None = None
+    """Updates between checkpoints."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files (needs the tensorboard extra)."""
+
+
+# 2-D: threshold 10 leaves about 7 % of the elements clipped at the end. At 5 it was half of them: the sampler's bias
+# then grows as the model sharpens, and training ended 0.29 nats off in one setting and diverged in another.
+_PLANE: dict[str, Any] = dict(
+    energy="mlp", width=64, depth=2, features=32, feature_scale=1.5, confinement=0.05,
+    threshold=10.0, step_size=0.01, noise_scale=1.0, clamp=False,
+    steps=60, chains=512, batch_size=512, reinit=0.005,
+    iterations=4000, lr=5e-4, energy_l2=0.0, data_noise=0.0, clip_grad=0.0, ema=0.995,
+    log_every=20, sample_every=500, save_every=1000,
+)  # fmt: skip
+
+_IMAGES: dict[str, Any] = dict(
+    energy="convnet", width=32, depth=0, features=0, feature_scale=0.0, confinement=0.0,
+    threshold=10.0, step_size=0.01, noise_scale=0.1, clamp=True,
+    steps=30, chains=1024, batch_size=64, reinit=0.02,
+    iterations=2000, lr=1e-4, energy_l2=0.0, data_noise=0.03, clip_grad=0.0, ema=0.99,
+    log_every=10, sample_every=100, save_every=500,
+)  # fmt: skip
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    **{name: _PLANE for name in data.NAMES if name not in data.IMAGES},
+    **{name: _IMAGES for name in data.IMAGES},
+}
+
+#: What may differ when a run is resumed: none of these changes a number of it, but the number of updates.
+RESUMABLE = frozenset(
+    {"data_dir", "download", "iterations", "device", "fused", "log_every", "sample_every", "save_every", "tensorboard"}
+)  # fmt: skip
+
+
+def resolve(settings: Settings) -> Settings:
+    """The settings with every default of the data set filled in, checked. Raises ValueError naming the setting."""
+    if settings.data not in DEFAULTS:
+        raise ValueError(f"data must be one of {', '.join(DEFAULTS)}, got {settings.data!r}")
+    defaults = DEFAULTS[settings.data]
+    missing = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
+    if settings.init != "persistent" and settings.chains is None:  # one chain a datum
+        missing["chains"] = settings.batch_size if settings.batch_size is not None else defaults["batch_size"]
+    elif settings.chains is None and settings.batch_size is not None:
+        missing["chains"] = max(1, defaults["chains"] // settings.batch_size) * settings.batch_size
+    settings = dataclasses.replace(settings, **missing)
+    check(settings)
+    return settings
+
+
+def check(settings: Settings) -> None:
+    """Raise ValueError naming the first setting that cannot be, what it was and what was expected."""
+    for name, hint in get_type_hints(Settings).items():
+        _check_type(name, getattr(settings, name), hint)
+    for name in ("image_size", "channels", "width", "steps", "batch_size", "iterations", "log_every", "save_every"):
+        check_count(name, getattr(settings, name))
+    check_count("chains", settings.chains)
+    for name in ("depth", "features", "sample_every", "seed"):
+        check_count(name, getattr(settings, name), least=0)
+    ops.check_positive("threshold", settings.threshold)
+    for name in ("step_size", "lr"):
+        ops.check_positive(name, getattr(settings, name), finite=True)
+    for name in ("noise_scale", "confinement", "feature_scale", "energy_l2", "data_noise", "clip_grad"):
+        ops.check_nonnegative(name, getattr(settings, name))
+    for name in ("reinit", "ema"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {getattr(settings, name)}")
+    persistent = settings.init == "persistent"
+    if settings.chains % settings.batch_size or not (persistent or settings.chains == settings.batch_size):
+        wanted = "a multiple of" if persistent else f"with init={settings.init} equal to"
+        raise ValueError(f"chains must be {wanted} batch_size ({settings.batch_size}), got {settings.chains}")
+    if (settings.energy == "convnet") != (settings.data in data.IMAGES):
+        wanted = DEFAULTS[settings.data]["energy"]
+        raise ValueError(f"energy must be {wanted} for {settings.data}, got {settings.energy}")
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    kinds = [hint] if get_origin(hint) in (None, Literal) else list(get_args(hint))  # X, Literal[...] or X | None
+    if value is None and type(None) in kinds:
+        return
+    kind = kinds[0]
+    if get_origin(kind) is Literal:
+        fits, wanted = value in get_args(kind), f"one of {', '.join(get_args(kind))}"
+    elif kind is float:
+        fits, wanted = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
+    else:
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        wanted = {bool: "true or false", int: "an integer", str: "a string"}[kind]
+    if not fits:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The settings of a TOML config file, or of a run's config.json, as a dict.
+
+    Raises FileNotFoundError, or ValueError naming the file and what is wrong in it: unreadable, or an unknown key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config: no file {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"config {path} cannot be read: {error}") from None
+    known = {f.name for f in dataclasses.fields(Settings)}
+    values = {k.replace("-", "_"): v for k, v in values.items()}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"config {path} has an unknown key {key!r}; known are {', '.join(sorted(known))}")
+    return {k: float(v) if v in ("inf",) else v for k, v in values.items()}
+
+
+def dump(settings: Settings) -> str:
+    """config.json. An infinite threshold is the string "inf", because JSON has no infinity."""
+    values = {k: "inf" if v == float("inf") else v for k, v in dataclasses.asdict(settings).items()}
+    return json.dumps(values, indent=2) + "\n"

@@ -1,0 +1,140 @@
+"""Energies U = -f: modules that map a batch of states (B, ...) to energies (B,), float32; lower is likelier."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import noise
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "silu": nn.SiLU,
+    "leaky-relu": lambda: nn.LeakyReLU(0.2),
+}
+
+
+class MLP(nn.Module):
+    """Energy of vectors (B, dim): ``depth`` hidden layers of ``width`` units, on the vector or its Fourier features.
+
+    With ``features`` = m > 0 the network sees sin and cos of m random projections w.x, w ~ N(0, feature_scale**2)
+    (Tancik et al. 2020): a plain MLP learns the thin shells of 2-D densities too slowly. ``confinement`` adds
+    c/2 |x|**2, without which the energy of features, which are periodic, cannot be normalised.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int = 64,
+        depth: int = 2,
+        *,
+        features: int = 0,
+        feature_scale: float = 1.0,
+        confinement: float = 0.0,
+        activation: str = "silu",
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.confinement = confinement
+        projections = noise.normal((features, dim), seed=seed, step=0, stream=noise.Stream.INITIAL)
+        self.register_buffer("projections", feature_scale * projections)
+        sizes = [2 * features if features else dim, *[width] * depth]
+        layers = []
+        for a, b in itertools.pairwise(sizes):
+            layers += [nn.Linear(a, b), ACTIVATIONS[activation]()]
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(sizes[-1], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        if len(self.projections):
+            phase = x @ self.projections.T
+            h = torch.cat((phase.sin(), phase.cos()), dim=-1)
+        return _reduced(self.head, self.layers(h)).squeeze(-1) + _confined(self.confinement, x)
+
+
+class ConvNet(nn.Module):
+    """Energy of images (B, channels, size, size): the papers' five convolutions.
+
+    3x3, then three of 4x4 and stride 2, widths ``width`` times 1, 2, 4, 8, then one that covers what is left (size
+    // 8) and leaves one number (Nijkamp et al. 2020, VanillaNet; Karimi, Xie and Li). ``size`` is at least 8.
+    ``confinement`` adds c/2 |x|**2.
+    """
+
+    def __init__(
+        self, channels: int, size: int, width: int = 32, *, confinement: float = 0.0, activation: str = "leaky-relu"
+    ):
+        super().__init__()
+        if size < 8:
+            raise ValueError(f"size must be at least 8 pixels, got {size}")
+        self.confinement = confinement
+        widths = [width, 2 * width, 4 * width, 8 * width]
+        layers = [nn.Conv2d(channels, width, 3, 1, 1), ACTIVATIONS[activation]()]
+        for a, b in itertools.pairwise(widths):
+            layers += [nn.Conv2d(a, b, 4, 2, 1), ACTIVATIONS[activation]()]
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Conv2d(widths[-1], 1, size // 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _reduced(self.head, self.layers(x)).flatten(1).squeeze(1) + _confined(self.confinement, x)
+
+
+def _reduced(head: nn.Module, h: Tensor) -> Tensor:
+    # under autocast too: energies are compared with one another, and bfloat16 has three digits
+    with torch.autocast(h.device.type, enabled=False):
+        return head(h.float())
+
+
+def _confined(confinement: float, x: Tensor) -> Tensor | float:
+    return 0.5 * confinement * x.float().square().flatten(1).sum(-1) if confinement else 0.0
+
+
+class Autocast(nn.Module):
+    """An energy evaluated under autocast to ``dtype``; its last layer and its value stay float32."""
+
+    def __init__(self, energy: nn.Module, dtype: torch.dtype = torch.bfloat16):
+        super().__init__()
+        self.energy, self.dtype = energy, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, self.dtype):
+            return self.energy(x)
+
+
+class GaussianMixture(nn.Module):
+    """Energy of an isotropic Gaussian mixture in closed form, normalised: exp(-U) integrates to 1.
+
+    means: (M, D). sd: a number or (M,). weights: (M,), positive, default equal; they are normalised.
+    """
+
+    def __init__(self, means: Tensor, sd: float | Tensor = 1.0, weights: Tensor | None = None):
+        super().__init__()
+        if means.dim() != 2:
+            raise ValueError(f"means must have shape (M, D), got {tuple(means.shape)}")
+        count, dim = means.shape
+        sd = torch.as_tensor(sd, dtype=means.dtype).expand(count).clone()
+        weights = torch.ones(count, dtype=means.dtype) if weights is None else weights.to(means.dtype)
+        if not bool((sd > 0).all()):
+            raise ValueError(f"sd must be positive, got {sd.tolist()}")
+        if weights.shape != (count,) or not bool((weights > 0).all()):
+            raise ValueError(f"weights must be {count} positive numbers, got {weights.tolist()}")
+        self.register_buffer("means", means.clone())
+        self.register_buffer("sd", sd)
+        self.register_buffer("log_weights", (weights / weights.sum()).log())
+        self.register_buffer("log_scale", self.log_weights - dim * (sd.log() + 0.5 * math.log(2 * math.pi)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        squares = (x.unsqueeze(-2) - self.means).square().sum(-1)  # (B, M)
+        return -torch.logsumexp(self.log_scale - 0.5 * squares / self.sd.square(), dim=-1)
+
+    def sample(self, count: int, *, seed: int, step: int = 0) -> Tensor:
+        """(count, D) exact draws, a function of (seed, step)."""
+        cumulative = self.log_weights.exp().cumsum(0)
+        device, dim = self.means.device, self.means.shape[1]
+        u = noise.uniform((count,), seed=seed, step=step, stream=noise.Stream.EVALUATION, device=device)
+        which = torch.searchsorted(cumulative, u.to(cumulative.dtype)).clamp(max=len(cumulative) - 1)
+        xi = noise.normal((count, dim), seed=seed, step=step, stream=noise.Stream.EVALUATION_NORMALS, device=device)
+        return self.means[which] + self.sd[which, None] * xi.to(self.means.dtype)

@@ -1,0 +1,356 @@
+"""Operators: argument checks, schema, and the choice of implementation by device.
+
+``torch.ops.fastanila.anisotropic_step`` and its in-place twin run the Triton kernel on CUDA tensors and the plain
+definition of fastanila.reference on CPU tensors. The Python functions of the same names are the public face.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+
+import torch
+from torch import Tensor
+
+from . import noise, reference
+
+try:
+    from .kernels import anisotropic as _kernel
+except ModuleNotFoundError as error:  # no triton on macOS and Windows: the CPU path needs none
+    if error.name is None or error.name.split(".")[0] != "triton":
+        raise
+    _kernel = None
+
+#: Triton's interpreter runs kernels on CPU tensors, slowly; with it on, CPU tensors take the kernel too.
+INTERPRETED = _kernel is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_STEP = 1 << 56
+
+# A number becomes a constant of a compiled graph, a 0-dim tensor stays free to change: hence the pairs.
+_ARGUMENTS = (
+    "Tensor score, float threshold, Tensor? threshold_t, float step_size, Tensor? step_size_t, float noise_scale, "
+    "Tensor? noise_scale_t, str norm, SymInt seed, Tensor? seed_t, SymInt step, Tensor? step_t, SymInt offset, "
+    "Tensor? gamma, Tensor? mask, float[]? bounds"
+)
+_library = torch.library.Library("fastanila", "DEF")
+_library.define(f"anisotropic_step(Tensor z, {_ARGUMENTS}) -> Tensor")
+_library.define(f"anisotropic_step_(Tensor(a!) z, {_ARGUMENTS}) -> ()")
+
+
+def anisotropic_step(
+    z: Tensor,
+    score: Tensor,
+    threshold: float | Tensor | None,
+    *,
+    step_size: float | Tensor = 1.0,
+    noise_scale: float | Tensor = 1.0,
+    norm: str = "element",
+    seed: int | Tensor | None = None,
+    step: int | Tensor | None = None,
+    offset: int = 0,
+    gamma: Tensor | None = None,
+    mask: Tensor | None = None,
+    bounds: tuple[float, float] | None = None,
+) -> Tensor:
+    """One anisotropic Langevin transition of a batch of chains (STANLEY: Karimi, Xie and Li, Algorithm 1).
+
+        gamma_i = b / max(b, |s_i|)
+        z_i'    = z_i + eps/2 * gamma_i * s_i + sigma * sqrt(eps * gamma_i) * xi_i,      xi ~ N(0, I)
+
+    With b = inf it is the unadjusted Langevin step. The papers' step has eps = sigma = 1.
+
+    Args:
+        z: chains, (B, ...), float32, bfloat16 or float16, any memory layout.
+        score: gradient of the log density f at z, of the same shape, dtype and device.
+        threshold: b > 0, or inf, in the score's unit (1 / unit of z). None when gamma is given.
+        step_size: eps > 0, in squared units of z. noise_scale: sigma >= 0, without unit.
+        norm: what |s_i| is: "element", "channel" (L2 over dim 1, as in the authors' image code) or "chain" (L2 over
+            all but dim 0; b then scales with the root of the dimension). On CUDA only "element" is fused so far;
+            the other two run the plain definition with the same noise.
+        seed, step: name the noise (see `fastanila.noise`), given together: seed is taken mod 2**64, and
+            0 <= step < 2**56. Left out, a fresh seed is drawn from torch's generator at each call.
+        offset: the global index of the first chain, so that a slice of a batch gets the noise of its place.
+        gamma: a frozen gain in (0, 1], broadcastable to z; the drift is then gamma * s.
+        mask: bool, broadcastable to z; where False, z stays.
+        bounds: (low, high); the result is clamped to them.
+
+    threshold, step_size, noise_scale (any float dtype), seed and step (int64) may each be a 0-dim tensor on z's
+    device, which may change without recompilation. Values inside tensors are not checked: that would stall the device.
+
+    Returns:
+        The new state: contiguous, detached, of z's shape and dtype. Arithmetic is float32 whatever the storage;
+        infinite scores move an element by eps * b / 2, NaN scores give NaN.
+
+    Law: repeated with the score of f, it does not sample exp(f) unless b = inf and eps -> 0; see `fastanila.AniLA`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what was expected.
+    """
+    z, arguments = _prepare(z, score, threshold, step_size, noise_scale, norm, seed, step, offset, gamma, mask, bounds)
+    if _takes_kernel(z, norm):
+        return torch.ops.fastanila.anisotropic_step(z, *arguments)
+    return _reference(z, *arguments)  # not the operator, so that Inductor fuses it
+
+
+def anisotropic_step_(
+    z: Tensor,
+    score: Tensor,
+    threshold: float | Tensor | None,
+    *,
+    step_size: float | Tensor = 1.0,
+    noise_scale: float | Tensor = 1.0,
+    norm: str = "element",
+    seed: int | Tensor | None = None,
+    step: int | Tensor | None = None,
+    offset: int = 0,
+    gamma: Tensor | None = None,
+    mask: Tensor | None = None,
+    bounds: tuple[float, float] | None = None,
+) -> Tensor:
+    """`anisotropic_step`, written into z, which is returned. z may have any layout and may require grad."""
+    target, arguments = _prepare(
+        z, score, threshold, step_size, noise_scale, norm, seed, step, offset, gamma, mask, bounds
+    )
+    if _takes_kernel(target, norm):
+        torch.ops.fastanila.anisotropic_step_(target, *arguments)
+    else:
+        target.copy_(_reference(target, *arguments))
+    return z
+
+
+def _takes_kernel(z: Tensor, norm: str) -> bool:
+    return (z.is_cuda or INTERPRETED) and norm == "element"
+
+
+# ------------------------------------------------------------------------------------------------ implementations
+
+
+def _reference(
+    z, score, threshold, threshold_t, step_size, step_size_t, noise_scale, noise_scale_t, norm,
+    seed, seed_t, step, step_t, offset, gamma, mask, bounds,
+):  # fmt: skip
+    xi = noise.normal(
+        z.shape,
+        seed=seed if seed_t is None else seed_t,
+        step=step if step_t is None else step_t,
+        stream=noise.Stream.LANGEVIN,
+        offset=offset,
+        device=z.device,
+    )
+    return reference.anisotropic_step(
+        z,
+        score,
+        threshold if threshold_t is None else threshold_t,
+        step_size=step_size if step_size_t is None else step_size_t,
+        noise_scale=noise_scale if noise_scale_t is None else noise_scale_t,
+        norm=norm,
+        gamma=gamma,
+        mask=mask,
+        bounds=bounds,
+        noise=xi,
+    ).contiguous()
+
+
+def _launch(
+    z, out, score, threshold, threshold_t, step_size, step_size_t, noise_scale, noise_scale_t, norm,
+    seed, seed_t, step, step_t, offset, gamma, mask, bounds,
+):  # fmt: skip
+    if norm != "element":
+        raise NotImplementedError(f"norm={norm!r} has no Triton kernel; fastanila.ops.anisotropic_step runs it unfused")
+    if z.numel() == 0:
+        return out
+    _kernel.launch(
+        z,
+        score.contiguous(),
+        out,
+        gamma=None if gamma is None else gamma.expand_as(z).contiguous(),
+        mask=None if mask is None else mask.expand_as(z).contiguous(),
+        threshold=threshold if threshold_t is None else threshold_t,
+        step_size=step_size if step_size_t is None else step_size_t,
+        noise_scale=noise_scale if noise_scale_t is None else noise_scale_t,
+        seed=seed if seed_t is None else seed_t,
+        step=step if step_t is None else step_t,
+        first=offset * (z.numel() // z.shape[0]),
+        bounds=bounds,
+        fast=z.is_cuda and torch.version.hip is None,
+    )
+    return out
+
+
+def _step_triton(z, *arguments):
+    with torch.accelerator.device_index(z.device.index):  # Triton launches on the current device
+        z = z.contiguous()
+        return _launch(z, torch.empty_like(z), *arguments)
+
+
+def _step_triton_(z, *arguments):
+    with torch.accelerator.device_index(z.device.index):
+        if z.is_contiguous():
+            _launch(z, z, *arguments)
+        else:  # the kernel's addressing is flat
+            dense = z.contiguous()
+            z.copy_(_launch(dense, dense, *arguments))
+
+
+def _step_reference_(z, *arguments):
+    z.copy_(_reference(z, *arguments))
+
+
+_library.impl("anisotropic_step", _step_triton if INTERPRETED else _reference, "CPU")
+_library.impl("anisotropic_step_", _step_triton_ if INTERPRETED else _step_reference_, "CPU")
+if _kernel is not None:
+    _library.impl("anisotropic_step", _step_triton, "CUDA")
+    _library.impl("anisotropic_step_", _step_triton_, "CUDA")
+
+
+@torch.library.register_fake("fastanila::anisotropic_step")
+def _(z, *arguments):
+    return torch.empty_like(z, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("fastanila::anisotropic_step_")
+def _(z, *arguments):
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------- checks
+
+
+def _prepare(z, score, threshold, step_size, noise_scale, norm, seed, step, offset, gamma, mask, bounds):
+    """Check every argument and lay them out as the operators take them, detached; returns (z, the rest)."""
+    _check_tensor("z", z)
+    _check_tensor("score", score)
+    if z.dtype not in _DTYPES:
+        raise TypeError(f"z must be float32, bfloat16 or float16, got {z.dtype}")
+    if z.dim() == 0:
+        raise ValueError("z must have a dimension of chains, (B, ...), got a 0-dim tensor")
+    if score.dtype != z.dtype:
+        raise TypeError(f"score must have z's dtype {z.dtype}, got {score.dtype}")
+    if score.shape != z.shape:
+        raise ValueError(f"score must have z's shape {tuple(z.shape)}, got {tuple(score.shape)}")
+    if score.device != z.device:
+        raise ValueError(f"score must be on z's device {z.device}, got {score.device}")
+    if norm not in reference.NORMS:
+        raise ValueError(f"norm must be one of {', '.join(reference.NORMS)}, got {norm!r}")
+    if norm == "channel" and z.dim() < 2:
+        raise ValueError(f"norm='channel' needs z of at least two dimensions, got shape {tuple(z.shape)}")
+
+    if gamma is not None:
+        if threshold is not None:
+            raise ValueError(f"threshold must be None when gamma is given, got {threshold}")
+        _check_broadcast("gamma", gamma, z)
+        if not gamma.is_floating_point():
+            raise TypeError(f"gamma must be of a floating dtype, got {gamma.dtype}")
+        threshold = math.inf  # unused
+    elif threshold is None:
+        raise ValueError("threshold must be a positive number, inf or a 0-dim tensor unless gamma is given, got None")
+    if mask is not None:
+        _check_broadcast("mask", mask, z)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
+    if bounds is not None:
+        bounds = check_bounds("bounds", bounds)
+
+    threshold, threshold_t = _number("threshold", threshold, z)
+    if threshold_t is None:
+        check_positive("threshold", threshold)
+    step_size, step_size_t = _number("step_size", step_size, z)
+    if step_size_t is None:
+        check_positive("step_size", step_size, finite=True)
+    noise_scale, noise_scale_t = _number("noise_scale", noise_scale, z)
+    if noise_scale_t is None:
+        check_nonnegative("noise_scale", noise_scale)
+
+    if (seed is None) != (step is None):
+        given, missing = ("step", "seed") if seed is None else ("seed", "step")
+        raise ValueError(f"seed and step name the noise together: {given} was given, {missing} was not")
+    if seed is None:
+        seed, step = torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=z.device), 0
+    seed, seed_t = _integer("seed", seed, z)
+    step, step_t = _integer("step", step, z)
+    if step_t is None and not 0 <= step < _MAX_STEP:
+        raise ValueError(f"step must be in [0, 2**56), got {step}")
+    if isinstance(offset, Tensor) or not isinstance(offset, (int, torch.SymInt)):
+        raise TypeError(f"offset must be an int, got {type(offset).__name__}")
+    if offset < 0:
+        raise ValueError(f"offset must be at least 0, got {offset}")
+    if seed_t is None and (seed >= 1 << 63 or seed < -(1 << 63)):  # mod 2**64, as the schema's signed integer
+        seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+    return z.detach(), (
+        score.detach(), threshold, threshold_t, step_size, step_size_t, noise_scale, noise_scale_t, norm,
+        seed, seed_t, step, step_t, offset, None if gamma is None else gamma.detach(), mask, bounds,
+    )  # fmt: skip
+
+
+def check_positive(name: str, value: float, finite: bool = False) -> None:
+    if not value > 0 or (finite and value == math.inf):
+        raise ValueError(f"{name} must be {'positive and finite' if finite else 'positive or inf'}, got {value}")
+
+
+def check_nonnegative(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+
+
+def check_bounds(name: str, bounds) -> tuple[float, float]:
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise ValueError(f"{name} must be a pair (low, high), got {bounds!r}")
+    low, high = float(bounds[0]), float(bounds[1])
+    if not low < high:
+        raise ValueError(f"{name} must be a pair with low < high, got {bounds!r}")
+    return low, high
+
+
+def _check_tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def _check_broadcast(name: str, value, z: Tensor) -> None:
+    _check_tensor(name, value)
+    if value.device != z.device:
+        raise ValueError(f"{name} must be on z's device {z.device}, got {value.device}")
+    fits = value.dim() <= z.dim() and all(
+        have in (1, want) for have, want in zip(value.shape[::-1], z.shape[::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name} must broadcast to z's shape {tuple(z.shape)}, got {tuple(value.shape)}")
+
+
+def _number(name: str, value, z: Tensor) -> tuple[float, Tensor | None]:
+    """A float argument as the pair (number, tensor) of the schema."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not value.is_floating_point():
+            raise TypeError(f"{name} must be a number or a 0-dim floating tensor, got {_describe(value)}")
+        _check_device(name, value, z)
+        return 1.0, value.detach()
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        return value, None
+    if isinstance(value, numbers.Real):
+        return float(value), None
+    raise TypeError(f"{name} must be a number or a 0-dim floating tensor, got {type(value).__name__}")
+
+
+def _integer(name: str, value, z: Tensor) -> tuple[int, Tensor | None]:
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.dtype != torch.int64:
+            raise TypeError(f"{name} must be an int or a 0-dim int64 tensor, got {_describe(value)}")
+        _check_device(name, value, z)
+        return 0, value
+    if isinstance(value, (int, torch.SymInt)):
+        return value, None
+    if isinstance(value, numbers.Integral):
+        return int(value), None
+    raise TypeError(f"{name} must be an int or a 0-dim int64 tensor, got {type(value).__name__}")
+
+
+def _check_device(name: str, value: Tensor, z: Tensor) -> None:
+    if value.device != z.device:
+        raise ValueError(f"{name} must be on z's device {z.device}, got {value.device}")
+
+
+def _describe(value: Tensor) -> str:
+    return f"a {value.dtype} tensor of shape {tuple(value.shape)}"

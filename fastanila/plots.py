@@ -1,0 +1,67 @@
+"""Pictures, written atomically: sample grids for images; data, chains and learned density for two dimensions."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import checkpoint, exact
+
+
+def image_grid(images: Tensor, box: tuple[float, float], columns: int = 8, scale: int = 2) -> np.ndarray:
+    """(N, C, H, W) in the box -> (height, width, 3) uint8, row by row with a line between, each pixel scale x scale."""
+    low, high = box
+    pixels = ((images.detach().float().cpu() - low) / (high - low)).clamp(0, 1).nan_to_num(0.0)
+    pixels = (pixels * 255).round().to(torch.uint8)
+    pixels = pixels.expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    count, _, height, width = pixels.shape
+    rows = -(-count // columns)
+    sheet = torch.full((3, rows * (height + 2) + 2, columns * (width + 2) + 2), 255, dtype=torch.uint8)
+    for i, image in enumerate(pixels):
+        top, left = 2 + i // columns * (height + 2), 2 + i % columns * (width + 2)
+        sheet[:, top : top + height, left : left + width] = image
+    return sheet.permute(1, 2, 0).numpy()
+
+
+def save_images(path: str | Path, images: Tensor, box: tuple[float, float]) -> None:
+    """A PNG grid of images (N, C, H, W), enlarged so that small ones can be seen."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.fromarray(image_grid(images, box, scale=max(1, 96 // images.shape[-1]))).save(content, format="png")
+    checkpoint.write_bytes(path, content.getvalue())
+
+
+def save_plane(path: str | Path, energy: Callable[[Tensor], Tensor], density, chains: Tensor, title: str = "") -> None:
+    """Data, chains and learned density, side by side, in the data's box."""
+    from matplotlib.figure import Figure
+
+    low, high = density.box
+    cells = exact.grid(density.box, 200, chains.device)
+    learned = exact.model_log_density(energy, cells).exp().reshape(cells.n, cells.n).cpu()
+    points = density.draw(4096, seed=0, step=0, purpose="held-out").cpu()
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    axes[0].scatter(*points.T, s=1, color="black", linewidths=0)
+    axes[0].set_title("data")
+    axes[1].scatter(*chains.detach().float().cpu().T, s=2, color="tab:red", linewidths=0)
+    axes[1].set_title(f"{len(chains)} chains")
+    # cell centres run over x fastest or y fastest as exact.grid lays them out: first index is x
+    axes[2].imshow(learned.T, origin="lower", extent=(low, high, low, high), cmap="magma")
+    axes[2].set_title("learned density")
+    for axis in axes:
+        axis.set(xlim=(low, high), ylim=(low, high), aspect="equal", xticks=[], yticks=[])
+    if title:
+        figure.suptitle(title)
+    save_figure(path, figure)
+
+
+def save_figure(path: str | Path, figure) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    checkpoint.write_bytes(path, content.getvalue())

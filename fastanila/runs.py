@@ -1,0 +1,156 @@
+"""What the commands share: a run's parts built from its settings, and a trained run read back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import chains, checkpoint, config, data, ops
+from .config import Settings
+from .energies import MLP, Autocast, ConvNet
+from .samplers import AniLA, Langevin, Sampler
+
+
+class Run(NamedTuple):
+    energy: nn.Module  #: the moving average where the run keeps one, in eval mode
+    sampler: Sampler
+    chains: Tensor  #: (B, ...) the chains as the run left them
+    settings: Settings
+    iteration: int  #: updates made
+
+
+def load(directory: str | Path, device: str = "auto") -> Run:
+    """A trained run from its directory: the newest whole checkpoint.
+
+    Raises FileNotFoundError if it is no run or has no checkpoint yet, `checkpoint.CheckpointError` if all are damaged.
+    """
+    settings = read_settings(directory)
+    device = device_of(device)
+    tensors, state = checkpoint.load_latest(Path(directory) / "checkpoints", device)
+    energy = build_energy(settings, tuple(tensors["chains"].shape[1:])).to(device)
+    which = "ema" if settings.ema else "energy"
+    load_parameters(energy, checkpoint.subset(tensors, which), directory)
+    energy = at_precision(energy, settings.precision).eval()
+    box = data.box_of(settings.data)
+    return Run(energy, build_sampler(settings, box), tensors["chains"], settings, state["iteration"])
+
+
+def read_settings(directory: str | Path) -> Settings:
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} is not a run: it has no config.json")
+    return config.resolve(Settings(**config.read(path)))
+
+
+def load_parameters(energy: nn.Module, tensors: dict[str, Tensor], where) -> None:
+    try:
+        energy.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        message = f"{where}: the checkpoint does not fit the settings' network ({reason})"
+        raise checkpoint.CheckpointError(message) from None
+
+
+def load_data(settings: Settings, device) -> data.Density | data.Images:
+    return data.load(
+        settings.data,
+        data_dir=settings.data_dir,
+        size=settings.image_size,
+        channels=settings.channels,
+        download=settings.download,
+        device=device,
+    )
+
+
+def build_energy(settings: Settings, shape: tuple[int, ...]) -> nn.Module:
+    """The energy network on the CPU, initialised from the run's seed whatever torch's generator is at."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        if settings.energy == "mlp":
+            return MLP(
+                math.prod(shape),
+                settings.width,
+                settings.depth,
+                features=settings.features,
+                feature_scale=settings.feature_scale,
+                confinement=settings.confinement,
+                seed=settings.seed,
+            )
+        return ConvNet(shape[0], shape[1], settings.width, confinement=settings.confinement)
+
+
+def build_sampler(settings: Settings, box: tuple[float, float]) -> Sampler:
+    common = dict(
+        step_size=settings.step_size, noise_scale=settings.noise_scale, bounds=box if settings.clamp else None
+    )
+    if settings.sampler == "langevin":
+        return Langevin(**common)
+    return AniLA(threshold=settings.threshold, norm=settings.norm, **common)
+
+
+def build_start(settings: Settings, dataset: data.Density | data.Images, device):
+    """The chain start of the settings' ``init``."""
+    count, seed = settings.batch_size, settings.seed
+    if settings.init == "data":
+        return chains.DataStart(count, dataset, seed=seed, device=device)
+    if settings.init == "noise":
+        return chains.NoiseStart(count, dataset.shape, dataset.box, seed=seed, device=device)
+    return chains.PersistentStart(
+        count, settings.chains, dataset.shape, dataset.box, reinit=settings.reinit, seed=seed, device=device
+    )
+
+
+def at_precision(energy: nn.Module, precision: str) -> nn.Module:
+    return Autocast(energy) if precision == "bf16" else energy
+
+
+def averaged(energy: nn.Module) -> nn.Module:
+    return copy.deepcopy(energy).requires_grad_(False).eval()
+
+
+def device_of(name: str) -> torch.device:
+    """The torch device of --device. Raises ValueError where it cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch {torch.__version__} sees no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def path_in_use(settings: Settings, device: torch.device) -> str:
+    """One line about the device and the implementation that settings and machine select."""
+    if not settings.fused:
+        return f"{device.type}: plain definition, eager"
+    if settings.norm == "element" and device.type == "cuda":
+        return "cuda: fused Triton kernel, compiled transition"
+    if settings.norm == "element" and ops.INTERPRETED:
+        return "cpu: Triton kernel in the interpreter, compiled transition"
+    return f"{device.type}: compiled reference"
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """float32 means float32, also in cuDNN, which takes TF32 unless told; put back on leaving."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -1,0 +1,96 @@
+"""Draw from a trained run: `python -m fastanila.sample RUN --count 64 --out samples.png` (or .npz)."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import chains, checkpoint, data, plots, runs
+
+SUFFIXES = (".png", ".npz")
+
+
+def sample(
+    run: runs.Run,
+    count: int,
+    *,
+    steps: int | None = None,
+    start: str = "chains",
+    seed: int = 0,
+    compile: bool = True,
+) -> Tensor:
+    """(count, ...) states of the run's sampler on its energy, on the run's device.
+
+    ``start``: "chains" goes on from where training left its chains, over again where more are wanted, each copy with
+    noise of its own; "noise" starts from uniform noise. ``steps``: transitions, by default as many as an update of
+    the run made from chains, and ten times as many from noise. The law is the sampler's, see its docstring.
+    """
+    if start == "chains":
+        z = run.chains[torch.arange(count, device=run.chains.device) % len(run.chains)]
+        steps = run.settings.steps if steps is None else steps
+    else:
+        box = data.box_of(run.settings.data)
+        z = chains.from_noise((count, *run.chains.shape[1:]), box, seed=seed, step=0, device=run.chains.device)
+        steps = 10 * run.settings.steps if steps is None else steps
+    # past every transition of training, so that the same seed does not repeat its noise
+    first = run.settings.iterations * run.settings.steps
+    with runs.matmul_precision(run.settings.precision):
+        return run.sampler.run(run.energy, z, steps=steps, seed=seed, step=first, compile=compile)
+
+
+def write(path: Path, z: Tensor, run: runs.Run) -> None:
+    """A picture of the samples (.png: a grid of images, or a scatter with the density), or the samples (.npz)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npz":
+        content = io.BytesIO()
+        np.savez_compressed(content, samples=z.float().cpu().numpy())
+        checkpoint.write_bytes(path, content.getvalue())
+    elif z.dim() == 2:
+        plots.save_plane(path, run.energy, data.load(run.settings.data), z, f"{run.settings.data}, {len(z)} samples")
+    else:
+        plots.save_images(path, z, data.box_of(run.settings.data))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastanila.sample", description="Draw samples from a trained run.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("run", help="run directory")
+    parser.add_argument("--count", type=int, default=64, help="samples to draw")
+    parser.add_argument("--out", default="samples.png", help="file to write: .png (a picture) or .npz (key samples)")
+    parser.add_argument("--steps", type=int, help="transitions; default the run's K from chains, ten times it from noise")
+    parser.add_argument("--start", choices=("chains", "noise"), default="chains", help="where the samples' chains start")
+    parser.add_argument("--seed", type=int, default=0, help="names the noise")
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--fused", action=argparse.BooleanOptionalAction, default=True, help="compile the transition")
+    arguments = parser.parse_args(argv)
+    try:
+        out = Path(arguments.out)
+        if out.suffix not in SUFFIXES:
+            raise ValueError(f"out must end in {' or '.join(SUFFIXES)}, got {arguments.out}")
+        if arguments.count < 1:
+            raise ValueError(f"count must be at least 1, got {arguments.count}")
+        if arguments.steps is not None and arguments.steps < 0:
+            raise ValueError(f"steps must be at least 0, got {arguments.steps}")
+        run = runs.load(arguments.run, arguments.device)
+    except (ValueError, OSError, checkpoint.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(runs.path_in_use(run.settings, run.chains.device))
+    z = sample(
+        run, arguments.count, steps=arguments.steps, start=arguments.start, seed=arguments.seed, compile=arguments.fused
+    )
+    write(out, z, run)
+    print(f"{len(z)} samples in {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,403 @@
+"""Samplers: frozen settings, a pure transition, and a loop over it.
+
+Each sampler is a frozen dataclass with
+
+    init(evaluate, z) -> State                                     what a chain carries from transition to transition
+    transition(evaluate, state, *, seed, step, ...) -> (State, Info)
+    run(energy, z, *, steps, seed, step=0, ...) -> z               transitions step, step + 1, ..., step + steps - 1
+
+where ``evaluate`` maps z (B, ...) to (energy (B,), score (B, ...)) with score = -grad U. Their number-valued settings
+may be 0-dim tensors, which a compiled transition takes without recompiling. ``is_exact`` says whether the law of the
+chain converges to exp(-U) itself; where it is False, the docstring says what law it has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import noise, ops, reference
+from .capture import compiled
+
+Evaluate = Callable[[Tensor], tuple[Tensor | None, Tensor]]
+
+
+class State(NamedTuple):
+    z: Tensor  #: (B, ...)
+
+
+class Info(NamedTuple):
+    """What one transition saw, by chain, at the state it started from: each (B,) float32."""
+
+    energy: Tensor | None  #: U(z); None where only a score is given
+    score_rms: Tensor  #: root mean square of the score's elements, 1 / unit of z
+    clip_fraction: Tensor  #: fraction of elements whose |s| exceeds the threshold
+    acceptance: Tensor  #: probability of acceptance; 1 for samplers without correction
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """What all samplers share. Use a subclass."""
+
+    is_exact: ClassVar[bool]
+    #: settings that change freely under a compiled transition
+    numbers: ClassVar[tuple[str, ...]]
+
+    def init(self, evaluate: Evaluate, z: Tensor) -> State:
+        raise NotImplementedError
+
+    def transition(
+        self,
+        evaluate: Evaluate,
+        state: State,
+        *,
+        seed: int | Tensor,
+        step: int | Tensor,
+        offset: int = 0,
+        mask: Tensor | None = None,
+    ) -> tuple[State, Info]:
+        raise NotImplementedError
+
+    def run(
+        self,
+        energy: Callable[[Tensor], Tensor] | None,
+        z: Tensor,
+        *,
+        score: Callable[[Tensor], Tensor] | None = None,
+        steps: int,
+        seed: int,
+        step: int = 0,
+        offset: int = 0,
+        mask: Tensor | None = None,
+        callback: Callable[[Info], Any] | None = None,
+        callback_every: int = 1,
+        keep_every: int | None = None,
+        compile: bool = True,
+    ) -> Tensor:
+        """Run the chains z for ``steps`` transitions; a later call with step + steps goes on with the same stream.
+
+        Args:
+            energy: any callable (B, ...) -> (B,); pass None and ``score``, a callable (B, ...) -> (B, ...) giving
+                -grad U, where only that is known. A module is put in eval mode with its parameters frozen
+                meanwhile, and put back, also when it raises.
+            z: the chains, (B, ...). Not changed.
+            steps: transitions to make. seed, step: name the noise (`fastanila.noise`); step counts transitions made.
+            offset: global index of the first chain. mask: bool, broadcastable to z; where False, z stays.
+            callback: called with the `Info` of every ``callback_every``-th transition.
+            keep_every: n keeps the state after every n-th transition.
+            compile: compile the transition as one graph. An energy that does not trace runs eagerly, with a warning.
+
+        Returns:
+            The final chains, (B, ...), detached; with keep_every the kept states, (steps // keep_every, B, ...).
+        """
+        check_count("steps", steps, least=0)
+        check_count("callback_every", callback_every)
+        if keep_every is not None:
+            check_count("keep_every", keep_every)
+        kept = []
+        with torch.no_grad(), sampling(energy if score is None else score):
+            advance = transition_of(self, energy, score, compile=compile)
+            numbers = self.numbers_on(z.device)
+            state = self.init(evaluator(energy, score), z.detach())
+            seed_t, step_t = noise.as_word64(seed, z.device), noise.as_word64(step, z.device)
+            for made in range(1, steps + 1):
+                state, info = advance(numbers, state, seed_t, step_t, offset, mask)
+                step_t = step_t + 1
+                if callback is not None and made % callback_every == 0:
+                    callback(info)
+                if keep_every is not None and made % keep_every == 0:
+                    kept.append(state.z)
+        if keep_every is None:
+            return state.z if steps else z.detach().clone()
+        return torch.stack(kept) if kept else z.new_empty((0, *z.shape))
+
+    def calibrate(self, energy, z, *, score=None, clip_fraction: float = 0.05, stability: float = 0.1) -> Sampler:
+        """This sampler with the step size, and the threshold if it has one, that `calibrate` proposes at z."""
+        found = calibrate(
+            energy,
+            z,
+            score=score,
+            clip_fraction=clip_fraction,
+            norm=getattr(self, "norm", "element"),
+            stability=stability,
+            noise_scale=float(getattr(self, "noise_scale", 1.0)),
+        )
+        threshold = {"threshold": found.threshold} if "threshold" in self.numbers else {}
+        return dataclasses.replace(self, step_size=found.step_size, **threshold)
+
+    def numbers_on(self, device: torch.device | str | None) -> tuple[Tensor, ...]:
+        """The number-valued settings, in the order of ``numbers``, as 0-dim float32 tensors on the device."""
+        return tuple(torch.as_tensor(getattr(self, n), dtype=torch.float32, device=device) for n in self.numbers)
+
+    def with_numbers(self, numbers: tuple[Tensor, ...]) -> Sampler:
+        return dataclasses.replace(self, **dict(zip(self.numbers, numbers, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Langevin(Sampler):
+    """Unadjusted Langevin dynamics: z' = z + eps/2 s(z) + sigma sqrt(eps) xi.
+
+    Law: exp(-U / sigma**2) up to a bias that vanishes with the step size (of order eps).
+
+    step_size: eps, squared units of z. noise_scale: sigma. bounds: (low, high), to which the chains are clamped.
+    """
+
+    step_size: float | Tensor = 0.01
+    noise_scale: float | Tensor = 1.0
+    bounds: tuple[float, float] | None = None
+
+    is_exact: ClassVar[bool] = False
+    numbers: ClassVar[tuple[str, ...]] = ("step_size", "noise_scale")
+
+    def __post_init__(self):
+        _check_numbers(self)
+
+    def init(self, evaluate: Evaluate, z: Tensor) -> State:
+        return State(z)
+
+    def transition(self, evaluate, state, *, seed, step, offset=0, mask=None):
+        return _anisotropic_transition(self, math.inf, "element", evaluate, state, seed, step, offset, mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class AniLA(Sampler):
+    """Anisotropic Langevin dynamics (STANLEY: Karimi, Xie and Li, Algorithm 1), the gain taken at every transition.
+
+        z' = z + eps/2 gamma s(z) + sigma sqrt(eps gamma) xi,      gamma = 1 / max(1, |s(z)| / b)
+
+    Law: NOT exp(-U), however small the step. As eps -> 0 it is, with sigma = 1, exp(-U) prod_i max(1, |s_i| / b) for
+    norm="element" when U is separable and exp(-U) max(1, |s| / b) for norm="chain": mass moves off the modes to the
+    slopes. The bias grows with the fraction of elements that clip, so choose the threshold for few of them (a tenth,
+    say) or use a Metropolis-adjusted sampler. With sigma, U / sigma**2 replaces U.
+
+    threshold: b, in the score's unit; inf is `Langevin`. step_size: eps, squared units of z. noise_scale: sigma.
+    norm: "element", "channel" or "chain", what |s| is. bounds: (low, high), to which the chains are clamped.
+    """
+
+    threshold: float | Tensor = 1.0
+    step_size: float | Tensor = 0.01
+    noise_scale: float | Tensor = 1.0
+    norm: str = "element"
+    bounds: tuple[float, float] | None = None
+
+    is_exact: ClassVar[bool] = False
+    numbers: ClassVar[tuple[str, ...]] = ("threshold", "step_size", "noise_scale")
+
+    def __post_init__(self):
+        _check_numbers(self)
+        if self.norm not in reference.NORMS:
+            raise ValueError(f"norm must be one of {', '.join(reference.NORMS)}, got {self.norm!r}")
+
+    def init(self, evaluate: Evaluate, z: Tensor) -> State:
+        return State(z)
+
+    def transition(self, evaluate, state, *, seed, step, offset=0, mask=None):
+        return _anisotropic_transition(self, self.threshold, self.norm, evaluate, state, seed, step, offset, mask)
+
+
+SAMPLERS: dict[str, type[Sampler]] = {"langevin": Langevin, "anila": AniLA}
+
+
+def _anisotropic_transition(sampler, threshold, norm, evaluate, state, seed, step, offset, mask):
+    energy, score = evaluate(state.z)
+    z = ops.anisotropic_step(
+        state.z,
+        score,
+        threshold,
+        step_size=sampler.step_size,
+        noise_scale=sampler.noise_scale,
+        norm=norm,
+        seed=seed,
+        step=step,
+        offset=offset,
+        mask=mask,
+        bounds=sampler.bounds,
+    )
+    return State(z), _info(energy, score, threshold, norm)
+
+
+def _info(energy: Tensor | None, score: Tensor, threshold: float | Tensor, norm: str) -> Info:
+    flat = score.float().flatten(1) if score.dim() > 1 else score.float()[:, None]
+    size = reference.magnitude(score.float(), norm).reshape(len(flat), -1)
+    return Info(
+        energy=energy,
+        score_rms=flat.square().mean(1).sqrt(),
+        clip_fraction=(size > threshold).float().mean(1),
+        acceptance=torch.ones_like(flat[:, 0]),
+    )
+
+
+# ---------------------------------------------------------------------------------------- calibration of settings
+
+
+class Calibration(NamedTuple):
+    threshold: float  #: b at which the wanted fraction of elements would clip
+    step_size: float  #: eps at which the drift of an unclipped element is small beside its noise
+    score_rms: float  #: over all chains and elements
+
+
+def calibrate(
+    energy: Callable[[Tensor], Tensor] | None,
+    z: Tensor,
+    *,
+    score: Callable[[Tensor], Tensor] | None = None,
+    clip_fraction: float = 0.05,
+    norm: str = "element",
+    stability: float = 0.1,
+    noise_scale: float = 1.0,
+) -> Calibration:
+    """Propose a threshold and a step size from the scores of the chains z, (B, ...), one gradient.
+
+    The threshold is the (1 - clip_fraction) quantile of |s| under ``norm``. The step size makes the score's own
+    change over a step small: eps = 4 stability sigma**2 / rms(s)**2, at which a typical drift eps/2 rms(s) is
+    sqrt(stability) times the noise sigma sqrt(eps). On a Gaussian the unadjusted chain's variance is then too large
+    by a fraction ``stability``; where the energy's curvature is uneven its stiffest directions suffer more.
+    Take z from data or from settled chains.
+
+    Raises ValueError if the scores are not finite or all zero.
+    """
+    if not 0 < clip_fraction < 1:
+        raise ValueError(f"clip_fraction must be between 0 and 1, got {clip_fraction}")
+    ops.check_positive("stability", stability, finite=True)
+    ops.check_positive("noise_scale", noise_scale, finite=True)
+    with torch.no_grad(), sampling(energy if score is None else score):
+        _, s = evaluator(energy, score)(z.detach())
+    size = reference.magnitude(s.double(), norm).flatten()
+    rms = s.double().square().mean().sqrt().item()
+    if not 0 < rms < math.inf:
+        raise ValueError(f"the scores at z must be finite and not all zero, got a root mean square of {rms}")
+    # kthvalue, because torch.quantile refuses more than 2**24 elements
+    rank = min(size.numel(), max(1, math.ceil((1 - clip_fraction) * size.numel())))
+    return Calibration(size.kthvalue(rank).values.item(), 4 * stability * (noise_scale / rms) ** 2, rms)
+
+
+# ------------------------------------------------------------------------------------- energies, scores, compiling
+
+
+def evaluator(energy, score=None, *, traced: bool = False) -> Evaluate:
+    """z -> (energy, score) of an energy: by autograd, or by torch.func.grad, which torch.compile can trace."""
+    if score is not None:
+        return lambda z: (None, score(z))
+    if energy is None:
+        raise ValueError("energy must be a callable (B, ...) -> (B,) unless score is given, got None")
+
+    def total(z: Tensor) -> tuple[Tensor, Tensor]:
+        u = energy(z)
+        if u.shape != z.shape[:1]:
+            raise ValueError(f"energy must map (B, ...) to (B,) = ({z.shape[0]},), got {tuple(u.shape)}")
+        return u.sum(), u
+
+    def by_func(z: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, u = torch.func.grad(total, has_aux=True)(z)
+        return u.detach(), -gradient
+
+    def by_autograd(z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            whole, u = total(z)
+            (gradient,) = torch.autograd.grad(whole, z)
+        return u.detach(), -gradient
+
+    return by_func if traced else by_autograd
+
+
+def transition_of(sampler: Sampler, energy, score=None, *, compile: bool, strict: bool = False) -> Callable:
+    """advance(numbers, state, seed, step, offset, mask) -> (State, Info), for all samplers that differ in numbers only.
+
+    A compiled transition is kept for the next call with the same energy (the last 16 are). Unless ``strict``, one
+    that does not trace as a single graph runs eagerly from then on, with a warning that says why.
+    """
+
+    def plain(numbers, state, seed, step, offset=0, mask=None):
+        return sampler.with_numbers(numbers).transition(
+            evaluate_plain, state, seed=seed, step=step, offset=offset, mask=mask
+        )
+
+    evaluate_plain = evaluator(energy, score)
+    if not compile:
+        return plain
+    static = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name not in sampler.numbers}
+    fused = _compiled_transition(energy, score, type(sampler), tuple(static.items()))
+    return fused if strict else _falling_back(fused, plain)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_transition(energy, score, kind: type[Sampler], static: tuple) -> Callable:
+    template = kind(**dict(static))
+    evaluate = evaluator(energy, score, traced=True)
+
+    def transition(numbers, state, seed, step, offset=0, mask=None):
+        return template.with_numbers(numbers).transition(
+            evaluate, state, seed=seed, step=step, offset=offset, mask=mask
+        )
+
+    return compiled(transition)
+
+
+def _falling_back(fused: Callable, plain: Callable) -> Callable:
+    works = True
+
+    def advance(*arguments):
+        nonlocal works
+        if works:
+            try:
+                return fused(*arguments)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                reason = str(error).strip().splitlines()[0]
+                warnings.warn(
+                    f"the energy does not compile as one graph and runs eagerly ({reason}); compile=False says so",
+                    stacklevel=3,
+                )
+                works = False
+        return plain(*arguments)
+
+    return advance
+
+
+@contextlib.contextmanager
+def sampling(energy) -> Iterator[None]:
+    """A module in eval mode with frozen parameters, put back as it was on leaving, also by an exception."""
+    if not isinstance(energy, nn.Module):
+        yield
+        return
+    trainable = [p for p in energy.parameters() if p.requires_grad]
+    training = [m for m in energy.modules() if m.training]
+    try:
+        for p in trainable:
+            p.requires_grad_(False)
+        energy.eval()
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+        for m in training:
+            m.training = True
+
+
+# --------------------------------------------------------------------------------------------------------- checks
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_numbers(sampler: Sampler) -> None:
+    for name in sampler.numbers:
+        value = getattr(sampler, name)
+        if isinstance(value, Tensor):
+            continue
+        if name == "noise_scale":
+            ops.check_nonnegative(name, value)
+        else:
+            ops.check_positive(name, value, finite=name != "threshold")
+    if sampler.bounds is not None:
+        object.__setattr__(sampler, "bounds", ops.check_bounds("bounds", sampler.bounds))

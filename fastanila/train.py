@@ -1,0 +1,493 @@
+"""Train an energy-based model: `python -m fastanila.train --fused`, or `train(Settings(...))`.
+
+Algorithm 1 of Karimi, Xie and Li: an update draws data, starts chains, moves them K transitions of the sampler, and
+takes an Adam step along mean grad U(data) - mean grad U(chains).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, config, data, exact, noise, plots, runs, samplers
+from .capture import compiled
+from .config import Settings
+from .noise import Stream
+from .objectives import likelihood
+
+DONE, BAD_ARGUMENTS, DIVERGED = 0, 2, 3
+#: An energy beyond this has left everything that training could bring back.
+_LARGEST_ENERGY = 1e8
+_ADAM_BETAS = (0.9, 0.999)
+
+
+class Diverged(RuntimeError):
+    """The loss, its gradient or the chains are no longer finite; the run's last good state has been saved."""
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run between two updates; a checkpoint has been saved."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
+@dataclasses.dataclass
+class Job:
+    """A run in progress: its settings, its parts and where it stands."""
+
+    settings: Settings
+    directory: Path
+    device: torch.device
+    data: data.Density | data.Images
+    energy: nn.Module
+    average: nn.Module | None  #: the moving average of the parameters
+    optimizer: torch.optim.Optimizer
+    sampler: samplers.Sampler
+    start: Any  #: one of fastanila.chains
+    iteration: int = 0  #: updates made
+    seconds: float = 0.0  #: spent in updates
+    chains: Tensor | None = None  #: the last update's
+
+    @property
+    def model(self) -> nn.Module:
+        """What sampling and evaluation use."""
+        return self.energy if self.average is None else self.average
+
+
+class Update(NamedTuple):
+    """What one update did; tensors are 0-dim."""
+
+    energy_data: Tensor
+    energy_chains: Tensor
+    grad_norm: Tensor
+    info: samplers.Info  #: the chains' last transition
+    chains: Tensor  #: (B, ...) where it left them
+    finite: bool
+
+
+def train(settings: Settings, resume: str | Path | None = None, say: Callable[[str], None] = print) -> runs.Run:
+    """Train as the settings say; or go on with the run in ``resume``, of which they may only differ where harmless.
+
+    Writes the run directory (config.json, metrics.jsonl, checkpoints/, samples/, figure.png) and returns the run.
+    Raises ValueError or FileNotFoundError for settings that cannot be, `Diverged`, `Interrupted`.
+    """
+    return run(prepare(settings, resume), say)
+
+
+def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
+    """Check the settings and build a run's parts; writes nothing. Raises ValueError or FileNotFoundError."""
+    settings = config.resolve(settings)
+    if resume is not None:
+        settings = resumed_settings(settings, resume)
+    device = runs.device_of(settings.device)
+    directory = Path(resume) if resume is not None else new_directory(settings)
+    if settings.tensorboard:
+        tensorboard_writer()
+    dataset = runs.load_data(settings, device)
+    energy = runs.build_energy(settings, dataset.shape).to(device)
+    job = Job(
+        settings=dataclasses.replace(settings, out=str(directory)),
+        directory=directory,
+        device=device,
+        data=dataset,
+        energy=energy,
+        average=runs.averaged(energy) if settings.ema else None,
+        optimizer=torch.optim.Adam(energy.parameters(), lr=settings.lr, betas=_ADAM_BETAS),
+        sampler=runs.build_sampler(settings, dataset.box),
+        start=runs.build_start(settings, dataset, device),
+    )
+    if resume is not None:
+        restore(job)
+    return job
+
+
+def run(job: Job, say: Callable[[str], None] = print) -> runs.Run:
+    """Make the updates that are left, and leave the run directory complete."""
+    s = job.settings
+    (job.directory / "samples").mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(job.directory / "config.json", config.dump(s))
+    say(runs.path_in_use(s, job.device))
+    update = build_update(job)
+    with (
+        runs.matmul_precision(s.precision),
+        Metrics(job) as metrics,
+        Progress(job, say) as progress,
+        caught_signals() as caught,
+    ):
+        while job.iteration < s.iterations:
+            began = time.perf_counter()
+            made = update(job.iteration)
+            if not made.finite:
+                save(job)
+                raise Diverged(
+                    f"diverged at update {job.iteration + 1}: the energies, their gradient or the chains are no longer "
+                    f"finite. {job.directory} holds the last good state; a smaller --lr or --step-size, or a larger "
+                    "--threshold (fewer clipped elements, less bias), may help"
+                )
+            job.chains = made.chains
+            job.iteration += 1
+            job.seconds += time.perf_counter() - began
+            last = job.iteration == s.iterations
+            pictured = bool(s.sample_every) and (job.iteration % s.sample_every == 0 or last)
+            if job.iteration % s.log_every == 0 or pictured or last:
+                row = summary(job, made) | (exact_numbers(job) if pictured else {})
+                metrics.write(row)
+                progress.show(row)
+            if job.iteration % s.save_every == 0 or last:
+                save(job)
+            if pictured:
+                picture(job, job.directory / "samples" / f"{job.iteration:08d}.png")
+            if caught and not last:
+                save(job)
+                where = f"stopped after update {job.iteration}, saved; go on with --resume {job.directory}"
+                raise Interrupted(f"{signal.Signals(caught[0]).name}: {where}", caught[0])
+    picture(job, job.directory / "figure.png")
+    say(f"done: {job.iteration} updates in {job.seconds:.0f} s; everything is in {job.directory}")
+    return runs.load(job.directory, str(job.device))
+
+
+# --------------------------------------------------------------------------------------------------------- an update
+
+
+def build_update(job: Job) -> Callable[[int], Update]:
+    """update(iteration), which draws, samples, and moves the parameters unless something is not finite."""
+    s, device = job.settings, job.device
+    energy = runs.at_precision(job.energy, s.precision)
+    parameters = list(job.energy.parameters())
+    advance = samplers.transition_of(job.sampler, energy, compile=s.fused, strict=True)
+    numbers = job.sampler.numbers_on(device)
+    seed = noise.as_word64(s.seed, device)
+
+    def objective(batch: Tensor, chains: Tensor):
+        return likelihood(energy, batch, chains, s.energy_l2)
+
+    loss_of = compiled(objective) if s.fused else objective
+
+    def update(iteration: int) -> Update:
+        job.energy.train()
+        batch = draw_data(job, iteration)
+        chains, info = move(iteration, job.start.draw(iteration))
+
+        result = loss_of(batch, chains)
+        job.optimizer.zero_grad(set_to_none=True)
+        result.loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(parameters, s.clip_grad or math.inf)
+        energies = torch.stack((result.energy_data, result.energy_chains))
+        finite = bool(
+            torch.isfinite(grad_norm) & torch.isfinite(chains).all() & (energies.abs() < _LARGEST_ENERGY).all()
+        )
+        if finite:
+            for group in job.optimizer.param_groups:
+                group["lr"] = learning_rate(s, iteration)
+            job.optimizer.step()
+            if job.average is not None:
+                follow(job.average, job.energy, min(s.ema, (1 + iteration) / (10 + iteration)))
+            job.start.keep(iteration, chains)
+        return Update(result.energy_data, result.energy_chains, grad_norm, info, chains, finite)
+
+    def move(iteration: int, z: Tensor) -> tuple[Tensor, samplers.Info]:
+        with torch.no_grad(), samplers.sampling(energy):
+            state = job.sampler.init(samplers.evaluator(energy), z)
+            step = noise.as_word64(iteration * s.steps, device)
+            for _ in range(s.steps):
+                state, info = advance(numbers, state, seed, step)
+                step = step + 1
+        return state.z, info
+
+    return update
+
+
+def draw_data(job: Job, iteration: int) -> Tensor:
+    s = job.settings
+    batch = job.data.draw(s.batch_size, seed=s.seed, step=iteration, device=job.device)
+    if s.data_noise:
+        batch = batch + s.data_noise * noise.normal(
+            batch.shape, seed=s.seed, step=iteration, stream=Stream.DATA_NOISE, device=job.device
+        )
+    return batch
+
+
+def learning_rate(settings: Settings, iteration: int) -> float:
+    left = 1 - iteration / settings.iterations if settings.lr_decay == "linear" else 1.0
+    return settings.lr * left
+
+
+@torch.no_grad()
+def follow(average: nn.Module, energy: nn.Module, decay: float) -> None:
+    """Move the average's parameters by 1 - decay of the way towards the energy's."""
+    torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in energy.parameters()], 1 - decay)
+
+
+# ---------------------------------------------------------------------------------------------------- what it shows
+
+
+def summary(job: Job, made: Update) -> dict[str, float | int]:
+    """A line of metrics.jsonl."""
+    on_data, on_chains = made.energy_data.item(), made.energy_chains.item()
+    return {
+        "iteration": job.iteration,
+        "energy_data": on_data,
+        "energy_chains": on_chains,
+        "energy_gap": on_chains - on_data,
+        "score_rms": made.info.score_rms.square().mean().sqrt().item(),
+        "clip_fraction": made.info.clip_fraction.mean().item(),
+        "grad_norm": made.grad_norm.item(),
+        "lr": learning_rate(job.settings, job.iteration - 1),
+        "seconds": job.seconds,
+    }
+
+
+def exact_numbers(job: Job) -> dict[str, float]:
+    """The negative log likelihood by quadrature, in two dimensions; nothing otherwise."""
+    if not isinstance(job.data, data.Density):
+        return {}
+    numbers = exact.evaluate(evaluated(job), job.data, resolution=200, device=job.device)
+    return {"nll": numbers["nll"], "tv": numbers["tv"]}
+
+
+def evaluated(job: Job) -> nn.Module:
+    return runs.at_precision(job.model, job.settings.precision)
+
+
+def picture(job: Job, path: Path) -> None:
+    if isinstance(job.data, data.Density):
+        plots.save_plane(path, evaluated(job), job.data, job.chains, f"{job.data.name}, {job.iteration} updates")
+    else:
+        plots.save_images(path, job.chains[:64], job.data.box)
+
+
+class Metrics:
+    """metrics.jsonl, and TensorBoard's event files where wanted; rows after the resumed update are dropped."""
+
+    def __init__(self, job: Job):
+        self.path = job.directory / "metrics.jsonl"
+        rows = read_rows(self.path) if job.iteration else []
+        kept = [row for row in rows if row["iteration"] <= job.iteration]
+        checkpoint.write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.board = None
+        if job.settings.tensorboard:
+            self.board = tensorboard_writer()(str(job.directory / "tensorboard"), purge_step=job.iteration + 1)
+
+    def __enter__(self):
+        self.file = open(self.path, "a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+    def write(self, row: dict) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name in row.keys() - {"iteration"}:
+                self.board.add_scalar(name, row[name], row["iteration"])
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line that a killed writer left unfinished is dropped."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def tensorboard_writer():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard is not installed: pip install fastanila[tensorboard]") from None
+    return SummaryWriter
+
+
+class Progress:
+    """A bar on a terminal; about twenty plain lines elsewhere."""
+
+    def __init__(self, job: Job, say: Callable[[str], None]):
+        self.job, self.say, self.bar = job, say, None
+        self.first = job.iteration
+        self.every = max(1, (job.settings.iterations - self.first) // 20)
+        self.next = self.first + 1
+
+    def __enter__(self):
+        self.began = time.perf_counter()
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=self.job.settings.iterations, initial=self.first, unit="update", dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *_):
+        if self.bar is not None:
+            self.bar.close()
+
+    def show(self, row: dict) -> None:
+        shown = (
+            f"energy data {row['energy_data']:.3f} chains {row['energy_chains']:.3f} gap {row['energy_gap']:+.3f} "
+            f"clipped {row['clip_fraction']:.1%}" + (f" nll {row['nll']:.3f}" if "nll" in row else "")
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(shown, refresh=False)
+            self.bar.update(row["iteration"] - self.bar.n)
+        elif row["iteration"] >= self.next or "nll" in row:
+            rate = (row["iteration"] - self.first) / (time.perf_counter() - self.began)
+            self.say(f"update {row['iteration']:>6}  {shown}  {rate:.1f} updates/s")
+            self.next = row["iteration"] + self.every
+
+
+# ------------------------------------------------------------------------------------------------- saving, resuming
+
+
+def save(job: Job) -> None:
+    tensors = checkpoint.prefixed("energy", job.energy.state_dict())
+    if job.average is not None:
+        tensors |= checkpoint.prefixed("ema", job.average.state_dict())
+    tensors |= checkpoint.optimizer_tensors(job.optimizer, [name for name, _ in job.energy.named_parameters()])
+    tensors |= checkpoint.prefixed("start", job.start.tensors())
+    # the chains as the run left them: all of a persistent population, otherwise the last update's
+    last = job.start.draw(0) if job.chains is None else job.chains
+    tensors["chains"] = job.start.tensors().get("population", last)
+    state = {"iteration": job.iteration, "seconds": job.seconds}
+    checkpoint.save_numbered(job.directory / "checkpoints", job.iteration, tensors, state)
+
+
+def restore(job: Job) -> None:
+    tensors, state = checkpoint.load_latest(job.directory / "checkpoints", job.device)
+    runs.load_parameters(job.energy, checkpoint.subset(tensors, "energy"), job.directory)
+    if job.average is not None:
+        runs.load_parameters(job.average, checkpoint.subset(tensors, "ema"), job.directory)
+    checkpoint.restore_optimizer(job.optimizer, [name for name, _ in job.energy.named_parameters()], tensors)
+    for name, tensor in job.start.tensors().items():
+        tensor.copy_(tensors[f"start.{name}"])
+    job.chains = tensors["chains"][: job.settings.batch_size]
+    job.iteration, job.seconds = state["iteration"], state["seconds"]
+
+
+def resumed_settings(settings: Settings, directory: str | Path) -> Settings:
+    """The settings to go on with. Raises ValueError for one that would change the numbers of the run."""
+    before = runs.read_settings(directory)
+    for field in dataclasses.fields(Settings):
+        was, now = getattr(before, field.name), getattr(settings, field.name)
+        if was != now and field.name not in config.RESUMABLE and field.name != "out":
+            raise ValueError(f"{field.name} cannot change when a run is resumed: {directory} has {was!r}, got {now!r}")
+    return settings
+
+
+def new_directory(settings: Settings) -> Path:
+    """Where a new run goes: --out, which must not hold another, or the first free name under runs/."""
+    if settings.out is not None:
+        path = Path(settings.out)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(
+                f"out must be a new or empty folder, but {path} holds another run; --resume goes on"
+            )
+        return path
+    path, number = Path("runs") / settings.data, 2
+    while path.exists():
+        path, number = Path("runs") / f"{settings.data}-{number}", number + 1
+    return path
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted, to be acted on between updates; a second one acts at once."""
+    caught: list[int] = []
+    before = {}
+
+    def note(number, frame):
+        caught.append(number)
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: whoever runs this thread handles signals
+        pass
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(Settings):
+    """Train an energy-based model with Langevin chains."""
+
+    config: str | None = None
+    """TOML file of settings, or a run's config.json; flags win over it."""
+    resume: str | None = None
+    """Run directory to go on with; its settings hold, flags that change no number may differ."""
+    dry_run: bool = False
+    """Check everything, print the resolved settings, and stop."""
+
+
+def parse(argv: list[str] | None) -> tuple[Settings, Arguments]:
+    """Flags over the config file over the run that is resumed; Settings not yet resolved."""
+    import argparse
+
+    import tyro
+
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ahead.add_argument("--config")
+    ahead.add_argument("--resume")
+    files, _ = ahead.parse_known_args(argv)
+    if files.config is not None and files.resume is not None:
+        raise ValueError("config cannot be given with resume: a run goes on with its own settings")
+    under: dict[str, Any] = {}
+    if files.config is not None:
+        under = config.read(files.config)
+        if files.config.endswith("config.json"):  # to start the same run again, somewhere else
+            under.pop("out", None)
+    elif files.resume is not None:
+        under = dataclasses.asdict(runs.read_settings(files.resume))
+    arguments = tyro.cli(Arguments, args=argv, default=Arguments(**under), prog="python -m fastanila.train")
+    fields = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Settings)}
+    return Settings(**fields), arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        settings, arguments = parse(argv)
+        job = prepare(settings, arguments.resume)
+    except (ValueError, TypeError, OSError, checkpoint.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_ARGUMENTS
+    if arguments.dry_run:
+        print(runs.path_in_use(job.settings, job.device))
+        print(config.dump(job.settings), end="")
+        return DONE
+    try:
+        run(job, lambda line: print(line, flush=True))
+    except Diverged as stop:
+        print(f"error: {stop}", file=sys.stderr)
+        return DIVERGED
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.number
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Triton kernels, and nothing else. Installed as fastanila.kernels; imports triton only."""

@@ -1,0 +1,133 @@
+"""The anisotropic Langevin step, fused: one pass over score and chains, noise drawn in registers.
+
+The definition is fastanila.reference.anisotropic_step. Per element, with b the threshold, eps the step size and
+sigma the noise scale,
+
+    root = rsqrt(max(1, |s| / b))                                     the square root of gamma
+    z'   = z + eps/2 clip(s, -b, b) + sigma sqrt(eps) root noise
+
+which needs neither a division nor a square root an element, and moves infinite scores by eps b / 2.
+Memory bound by construction: z and score are read once, z' written once, 16 bytes an access.
+"""
+
+import triton
+import triton.language as tl
+
+from .philox import four_normals
+
+# 16 elements a thread: few enough registers for full-width loads in flight, enough work to amortise the addressing.
+BLOCK = 2048
+NUM_WARPS = 4
+LANGEVIN_STREAM = tl.constexpr(0)
+
+
+@triton.jit
+def scalar(x, IS_POINTER: tl.constexpr, dtype: tl.constexpr):
+    """A number (a constant of the launch) or a pointer to one (free to change under a captured graph)."""
+    if IS_POINTER:
+        return tl.load(x).to(dtype)
+    else:
+        return tl.full((), x, dtype)
+
+
+@triton.jit
+def block_normals(seed, step, quad, LANE: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr):
+    """BLOCK consecutive normals from element 4 quad + LANE on, laid out so that a thread holds LANES in a row.
+
+    Joining lanes is free where a thread's lanes fill a 16-byte access: 4 of float32, 8 of the 2-byte types.
+    """
+    q = quad + tl.arange(0, BLOCK // LANES).to(tl.int64) * (LANES // 4)
+    lanes = four_normals(seed, step, LANGEVIN_STREAM, q, FAST)
+    if LANES == 8:
+        lanes = lanes + four_normals(seed, step, LANGEVIN_STREAM, q + 1, FAST)
+    if LANE > 0:  # the elements straddle the counters: draw one quad more and shift
+        lanes = (lanes + four_normals(seed, step, LANGEVIN_STREAM, q + LANES // 4, FAST))[LANE : LANE + LANES]
+    if LANES == 4:
+        joined = tl.join(tl.join(lanes[0], lanes[2]), tl.join(lanes[1], lanes[3]))
+    else:
+        even = tl.join(tl.join(lanes[0], lanes[4]), tl.join(lanes[2], lanes[6]))
+        odd = tl.join(tl.join(lanes[1], lanes[5]), tl.join(lanes[3], lanes[7]))
+        joined = tl.join(even, odd)
+    return tl.reshape(joined, (BLOCK,))
+
+
+@triton.jit
+def step_block(
+    z_ptr, score_ptr, gamma_ptr, mask_ptr, out_ptr, begin, n, first_quad,
+    threshold, step_size, noise_scale, seed, step, low, high,
+    LANE: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BOUNDS: tl.constexpr,
+    FAST: tl.constexpr, BLOCK: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    at = begin + tl.arange(0, BLOCK)
+    inside = at < n if RAGGED else None
+    z = tl.load(z_ptr + at, mask=inside).to(tl.float32)
+    score = tl.load(score_ptr + at, mask=inside).to(tl.float32)
+    LANES: tl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
+    noise = block_normals(seed, step, first_quad + begin // 4, LANE, LANES, BLOCK, FAST)
+
+    # Every minimum and maximum lets NaN through: a broken energy must show.
+    if HAS_GAMMA:
+        gamma = tl.load(gamma_ptr + at, mask=inside).to(tl.float32)
+        root, drift = tl.sqrt(gamma), gamma * score
+    else:
+        ratio = tl.abs(score) * (1.0 / threshold)
+        root = tl.rsqrt(tl.maximum(ratio, 1.0, propagate_nan=tl.PropagateNan.ALL))
+        drift = tl.clamp(score, -threshold, threshold, propagate_nan=tl.PropagateNan.ALL)
+    moved = z + (0.5 * step_size) * drift + (noise_scale * tl.sqrt(step_size)) * root * noise
+
+    if HAS_BOUNDS:
+        moved = tl.clamp(moved, low, high, propagate_nan=tl.PropagateNan.ALL)
+    if HAS_MASK:
+        moved = tl.where(tl.load(mask_ptr + at, mask=inside), moved, z)
+    tl.store(out_ptr + at, moved.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "first_quad", "seed", "step"])
+def anisotropic_step_kernel(
+    z_ptr, score_ptr, gamma_ptr, mask_ptr, out_ptr, n: tl.int64, first_quad: tl.int64,
+    threshold, step_size, noise_scale, seed, step, low: tl.float32, high: tl.float32,
+    THRESHOLD_PTR: tl.constexpr, STEP_SIZE_PTR: tl.constexpr, NOISE_SCALE_PTR: tl.constexpr,
+    SEED_PTR: tl.constexpr, STEP_PTR: tl.constexpr, LANE: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BOUNDS: tl.constexpr,
+    FAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Elements 0 .. n of a contiguous chain batch whose element 0 is element 4 first_quad + LANE of the stream."""
+    begin = tl.program_id(0).to(tl.int64) * BLOCK
+    threshold = scalar(threshold, THRESHOLD_PTR, tl.float32)
+    step_size = scalar(step_size, STEP_SIZE_PTR, tl.float32)
+    noise_scale = scalar(noise_scale, NOISE_SCALE_PTR, tl.float32)
+    seed = scalar(seed, SEED_PTR, tl.int64)
+    step = scalar(step, STEP_PTR, tl.int64)
+    # Masked accesses are scalar where n is not a multiple of 16, so only the last block is masked.
+    if begin + BLOCK <= n:
+        step_block(
+            z_ptr, score_ptr, gamma_ptr, mask_ptr, out_ptr, begin, n, first_quad,
+            threshold, step_size, noise_scale, seed, step, low, high,
+            LANE, HAS_GAMMA, HAS_MASK, HAS_BOUNDS, FAST, BLOCK, RAGGED=False,
+        )  # fmt: skip
+    else:
+        step_block(
+            z_ptr, score_ptr, gamma_ptr, mask_ptr, out_ptr, begin, n, first_quad,
+            threshold, step_size, noise_scale, seed, step, low, high,
+            LANE, HAS_GAMMA, HAS_MASK, HAS_BOUNDS, FAST, BLOCK, RAGGED=True,
+        )  # fmt: skip
+
+
+def launch(z, score, out, *, gamma, mask, threshold, step_size, noise_scale, seed, step, first, bounds, fast):
+    """Launch over contiguous tensors of one dtype and shape; ``first`` is the stream's element of z's element 0.
+
+    threshold, step_size and noise_scale are floats, seed and step int64-valued ints, or any of them a 0-dim tensor.
+    """
+    n = z.numel()
+    low, high = bounds if bounds is not None else (0.0, 0.0)
+    anisotropic_step_kernel[(triton.cdiv(n, BLOCK),)](
+        z, score, gamma, mask, out, n, first // 4, threshold, step_size, noise_scale, seed, step, low, high,
+        THRESHOLD_PTR=is_tensor(threshold), STEP_SIZE_PTR=is_tensor(step_size), NOISE_SCALE_PTR=is_tensor(noise_scale),
+        SEED_PTR=is_tensor(seed), STEP_PTR=is_tensor(step), LANE=first % 4,
+        HAS_GAMMA=gamma is not None, HAS_MASK=mask is not None, HAS_BOUNDS=bounds is not None,
+        FAST=fast, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def is_tensor(x) -> bool:
+    return hasattr(x, "data_ptr")

@@ -1,0 +1,26 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for tests/oracle.py
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    """Compiled functions of one test do not count against another's limits."""
+    torch._dynamo.reset()
+    yield
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Buffers that come uninitialised are full of NaN, so that an element nobody wrote shows."""
+    empty_like = torch.empty_like
+
+    def filled(*args, **kwargs):
+        out = empty_like(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty_like", filled)

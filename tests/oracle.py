@@ -1,0 +1,64 @@
+"""Independent definitions in numpy and float64, written from the formulas and not from the library's code."""
+
+import numpy as np
+
+
+def philox4x32(counter: np.ndarray, key: np.ndarray, rounds: int = 10) -> np.ndarray:
+    """counter (N, 4), key (N, 2), uint32 -> (N, 4) uint32 (Salmon et al. 2011), in Python-sized integers."""
+    c = [counter[:, i].astype(object) for i in range(4)]
+    k = [key[:, i].astype(object) for i in range(2)]
+    for _ in range(rounds):
+        product0, product1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [product1 // 2**32 ^ c[1] ^ k[0], product1 % 2**32, product0 // 2**32 ^ c[3] ^ k[1], product0 % 2**32]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return np.stack([x.astype(np.uint64) for x in c], axis=1).astype(np.uint32)
+
+
+def words(elements: np.ndarray, seed: int, step: int, stream: int) -> np.ndarray:
+    """The word of each element: elements (N,) of any integers -> (N,) uint32."""
+    k = [int(e) for e in elements]
+    counter = np.array(
+        [[q & 0xFFFFFFFF, q >> 32, step & 0xFFFFFFFF, stream + 256 * (step >> 32)] for q in (e // 4 for e in k)],
+        dtype=np.uint32,
+    ).reshape(-1, 4)
+    seed %= 1 << 64
+    key = np.tile(np.array([[seed & 0xFFFFFFFF, seed >> 32]], dtype=np.uint32), (len(k), 1))
+    lanes = philox4x32(counter, key)
+    return lanes, np.array([e % 4 for e in k], dtype=int)
+
+
+def normals(elements: np.ndarray, seed: int, step: int, stream: int = 0) -> np.ndarray:
+    """(N,) float64 normals of the elements, from float32-rounded uniforms."""
+    lanes, which = words(elements, seed, step, stream)
+    even, odd = lanes[:, 0::2], lanes[:, 1::2]
+    u = ((even.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)).astype(np.float64)
+    theta = odd.astype(np.int32).astype(np.float64) * (2 * np.pi / 2**32)
+    rho = np.sqrt(-2 * np.log(u))
+    both = np.stack([rho[:, 0] * np.cos(theta[:, 0]), rho[:, 0] * np.sin(theta[:, 0]),
+                     rho[:, 1] * np.cos(theta[:, 1]), rho[:, 1] * np.sin(theta[:, 1])], axis=1)  # fmt: skip
+    return both[np.arange(len(which)), which]
+
+
+def step(
+    z, score, threshold, xi, *, step_size=1.0, noise_scale=1.0, norm="element", gamma=None, mask=None, bounds=None
+):
+    """One transition in float64 numpy: z, score, xi of one shape (B, ...)."""
+    z, s, xi = (np.asarray(a, dtype=np.float64) for a in (z, score, xi))
+    if gamma is None:
+        if norm == "element":
+            size = np.abs(s)
+        elif norm == "channel":
+            size = np.sqrt((s**2).sum(1, keepdims=True))
+        else:
+            size = np.sqrt((s.reshape(len(s), -1) ** 2).sum(1)).reshape(-1, *[1] * (s.ndim - 1))
+        g = np.ones_like(size) if np.isinf(threshold) else threshold / np.maximum(threshold, size)
+    else:
+        g = np.asarray(gamma, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        drift = g * s
+        if gamma is None and norm == "element" and np.isfinite(threshold):
+            drift = np.where(np.isinf(s), np.sign(s) * threshold, drift)
+        out = z + step_size / 2 * drift + noise_scale * np.sqrt(step_size * g) * xi
+        if bounds is not None:
+            out = np.clip(out, *bounds)
+    return out if mask is None else np.where(np.broadcast_to(mask, z.shape), out, z)

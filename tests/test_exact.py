@@ -1,0 +1,218 @@
+"""Quadrature against closed forms. The one statistical test uses fixed seeds and a bound with its margin stated."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from fastanila import exact
+
+
+class Gaussian:
+    """N(0, s**2 I) with the face of a fastanila.data density; closed=False hides what is known of it."""
+
+    name, box = "gaussian", (-4.0, 4.0)
+
+    def __init__(self, s=0.5, closed=True):
+        self.s = s
+        self.log_density = self._log_density if closed else None
+        self.entropy = 1 + math.log(2 * math.pi * s**2) if closed else None
+
+    def _log_density(self, x):
+        return -0.5 * x.square().sum(1) / self.s**2 - math.log(2 * math.pi * self.s**2)
+
+    def draw(self, count, *, seed, step, purpose="train", offset=0, device=None):
+        assert purpose == "held-out", "an evaluation must not see the training draws"
+        generator = torch.Generator().manual_seed(hash((seed, step, offset)))
+        return (self.s * torch.randn(count, 2, generator=generator)).to(device)
+
+
+def gaussian(mean, covariance):
+    law = MultivariateNormal(torch.tensor(mean, dtype=torch.float64), torch.tensor(covariance, dtype=torch.float64))
+    return law, lambda x: -law.log_prob(x.double())
+
+
+A, ENERGY_A = gaussian([0.2, -0.3], [[0.8, 0.3], [0.3, 0.5]])
+B, ENERGY_B = gaussian([-0.1, 0.4], [[0.6, -0.1], [-0.1, 0.9]])
+CELLS = exact.grid((-7.0, 7.0), 300)
+
+
+def test_grid_covers_the_box_with_x_first():
+    cells = exact.grid((-1.0, 2.0), 3)
+    assert cells.cell_area == 1.0 and cells.points.dtype == torch.float64
+    assert cells.points.view(3, 3, 2)[0, 2].tolist() == [-0.5, 1.5]
+    with pytest.raises(ValueError, match="box"):
+        exact.grid((1.0, 1.0))
+
+
+def test_the_energy_sees_float32_batches_without_a_graph():
+    weight = torch.tensor(2.0, requires_grad=True)
+    seen = []
+
+    def energy(x):
+        seen.append((len(x), x.dtype))
+        return weight * x.square().sum(1)
+
+    cells = exact.grid((-1.0, 1.0), 10)
+    u = exact.energy_on_grid(energy, cells, batch=64)
+    assert seen == [(64, torch.float32), (36, torch.float32)]
+    assert u.dtype == torch.float64 and u.shape == (100,) and not u.requires_grad
+
+
+@pytest.mark.parametrize("s", [0.3, 1.0])
+def test_log_normalizer_and_entropy_of_a_gaussian(s):
+    def energy(x):
+        return 0.5 * x.double().square().sum(1) / s**2
+
+    cells = exact.grid((-8 * s, 8 * s), 200)
+    assert exact.log_normalizer(energy, cells) == pytest.approx(math.log(2 * math.pi * s**2), abs=1e-6)
+    log_p = exact.model_log_density(energy, cells)
+    assert exact.entropy(log_p, cells) == pytest.approx(1 + math.log(2 * math.pi * s**2), abs=1e-6)
+
+
+def test_kl_and_cross_entropy_of_two_gaussians():
+    p, q = (exact.model_log_density(e, CELLS) for e in (ENERGY_A, ENERGY_B))
+    true = torch.distributions.kl_divergence(A, B).item()
+    assert exact.kl(p, q, CELLS) == pytest.approx(true, abs=1e-6)
+    assert exact.cross_entropy(p, q, CELLS) == pytest.approx(true + A.entropy().item(), abs=1e-6)
+    assert exact.kl(p, p, CELLS) == 0.0
+
+
+@pytest.mark.parametrize("distance", [0.1, 1.0, 3.0])
+def test_total_variation_of_shifted_gaussians(distance):
+    cells = exact.grid((-8.0, 8.0), 400)
+    p, q = (
+        exact.model_log_density(lambda x, m=m: 0.5 * (x.double() - torch.tensor([m, 0.0])).square().sum(1), cells)
+        for m in (-distance / 2, distance / 2)
+    )
+    true = math.erf(distance / 2 / math.sqrt(2))  # 2 Phi(d / 2) - 1
+    assert exact.total_variation(p, q, cells) == pytest.approx(true, abs=2e-4)  # |p - q| has a kink: O(1 / n**2)
+
+
+def test_total_variation_of_disjoint_densities_is_one():
+    log_p = torch.full((CELLS.n**2,), -math.inf, dtype=torch.float64)
+    log_q = log_p.clone()
+    log_p[0], log_q[1] = (-math.log(CELLS.cell_area),) * 2
+    assert exact.total_variation(log_p, log_q, CELLS) == pytest.approx(1)
+    assert exact.kl(log_p, log_q, CELLS) == math.inf
+    assert exact.entropy(log_p, CELLS) == pytest.approx(math.log(CELLS.cell_area))  # one cell, and no 0 * inf
+
+
+def test_a_smooth_integral_converges_faster_than_a_kinked_one():
+    smooth = [exact.log_normalizer(ENERGY_A, exact.grid((-7.0, 7.0), n)) for n in (10, 30)]
+    assert abs(smooth[0]) > 1e-4 and abs(smooth[1]) < 1e-6
+
+    def cone(x):
+        return x.double().norm(dim=1)  # the integral of exp(-|x|) over the plane is 2 pi
+
+    errors = [exact.log_normalizer(cone, exact.grid((-30.0, 30.0), n)) - math.log(2 * math.pi) for n in (200, 400)]
+    assert 0 < abs(errors[1]) < abs(errors[0]) / 3.5
+
+
+def test_a_mixture_is_normalised_whatever_its_weights():
+    def energy(x):
+        return -torch.logsumexp(torch.stack([math.log(0.3) - ENERGY_A(x), math.log(0.7) - ENERGY_B(x)]), 0)
+
+    assert exact.log_normalizer(energy, CELLS) == pytest.approx(0, abs=1e-6)
+    log_p = exact.model_log_density(energy, CELLS)
+    assert log_p.exp().sum().item() * CELLS.cell_area == pytest.approx(1, abs=1e-12)
+    assert (log_p + energy(CELLS.points)).abs().max() < 1e-4  # the energy saw float32 points
+
+
+def test_a_constant_changes_nothing_but_log_z():
+    shifted = exact.model_log_density(lambda x: ENERGY_A(x) + 7.5, CELLS)
+    assert torch.allclose(shifted, exact.model_log_density(ENERGY_A, CELLS), atol=1e-12, rtol=0)
+    moved = exact.log_normalizer(lambda x: ENERGY_A(x) + 7.5, CELLS) - exact.log_normalizer(ENERGY_A, CELLS)
+    assert moved == pytest.approx(-7.5, abs=1e-12)
+    density = Gaussian()
+    plain, other = (exact.evaluate(lambda x, c=c: ENERGY_A(x) + c, density, resolution=80) for c in (0.0, -1000.0))
+    assert plain == pytest.approx(other, abs=1e-9)
+
+
+def test_infinite_energies_are_no_mass_and_nan_is_seen():
+    def half(x):
+        return torch.where(x[:, 0] > 0, ENERGY_A(x), math.inf)
+
+    p = exact.model_log_density(half, CELLS)
+    assert math.isfinite(exact.entropy(p, CELLS)) and exact.total_variation(p, p, CELLS) == 0
+    assert exact.kl(exact.model_log_density(ENERGY_A, CELLS), p, CELLS) == math.inf
+    broken = exact.evaluate(lambda x: x[:, 0] * math.nan, Gaussian(), resolution=20)
+    assert math.isnan(broken["nll"]) and math.isnan(broken["tv"])
+
+
+def test_held_out_nll():
+    s, density = 0.8, Gaussian(0.5)
+    cells = exact.grid((-6.0, 6.0), 200)
+    nll = exact.held_out_nll(lambda x: 0.5 * x.double().square().sum(1) / s**2, density, cells)
+    assert nll == pytest.approx(math.log(2 * math.pi * s**2) + 0.5**2 / s**2, abs=1e-6)
+
+
+def test_the_estimate_from_draws_has_the_stated_error():
+    samples = 1_000_000
+    cells = exact.grid((-4.0, 4.0), 200)
+    true = exact.data_log_density(Gaussian(), cells)
+    estimate = exact.data_log_density(Gaussian(closed=False), cells, samples=samples)
+    # The stated bound is on the mean with C cells; C = those within 4.5 standard deviations holds 0.99996 of the
+    # mass. The TV of 1e6 draws moves by less than sqrt(ln(1e6) / 2 / samples) = 0.003 but once in 1e6 (McDiarmid).
+    occupied = (cells.points.norm(dim=1) < 4.5 * 0.5).sum().item()
+    bound = math.sqrt(2 * occupied / (math.pi * samples)) / 3
+    tv = exact.total_variation(true, estimate, cells)
+    assert bound / 10 < tv < bound + 0.003
+    # a cell's blur adds h**2 / 6 to each variance: h**2 / (6 s**2) to the entropy; the draws' own is 1 / sqrt(samples)
+    blur = 0.04**2 / (6 * 0.5**2)
+    bias = 2 * occupied / (9 * samples)
+    error = exact.entropy(estimate, cells) - exact.entropy(true, cells)
+    assert -bias - 0.005 < error < blur + 0.005
+
+    def energy(x):
+        return 0.5 * x.double().square().sum(1)
+
+    plain, drawn = (exact.cross_entropy(p, exact.model_log_density(energy, cells), cells) for p in (true, estimate))
+    # U has variance s**4 under the data: 4.9 standard deviations are crossed once in 1e6
+    assert abs(drawn - plain) < 0.04**2 / 6 + 4.9 * 0.5**2 / math.sqrt(samples)
+
+
+def test_histogram_counts_the_edges_and_what_is_lost():
+    box = (-1.0, 1.0)
+    samples = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [-0.5, 0.5], [1.1, 0.0], [math.nan, 0.0]])
+    counts = exact.histogram(samples, box, 2) * 5
+    assert counts.tolist() == [[1, 1], [0, 1]]
+    inside = exact.histogram(samples[:3], box, 2)
+    assert inside.sum() == 1 and inside.dtype == torch.float64
+    assert exact.histogram_tv(inside, exact.histogram(samples, box, 2)) == pytest.approx(0.4)
+    outside = exact.histogram(torch.full((7, 2), 3.0), box, 2)
+    assert exact.histogram_tv(inside, outside) == 1 and exact.histogram_tv(outside, outside) == 0
+    with pytest.raises(ValueError, match="samples"):
+        exact.histogram(torch.empty(0, 2), box, 2)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_chains_tv_tells_noise_from_error(closed):
+    density = Gaussian(1.0, closed)
+    chains = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(1))
+    good = exact.chains_tv(chains, density, bins=16)
+    # 256 cells at most: E TV < sqrt(2 * 256 / (pi * 20000)) / 2 = 0.045; McDiarmid allows 0.019 more at 1e-6
+    assert 0.005 < good["tv_chains_floor"] < 0.045 and abs(good["tv_chains"] - good["tv_chains_floor"]) < 0.019
+    bad = exact.chains_tv(1.2 * chains, density, bins=16)
+    assert bad["tv_chains_floor"] == good["tv_chains_floor"] and bad["tv_chains"] > 3 * bad["tv_chains_floor"]
+
+
+def test_evaluate_reports_floats():
+    density = Gaussian(0.5)
+    chains = 0.5 * torch.randn(500, 2, generator=torch.Generator().manual_seed(2))
+
+    def model(s):
+        return lambda x: 0.5 * x.double().square().sum(1) / s**2
+
+    report = exact.evaluate(model(0.5), density, chains, resolution=200)
+    keys = {"nll", "entropy", "gap", "kl", "tv", "boundary_mass", "tv_chains", "tv_chains_floor"}
+    assert set(report) == keys and json.loads(json.dumps(report)) == report
+    assert all(type(value) is float for value in report.values())
+    assert abs(report["gap"]) < 1e-6 and abs(report["kl"]) < 1e-6 and report["tv"] < 1e-6
+    assert report["nll"] == pytest.approx(density.entropy, abs=1e-6)
+    assert 0 <= report["boundary_mass"] < 1e-12
+    wide = exact.evaluate(model(50.0), density, resolution=200)
+    assert wide["boundary_mass"] == pytest.approx(1 - (198 / 200) ** 2, rel=0.02) and "tv_chains" not in wide
+    assert wide["nll"] == pytest.approx(math.log(10.0**2), abs=0.01)  # nearly uniform on the data's box and a quarter
