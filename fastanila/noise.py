@@ -110,7 +110,24 @@ def as_word64(value: int | Tensor, device=None) -> Tensor:
         return value
     if value >= 1 << 63 or value < -(1 << 63):  # only then, because a compiler's symbolic int knows no big modulus
         value = (value + (1 << 63)) % (1 << 64) - (1 << 63)
+    if torch.compiler.is_compiling():
+        return torch.ops.fastanila.word(value, torch.device("cpu" if device is None else device))
+    return _word(value, device)
+
+
+def _word(value: int, device) -> Tensor:
     return torch.full((), value, dtype=torch.int64, device=device)
+
+
+# Opaque to compilers, which else carry a constant or symbolic seed through ten rounds of Philox, for many minutes.
+_library = torch.library.Library("fastanila", "FRAGMENT")
+_library.define("word(SymInt value, Device device) -> Tensor")
+_library.impl("word", _word, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastanila::word")
+def _(value, device):
+    return torch.empty((), dtype=torch.int64, device=device)
 
 
 def _quads(count: int, seed, step, stream: int, start: int, device) -> tuple[Tensor, ...]:
