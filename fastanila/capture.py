@@ -1,12 +1,17 @@
-"""Compiling the pieces of a chain, each as one graph."""
+"""Compiling the pieces of a run, each as one graph."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import types
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Hashable
 
 import torch
+
+from .energies import evaluator
 
 _numbers = itertools.count()
 
@@ -22,3 +27,58 @@ def compiled(function: Callable) -> Callable:
     own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
     return torch.compile(own, fullgraph=True)
+
+
+def transition_of(sampler, energy, score=None, *, compile: bool, strict: bool = False) -> Callable:
+    """advance(numbers, state, seed, step, offset, mask) -> (State, Info), for all samplers that differ in numbers only.
+
+    A compiled transition is kept for the next call with the same energy (the last 16 are). Unless ``strict``, one
+    that does not trace as a single graph runs eagerly from then on, with a warning that says why.
+    """
+
+    def plain(numbers, state, seed, step, offset=0, mask=None):
+        return sampler.with_numbers(numbers).transition(
+            evaluate_plain, state, seed=seed, step=step, offset=offset, mask=mask
+        )
+
+    evaluate_plain = evaluator(energy, score)
+    if not compile:
+        return plain
+    static = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name not in sampler.numbers}
+    keep = isinstance(energy, Hashable) and isinstance(score, Hashable)  # a dataclass with __call__ is not
+    build = _compiled_transition if keep else _compiled_transition.__wrapped__
+    fused = build(energy, score, type(sampler), tuple(static.items()))
+    return fused if strict else _falling_back(fused, plain)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_transition(energy, score, kind: type, static: tuple) -> Callable:
+    template = kind(**dict(static))
+    evaluate = evaluator(energy, score, traced=True)
+
+    def transition(numbers, state, seed, step, offset=0, mask=None):
+        return template.with_numbers(numbers).transition(
+            evaluate, state, seed=seed, step=step, offset=offset, mask=mask
+        )
+
+    return compiled(transition)
+
+
+def _falling_back(fused: Callable, plain: Callable) -> Callable:
+    works = True
+
+    def advance(*arguments):
+        nonlocal works
+        if works:
+            try:
+                return fused(*arguments)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                reason = str(error).strip().splitlines()[0]
+                warnings.warn(
+                    f"the energy does not compile as one graph and runs eagerly ({reason}); compile=False says so",
+                    stacklevel=3,
+                )
+                works = False
+        return plain(*arguments)
+
+    return advance

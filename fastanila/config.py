@@ -12,8 +12,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-from . import data, ops
-from .samplers import check_count
+from . import checks, data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Settings:
 # 2-D: threshold 10 leaves about 7 % of the elements clipped at the end. At 5 it was half of them: the sampler's bias
 # then grows as the model sharpens, and training ended 0.29 nats off in one setting and diverged in another.
 _PLANE: dict[str, Any] = dict(
-    energy="mlp", width=64, depth=2, features=32, feature_scale=1.5, confinement=0.05,
+    energy="mlp", width=64, depth=2, features=64, feature_scale=1.5, confinement=0.05,
     threshold=10.0, step_size=0.01, noise_scale=1.0, clamp=False,
     steps=60, chains=512, batch_size=512, reinit=0.005,
     iterations=4000, lr=5e-4, energy_l2=0.0, data_noise=0.0, clip_grad=0.0, ema=0.995,
@@ -154,15 +153,15 @@ def check(settings: Settings) -> None:
     for name, hint in get_type_hints(Settings).items():
         _check_type(name, getattr(settings, name), hint)
     for name in ("image_size", "channels", "width", "steps", "batch_size", "iterations", "log_every", "save_every"):
-        check_count(name, getattr(settings, name))
-    check_count("chains", settings.chains)
+        checks.count(name, getattr(settings, name))
+    checks.count("chains", settings.chains)
     for name in ("depth", "features", "sample_every", "seed"):
-        check_count(name, getattr(settings, name), least=0)
-    ops.check_positive("threshold", settings.threshold)
+        checks.count(name, getattr(settings, name), least=0)
+    checks.positive("threshold", settings.threshold)
     for name in ("step_size", "lr"):
-        ops.check_positive(name, getattr(settings, name), finite=True)
+        checks.positive(name, getattr(settings, name), finite=True)
     for name in ("noise_scale", "confinement", "feature_scale", "energy_l2", "data_noise", "clip_grad"):
-        ops.check_nonnegative(name, getattr(settings, name))
+        checks.nonnegative(name, getattr(settings, name))
     for name in ("reinit", "ema"):
         if not 0 <= getattr(settings, name) <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {getattr(settings, name)}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -138,3 +139,55 @@ class GaussianMixture(nn.Module):
         which = torch.searchsorted(cumulative, u.to(cumulative.dtype)).clamp(max=len(cumulative) - 1)
         xi = noise.normal((count, dim), seed=seed, step=step, stream=noise.Stream.EVALUATION_NORMALS, device=device)
         return self.means[which] + self.sd[which, None] * xi.to(self.means.dtype)
+
+
+# ------------------------------------------------------------------------------------------ scores, and sampling mode
+
+Evaluate = Callable[[Tensor], tuple[Tensor | None, Tensor]]  #: z (B, ...) -> energy (B,), score (B, ...)
+
+
+def evaluator(energy, score=None, *, traced: bool = False) -> Evaluate:
+    """z -> (energy, score) of an energy: by autograd, or by torch.func.grad, which torch.compile can trace."""
+    if score is not None:
+        return lambda z: (None, score(z))
+    if energy is None:
+        raise ValueError("energy must be a callable (B, ...) -> (B,) unless score is given, got None")
+
+    def total(z: Tensor) -> tuple[Tensor, Tensor]:
+        u = energy(z)
+        if u.shape != z.shape[:1]:
+            raise ValueError(f"energy must map (B, ...) to (B,) = ({z.shape[0]},), got {tuple(u.shape)}")
+        return u.sum(), u
+
+    def by_func(z: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, u = torch.func.grad(total, has_aux=True)(z)
+        return u.detach(), -gradient
+
+    def by_autograd(z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            whole, u = total(z)
+            (gradient,) = torch.autograd.grad(whole, z)
+        return u.detach(), -gradient
+
+    return by_func if traced else by_autograd
+
+
+@contextlib.contextmanager
+def sampling(energy) -> Iterator[None]:
+    """A module in eval mode with frozen parameters, put back as it was on leaving, also by an exception."""
+    if not isinstance(energy, nn.Module):
+        yield
+        return
+    trainable = [p for p in energy.parameters() if p.requires_grad]
+    training = [m for m in energy.modules() if m.training]
+    try:
+        for p in trainable:
+            p.requires_grad_(False)
+        energy.eval()
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+        for m in training:
+            m.training = True

@@ -13,7 +13,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import noise, reference
+from . import checks, noise, reference
 
 try:
     from .kernels import anisotropic as _kernel
@@ -251,17 +251,17 @@ def _prepare(z, score, threshold, step_size, noise_scale, norm, seed, step, offs
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
     if bounds is not None:
-        bounds = check_bounds("bounds", bounds)
+        bounds = checks.bounds("bounds", bounds)
 
     threshold, threshold_t = _number("threshold", threshold, z)
     if threshold_t is None:
-        check_positive("threshold", threshold)
+        checks.positive("threshold", threshold)
     step_size, step_size_t = _number("step_size", step_size, z)
     if step_size_t is None:
-        check_positive("step_size", step_size, finite=True)
+        checks.positive("step_size", step_size, finite=True)
     noise_scale, noise_scale_t = _number("noise_scale", noise_scale, z)
     if noise_scale_t is None:
-        check_nonnegative("noise_scale", noise_scale)
+        checks.nonnegative("noise_scale", noise_scale)
 
     if (seed is None) != (step is None):
         given, missing = ("step", "seed") if seed is None else ("seed", "step")
@@ -283,25 +283,6 @@ def _prepare(z, score, threshold, step_size, noise_scale, norm, seed, step, offs
         score.detach(), threshold, threshold_t, step_size, step_size_t, noise_scale, noise_scale_t, norm,
         seed, seed_t, step, step_t, offset, None if gamma is None else gamma.detach(), mask, bounds,
     )  # fmt: skip
-
-
-def check_positive(name: str, value: float, finite: bool = False) -> None:
-    if not value > 0 or (finite and value == math.inf):
-        raise ValueError(f"{name} must be {'positive and finite' if finite else 'positive or inf'}, got {value}")
-
-
-def check_nonnegative(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
-
-
-def check_bounds(name: str, bounds) -> tuple[float, float]:
-    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-        raise ValueError(f"{name} must be a pair (low, high), got {bounds!r}")
-    low, high = float(bounds[0]), float(bounds[1])
-    if not low < high:
-        raise ValueError(f"{name} must be a pair with low < high, got {bounds!r}")
-    return low, high
 
 
 def _check_tensor(name: str, value) -> None:

@@ -13,21 +13,17 @@ chain converges to exp(-U) itself; where it is False, the docstring says what la
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import noise, ops, reference
-from .capture import compiled
-
-Evaluate = Callable[[Tensor], tuple[Tensor | None, Tensor]]
+from . import checks, noise, ops, reference
+from .capture import transition_of
+from .energies import Evaluate, evaluator, sampling
 
 
 class State(NamedTuple):
@@ -98,10 +94,12 @@ class Sampler:
         Returns:
             The final chains, (B, ...), detached; with keep_every the kept states, (steps // keep_every, B, ...).
         """
-        check_count("steps", steps, least=0)
-        check_count("callback_every", callback_every)
+        checks.count("steps", steps, least=0)
+        if not 0 <= step < 1 << 56:
+            raise ValueError(f"step must be in [0, 2**56), got {step}")
+        checks.count("callback_every", callback_every)
         if keep_every is not None:
-            check_count("keep_every", keep_every)
+            checks.count("keep_every", keep_every)
         kept = []
         with torch.no_grad(), sampling(energy if score is None else score):
             advance = transition_of(self, energy, score, compile=compile)
@@ -266,8 +264,8 @@ def calibrate(
     """
     if not 0 < clip_fraction < 1:
         raise ValueError(f"clip_fraction must be between 0 and 1, got {clip_fraction}")
-    ops.check_positive("stability", stability, finite=True)
-    ops.check_positive("noise_scale", noise_scale, finite=True)
+    checks.positive("stability", stability, finite=True)
+    checks.positive("noise_scale", noise_scale, finite=True)
     with torch.no_grad(), sampling(energy if score is None else score):
         _, s = evaluator(energy, score)(z.detach())
     size = reference.magnitude(s.double(), norm).flatten()
@@ -279,125 +277,14 @@ def calibrate(
     return Calibration(size.kthvalue(rank).values.item(), 4 * stability * (noise_scale / rms) ** 2, rms)
 
 
-# ------------------------------------------------------------------------------------- energies, scores, compiling
-
-
-def evaluator(energy, score=None, *, traced: bool = False) -> Evaluate:
-    """z -> (energy, score) of an energy: by autograd, or by torch.func.grad, which torch.compile can trace."""
-    if score is not None:
-        return lambda z: (None, score(z))
-    if energy is None:
-        raise ValueError("energy must be a callable (B, ...) -> (B,) unless score is given, got None")
-
-    def total(z: Tensor) -> tuple[Tensor, Tensor]:
-        u = energy(z)
-        if u.shape != z.shape[:1]:
-            raise ValueError(f"energy must map (B, ...) to (B,) = ({z.shape[0]},), got {tuple(u.shape)}")
-        return u.sum(), u
-
-    def by_func(z: Tensor) -> tuple[Tensor, Tensor]:
-        gradient, u = torch.func.grad(total, has_aux=True)(z)
-        return u.detach(), -gradient
-
-    def by_autograd(z: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            whole, u = total(z)
-            (gradient,) = torch.autograd.grad(whole, z)
-        return u.detach(), -gradient
-
-    return by_func if traced else by_autograd
-
-
-def transition_of(sampler: Sampler, energy, score=None, *, compile: bool, strict: bool = False) -> Callable:
-    """advance(numbers, state, seed, step, offset, mask) -> (State, Info), for all samplers that differ in numbers only.
-
-    A compiled transition is kept for the next call with the same energy (the last 16 are). Unless ``strict``, one
-    that does not trace as a single graph runs eagerly from then on, with a warning that says why.
-    """
-
-    def plain(numbers, state, seed, step, offset=0, mask=None):
-        return sampler.with_numbers(numbers).transition(
-            evaluate_plain, state, seed=seed, step=step, offset=offset, mask=mask
-        )
-
-    evaluate_plain = evaluator(energy, score)
-    if not compile:
-        return plain
-    static = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name not in sampler.numbers}
-    fused = _compiled_transition(energy, score, type(sampler), tuple(static.items()))
-    return fused if strict else _falling_back(fused, plain)
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled_transition(energy, score, kind: type[Sampler], static: tuple) -> Callable:
-    template = kind(**dict(static))
-    evaluate = evaluator(energy, score, traced=True)
-
-    def transition(numbers, state, seed, step, offset=0, mask=None):
-        return template.with_numbers(numbers).transition(
-            evaluate, state, seed=seed, step=step, offset=offset, mask=mask
-        )
-
-    return compiled(transition)
-
-
-def _falling_back(fused: Callable, plain: Callable) -> Callable:
-    works = True
-
-    def advance(*arguments):
-        nonlocal works
-        if works:
-            try:
-                return fused(*arguments)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                reason = str(error).strip().splitlines()[0]
-                warnings.warn(
-                    f"the energy does not compile as one graph and runs eagerly ({reason}); compile=False says so",
-                    stacklevel=3,
-                )
-                works = False
-        return plain(*arguments)
-
-    return advance
-
-
-@contextlib.contextmanager
-def sampling(energy) -> Iterator[None]:
-    """A module in eval mode with frozen parameters, put back as it was on leaving, also by an exception."""
-    if not isinstance(energy, nn.Module):
-        yield
-        return
-    trainable = [p for p in energy.parameters() if p.requires_grad]
-    training = [m for m in energy.modules() if m.training]
-    try:
-        for p in trainable:
-            p.requires_grad_(False)
-        energy.eval()
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
-        for m in training:
-            m.training = True
-
-
-# --------------------------------------------------------------------------------------------------------- checks
-
-
-def check_count(name: str, value: int, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
 def _check_numbers(sampler: Sampler) -> None:
     for name in sampler.numbers:
         value = getattr(sampler, name)
         if isinstance(value, Tensor):
             continue
         if name == "noise_scale":
-            ops.check_nonnegative(name, value)
+            checks.nonnegative(name, value)
         else:
-            ops.check_positive(name, value, finite=name != "threshold")
+            checks.positive(name, value, finite=name != "threshold")
     if sampler.bounds is not None:
-        object.__setattr__(sampler, "bounds", ops.check_bounds("bounds", sampler.bounds))
+        object.__setattr__(sampler, "bounds", checks.bounds("bounds", sampler.bounds))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import signal
 import sys
@@ -21,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, config, data, exact, noise, plots, runs, samplers
-from .capture import compiled
+from .capture import compiled, transition_of
 from .config import Settings
+from .energies import evaluator, sampling
 from .noise import Stream
 from .objectives import likelihood
+from .report import Metrics, Progress, tensorboard_writer
 
 DONE, BAD_ARGUMENTS, DIVERGED = 0, 2, 3
 #: An energy beyond this has left everything that training could bring back.
@@ -123,8 +124,8 @@ def run(job: Job, say: Callable[[str], None] = print) -> runs.Run:
     update = build_update(job)
     with (
         runs.matmul_precision(s.precision),
-        Metrics(job) as metrics,
-        Progress(job, say) as progress,
+        Metrics(job.directory, job.iteration, s.tensorboard) as metrics,
+        Progress(job.iteration, s.iterations, say) as progress,
         caught_signals() as caught,
     ):
         while job.iteration < s.iterations:
@@ -167,7 +168,7 @@ def build_update(job: Job) -> Callable[[int], Update]:
     s, device = job.settings, job.device
     energy = runs.at_precision(job.energy, s.precision)
     parameters = list(job.energy.parameters())
-    advance = samplers.transition_of(job.sampler, energy, compile=s.fused, strict=True)
+    advance = transition_of(job.sampler, energy, compile=s.fused, strict=True)
     numbers = job.sampler.numbers_on(device)
     seed = noise.as_word64(s.seed, device)
 
@@ -199,8 +200,8 @@ def build_update(job: Job) -> Callable[[int], Update]:
         return Update(result.energy_data, result.energy_chains, grad_norm, info, chains, finite)
 
     def move(iteration: int, z: Tensor) -> tuple[Tensor, samplers.Info]:
-        with torch.no_grad(), samplers.sampling(energy):
-            state = job.sampler.init(samplers.evaluator(energy), z)
+        with torch.no_grad(), sampling(energy):
+            state = job.sampler.init(evaluator(energy), z)
             step = noise.as_word64(iteration * s.steps, device)
             for _ in range(s.steps):
                 state, info = advance(numbers, state, seed, step)
@@ -269,89 +270,6 @@ def picture(job: Job, path: Path) -> None:
         plots.save_images(path, job.chains[:64], job.data.box)
 
 
-class Metrics:
-    """metrics.jsonl, and TensorBoard's event files where wanted; rows after the resumed update are dropped."""
-
-    def __init__(self, job: Job):
-        self.path = job.directory / "metrics.jsonl"
-        rows = read_rows(self.path) if job.iteration else []
-        kept = [row for row in rows if row["iteration"] <= job.iteration]
-        checkpoint.write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.board = None
-        if job.settings.tensorboard:
-            self.board = tensorboard_writer()(str(job.directory / "tensorboard"), purge_step=job.iteration + 1)
-
-    def __enter__(self):
-        self.file = open(self.path, "a", encoding="utf-8")
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-    def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        if self.board is not None:
-            for name in row.keys() - {"iteration"}:
-                self.board.add_scalar(name, row[name], row["iteration"])
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that a killed writer left unfinished is dropped."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def tensorboard_writer():
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("tensorboard is not installed: pip install fastanila[tensorboard]") from None
-    return SummaryWriter
-
-
-class Progress:
-    """A bar on a terminal; about twenty plain lines elsewhere."""
-
-    def __init__(self, job: Job, say: Callable[[str], None]):
-        self.job, self.say, self.bar = job, say, None
-        self.first = job.iteration
-        self.every = max(1, (job.settings.iterations - self.first) // 20)
-        self.next = self.first + 1
-
-    def __enter__(self):
-        self.began = time.perf_counter()
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=self.job.settings.iterations, initial=self.first, unit="update", dynamic_ncols=True)
-        return self
-
-    def __exit__(self, *_):
-        if self.bar is not None:
-            self.bar.close()
-
-    def show(self, row: dict) -> None:
-        shown = (
-            f"energy data {row['energy_data']:.3f} chains {row['energy_chains']:.3f} gap {row['energy_gap']:+.3f} "
-            f"clipped {row['clip_fraction']:.1%}" + (f" nll {row['nll']:.3f}" if "nll" in row else "")
-        )
-        if self.bar is not None:
-            self.bar.set_postfix_str(shown, refresh=False)
-            self.bar.update(row["iteration"] - self.bar.n)
-        elif row["iteration"] >= self.next or "nll" in row:
-            rate = (row["iteration"] - self.first) / (time.perf_counter() - self.began)
-            self.say(f"update {row['iteration']:>6}  {shown}  {rate:.1f} updates/s")
-            self.next = row["iteration"] + self.every
-
-
 # ------------------------------------------------------------------------------------------------- saving, resuming
 
 
@@ -395,9 +313,7 @@ def new_directory(settings: Settings) -> Path:
     if settings.out is not None:
         path = Path(settings.out)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(
-                f"out must be a new or empty folder, but {path} holds another run; --resume goes on"
-            )
+            raise ValueError(f"out must be a new or empty folder, but {path} holds another run; --resume goes on")
         return path
     path, number = Path("runs") / settings.data, 2
     while path.exists():

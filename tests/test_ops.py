@@ -61,7 +61,9 @@ def test_norms_do_not_overflow(norm):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_face_equals_the_formula(dtype):
     z, score = draw((7, 5), dtype)
-    settings = dict(seed=(1 << 64) - 9, step=(1 << 35) + 1, offset=3, step_size=0.4, noise_scale=0.6, bounds=(-1.0, 2.0))
+    settings = dict(
+        seed=(1 << 64) - 9, step=(1 << 35) + 1, offset=3, step_size=0.4, noise_scale=0.6, bounds=(-1.0, 2.0)
+    )
     out = anisotropic_step(z, score, 1.5, **settings)
     assert out.dtype == dtype
     tolerance = 2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
@@ -144,7 +146,7 @@ ARGUMENTS = [
 def test_opcheck(options):
     z, score = draw()
     defaults = dict(step_size=1.0, noise_scale=1.0, norm="element", offset=0, gamma=None, mask=None, bounds=None)
-    order = "threshold step_size noise_scale norm seed step offset gamma mask bounds".split()
+    order = ["threshold", "step_size", "noise_scale", "norm", "seed", "step", "offset", "gamma", "mask", "bounds"]
     chosen = defaults | options
     z, arguments = ops._prepare(z, score, *[chosen[name] for name in order])
     torch.library.opcheck(torch.ops.fastanila.anisotropic_step.default, (z, *arguments))
@@ -155,9 +157,7 @@ def test_opcheck(options):
 
 def test_changing_scalars_do_not_recompile():
     def f(z, threshold, step_size, noise_scale, seed, step):
-        return anisotropic_step(
-            z, -z, threshold, step_size=step_size, noise_scale=noise_scale, seed=seed, step=step
-        )
+        return anisotropic_step(z, -z, threshold, step_size=step_size, noise_scale=noise_scale, seed=seed, step=step)
 
     counter = CompileCounter()
     counting = torch.compile(f, fullgraph=True, backend=counter)

@@ -1,0 +1,29 @@
+"""Checks of arguments: each raises ValueError naming the argument, what it was and what was expected."""
+
+from __future__ import annotations
+
+import math
+
+
+def count(name: str, value: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def positive(name: str, value: float, finite: bool = False) -> None:
+    if not value > 0 or (finite and value == math.inf):
+        raise ValueError(f"{name} must be {'positive and finite' if finite else 'positive or inf'}, got {value}")
+
+
+def nonnegative(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+
+
+def bounds(name: str, bounds) -> tuple[float, float]:
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise ValueError(f"{name} must be a pair (low, high), got {bounds!r}")
+    low, high = float(bounds[0]), float(bounds[1])
+    if not low < high:
+        raise ValueError(f"{name} must be a pair with low < high, got {bounds!r}")
+    return low, high
