@@ -203,12 +203,14 @@ def read(path: str | Path) -> dict[str, Any]:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"config {path} cannot be read: {error}") from None
-    known = {f.name for f in dataclasses.fields(Settings)}
+    hints = get_type_hints(Settings)
     values = {k.replace("-", "_"): v for k, v in values.items()}
     for key in values:
-        if key not in known:
-            raise ValueError(f"config {path} has an unknown key {key!r}; known are {', '.join(sorted(known))}")
-    return {k: float(v) if v in ("inf",) else v for k, v in values.items()}
+        if key not in hints:
+            raise ValueError(f"config {path} has an unknown key {key!r}; known are {', '.join(sorted(hints))}")
+        values[key] = float("inf") if values[key] == "inf" else values[key]
+        _check_type(key, values[key], hints[key])
+    return values
 
 
 def dump(settings: Settings) -> str:

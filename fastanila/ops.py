@@ -6,9 +6,11 @@ definition of fastanila.reference on CPU tensors. The Python functions of the sa
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -120,8 +122,23 @@ def anisotropic_step_(
     return z
 
 
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Every operator runs its plain definition, eagerly, on every device: for comparing with the kernels. Not for
+    compiled code, and process-wide."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
+_plain = False
+
+
 def _takes_kernel(z: Tensor, norm: str) -> bool:
-    return (z.is_cuda or INTERPRETED) and norm == "element"
+    return (z.is_cuda or INTERPRETED) and norm == "element" and not _plain
 
 
 # ------------------------------------------------------------------------------------------------ implementations

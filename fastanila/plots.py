@@ -47,12 +47,11 @@ def save_plane(path: str | Path, energy: Callable[[Tensor], Tensor], density, ch
     points = density.draw(4096, seed=0, step=0, purpose="held-out").cpu()
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     axes = figure.subplots(1, 3)
-    axes[0].scatter(*points.T, s=1, color="black", linewidths=0)
+    axes[0].scatter(*points.T.numpy(), s=1, color="black", linewidths=0)
     axes[0].set_title("data")
-    axes[1].scatter(*chains.detach().float().cpu().T, s=2, color="tab:red", linewidths=0)
+    axes[1].scatter(*chains.detach().float().cpu().T.numpy(), s=2, color="tab:red", linewidths=0)
     axes[1].set_title(f"{len(chains)} chains")
-    # cell centres run over x fastest or y fastest as exact.grid lays them out: first index is x
-    axes[2].imshow(learned.T, origin="lower", extent=(low, high, low, high), cmap="magma")
+    axes[2].imshow(learned.T.numpy(), origin="lower", extent=(low, high, low, high), cmap="magma")
     axes[2].set_title("learned density")
     for axis in axes:
         axis.set(xlim=(low, high), ylim=(low, high), aspect="equal", xticks=[], yticks=[])

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, config, data, exact, noise, plots, runs, samplers
+from . import checkpoint, config, data, exact, noise, ops, plots, runs, samplers
 from .capture import compiled, transition_of
 from .config import Settings
 from .energies import evaluator, sampling
@@ -123,6 +123,7 @@ def run(job: Job, say: Callable[[str], None] = print) -> runs.Run:
     say(runs.path_in_use(s, job.device))
     update = build_update(job)
     with (
+        contextlib.nullcontext() if s.fused else ops.plain(),
         runs.matmul_precision(s.precision),
         Metrics(job.directory, job.iteration, s.tensorboard) as metrics,
         Progress(job.iteration, s.iterations, say) as progress,

@@ -4,11 +4,11 @@ import itertools
 import math
 
 import numpy as np
-import oracle
 import pytest
 import scipy.stats
 import torch
 
+import oracle
 from fastanila import noise
 from fastanila.noise import Stream
 

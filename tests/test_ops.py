@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+import oracle
 from fastanila import noise, ops, reference
 from fastanila.ops import anisotropic_step, anisotropic_step_
 

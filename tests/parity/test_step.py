@@ -7,10 +7,10 @@ when triton is imported.
 import math
 
 import numpy as np
-import oracle
 import pytest
 import torch
 
+import oracle
 from fastanila import noise, ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
