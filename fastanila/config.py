@@ -15,100 +15,99 @@ except ModuleNotFoundError:  # Python 3.10
 from . import checks, data
 
 
+def setting(default: Any, help: str) -> Any:
+    """A field of Settings with the line that --help shows for it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What a training run is. A field that is None takes the data set's default; config.json holds them resolved."""
 
-    data: str = "rings"
-    """Data set: rings, 8gaussians, 25gaussians, pinwheel, two-moons, swiss-roll, checkerboard (2-D); digits,
-    image-folder, cifar10, flowers102."""
-    data_dir: str | None = None
-    """Folder that holds the images (image-folder, cifar10, flowers102)."""
-    download: bool = False
-    """Fetch cifar10 or flowers102 into --data-dir if they are missing."""
-    image_size: int = 32
-    """Side to which images are resized and cropped (image-folder, flowers102), pixels."""
-    channels: int = 3
-    """Channels of an image-folder: 3 for RGB, 1 for grey."""
+    data: str = setting(
+        "rings",
+        "Data set: rings, 8gaussians, 25gaussians, pinwheel, two-moons, swiss-roll, checkerboard (2-D); "
+        "digits, image-folder, cifar10, flowers102.",
+    )
+    data_dir: str | None = setting(None, "Folder that holds the images (image-folder, cifar10, flowers102).")
+    download: bool = setting(False, "Fetch cifar10 or flowers102 into --data-dir if they are missing.")
+    image_size: int = setting(32, "Side to which images are resized and cropped (image-folder, flowers102), pixels.")
+    channels: int = setting(3, "Channels of an image-folder: 3 for RGB, 1 for grey.")
 
-    energy: Literal["mlp", "convnet"] | None = None
-    """Energy network: mlp for vectors, convnet (five layers) for images."""
-    width: int | None = None
-    """Units of a hidden layer (mlp), or channels of the first layer (convnet)."""
-    depth: int | None = None
-    """Hidden layers (mlp)."""
-    features: int | None = None
-    """Random Fourier features ahead of the network (mlp); 0 for none."""
-    feature_scale: float | None = None
-    """Standard deviation of the Fourier features' frequencies, 1 / unit of data."""
-    confinement: float | None = None
-    """c of the energy's term c/2 |x|^2, 1 / squared unit of data."""
+    energy: Literal["mlp", "convnet"] | None = setting(
+        None, "Energy network: mlp for vectors, convnet (five layers) for images."
+    )
+    width: int | None = setting(None, "Units of a hidden layer (mlp), or channels of the first layer (convnet).")
+    depth: int | None = setting(None, "Hidden layers (mlp).")
+    features: int | None = setting(None, "Random Fourier features ahead of the network (mlp); 0 for none.")
+    feature_scale: float | None = setting(
+        None, "Standard deviation of the Fourier features' frequencies, 1 / unit of data."
+    )
+    confinement: float | None = setting(None, "c of the energy's term c/2 |x|^2, 1 / squared unit of data.")
 
-    sampler: Literal["anila", "langevin"] = "anila"
-    """Sampler of the chains: anila (anisotropic) or langevin (plain, no threshold)."""
-    threshold: float | None = None
-    """AniLA's b, 1 / unit of data: a score beyond it is clipped and its noise shrunk; inf is plain Langevin. The
-    sampler's bias grows with the fraction clipped: watch clip_fraction, and keep it near a tenth or below."""
-    step_size: float | None = None
-    """Langevin step size eps, squared units of data."""
-    noise_scale: float | None = None
-    """Langevin noise scale sigma; below 1 the chains run at the temperature sigma^2."""
-    norm: Literal["element", "channel", "chain"] = "element"
-    """Whose magnitude the threshold bounds: each element, a pixel's channels, the whole chain."""
-    clamp: bool | None = None
-    """Clamp the chains to the data's box at every transition."""
+    sampler: Literal["anila", "langevin"] = setting(
+        "anila", "Sampler of the chains: anila (anisotropic) or langevin (plain, no threshold)."
+    )
+    threshold: float | None = setting(
+        None,
+        "AniLA's b, 1 / unit of data: a score beyond it is clipped and its noise shrunk; inf is plain "
+        "Langevin. The sampler's bias grows with the fraction clipped: watch clip_fraction, and keep it "
+        "near a tenth or below.",
+    )
+    step_size: float | None = setting(None, "Langevin step size eps, squared units of data.")
+    noise_scale: float | None = setting(
+        None, "Langevin noise scale sigma; below 1 the chains run at the temperature sigma^2."
+    )
+    norm: Literal["element", "channel", "chain"] = setting(
+        "element", "Whose magnitude the threshold bounds: each element, a pixel's channels, the whole chain."
+    )
+    clamp: bool | None = setting(None, "Clamp the chains to the data's box at every transition.")
 
-    steps: int | None = None
-    """Transitions a chain makes for one update (K)."""
-    chains: int | None = None
-    """Persistent chains, a multiple of --batch-size; otherwise equal to it."""
-    batch_size: int | None = None
-    """Data, and chains, that one update sees."""
-    init: Literal["persistent", "data", "noise"] = "persistent"
-    """Where an update's chains start: where they were left (PCD), at data (CD), or in uniform noise (short-run)."""
-    reinit: float | None = None
-    """Probability that a persistent chain restarts from noise in an update it takes part in."""
+    steps: int | None = setting(None, "Transitions a chain makes for one update (K).")
+    chains: int | None = setting(None, "Persistent chains, a multiple of --batch-size; otherwise equal to it.")
+    batch_size: int | None = setting(None, "Data, and chains, that one update sees.")
+    init: Literal["persistent", "data", "noise"] = setting(
+        "persistent",
+        "Where an update's chains start: where they were left (PCD), at data (CD), or in uniform noise (short-run).",
+    )
+    reinit: float | None = setting(
+        None, "Probability that a persistent chain restarts from noise in an update it takes part in."
+    )
 
-    iterations: int | None = None
-    """Updates of the parameters."""
-    lr: float | None = None
-    """Adam's learning rate at the start."""
-    lr_decay: Literal["linear", "none"] = "linear"
-    """Learning rate over the run: linear to zero, or constant."""
-    energy_l2: float | None = None
-    """Weight of the mean squared energies in the loss."""
-    data_noise: float | None = None
-    """Standard deviation of Gaussian noise added to the data, units of data."""
-    clip_grad: float | None = None
-    """Largest norm of the parameters' gradient; 0 for no clipping."""
-    ema: float | None = None
-    """Decay per update of the parameters' moving average, which sampling and evaluation use; 0 for none."""
+    iterations: int | None = setting(None, "Updates of the parameters.")
+    lr: float | None = setting(None, "Adam's learning rate at the start.")
+    lr_decay: Literal["linear", "none"] = setting("linear", "Learning rate over the run: linear to zero, or constant.")
+    energy_l2: float | None = setting(None, "Weight of the mean squared energies in the loss.")
+    data_noise: float | None = setting(None, "Standard deviation of Gaussian noise added to the data, units of data.")
+    clip_grad: float | None = setting(None, "Largest norm of the parameters' gradient; 0 for no clipping.")
+    ema: float | None = setting(
+        None,
+        "Decay per update of the parameters' moving average, which sampling and evaluation use; 0 for none.",
+    )
 
-    seed: int = 0
-    """Names every random number of the run."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes CUDA where there is one."""
-    precision: Literal["float32", "tf32", "bf16"] = "float32"
-    """Arithmetic of the energy network: float32, tf32 (CUDA matrix products), bf16 (autocast)."""
-    fused: bool = True
-    """Compiled transitions with the fused step; --no-fused runs the plain definition, eagerly, with the same noise."""
-    out: str | None = None
-    """Run directory; default runs/DATA, or the first free runs/DATA-2, -3, ..."""
-    log_every: int | None = None
-    """Updates between lines of metrics.jsonl."""
-    sample_every: int | None = None
-    """Updates between sample pictures, and exact likelihoods of 2-D data; 0 for none."""
-    save_every: int | None = None
-    """Updates between checkpoints."""
-    tensorboard: bool = False
-    """Also write TensorBoard event files (needs the tensorboard extra)."""
+    seed: int = setting(0, "Names every random number of the run.")
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA where there is one.")
+    precision: Literal["float32", "tf32", "bf16"] = setting(
+        "float32", "Arithmetic of the energy network: float32, tf32 (CUDA matrix products), bf16 (autocast)."
+    )
+    fused: bool = setting(
+        True,
+        "Compiled transitions with the fused step; --no-fused runs the plain definition, eagerly, with the same noise.",
+    )
+    out: str | None = setting(None, "Run directory; default runs/DATA, or the first free runs/DATA-2, -3, ...")
+    log_every: int | None = setting(None, "Updates between lines of metrics.jsonl.")
+    sample_every: int | None = setting(
+        None, "Updates between sample pictures, and exact likelihoods of 2-D data; 0 for none."
+    )
+    save_every: int | None = setting(None, "Updates between checkpoints.")
+    tensorboard: bool = setting(False, "Also write TensorBoard event files (needs the tensorboard extra).")
 
 
 # 2-D: threshold 10 leaves about 7 % of the elements clipped at the end. At 5 it was half of them: the sampler's bias
 # then grows as the model sharpens, and training ended 0.29 nats off in one setting and diverged in another.
 _PLANE: dict[str, Any] = dict(
-    energy="mlp", width=64, depth=2, features=64, feature_scale=1.5, confinement=0.05,
-    threshold=10.0, step_size=0.01, noise_scale=1.0, clamp=False,
+    energy="mlp", width=64, depth=2, features=64, feature_scale=1.5, confinement=0.5,
+    threshold=10.0, step_size=0.005, noise_scale=1.0, clamp=False,
     steps=60, chains=512, batch_size=512, reinit=0.005,
     iterations=4000, lr=5e-4, energy_l2=0.0, data_noise=0.0, clip_grad=0.0, ema=0.995,
     log_every=20, sample_every=500, save_every=1000,
@@ -133,17 +132,20 @@ RESUMABLE = frozenset(
 )  # fmt: skip
 
 
+def defaults(name: str) -> dict[str, Any]:
+    """The data set's defaults, less the number of chains, which follows batch size and init; {} if there is none."""
+    return {k: v for k, v in DEFAULTS.get(name, {}).items() if k != "chains"}
+
+
 def resolve(settings: Settings) -> Settings:
     """The settings with every default of the data set filled in, checked. Raises ValueError naming the setting."""
     if settings.data not in DEFAULTS:
         raise ValueError(f"data must be one of {', '.join(DEFAULTS)}, got {settings.data!r}")
-    defaults = DEFAULTS[settings.data]
-    missing = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
-    if settings.init != "persistent" and settings.chains is None:  # one chain a datum
-        missing["chains"] = settings.batch_size if settings.batch_size is not None else defaults["batch_size"]
-    elif settings.chains is None and settings.batch_size is not None:
-        missing["chains"] = max(1, defaults["chains"] // settings.batch_size) * settings.batch_size
+    missing = {k: v for k, v in defaults(settings.data).items() if getattr(settings, k) is None}
     settings = dataclasses.replace(settings, **missing)
+    if settings.chains is None:
+        batches = DEFAULTS[settings.data]["chains"] // settings.batch_size if settings.init == "persistent" else 1
+        settings = dataclasses.replace(settings, chains=max(1, batches) * settings.batch_size)
     check(settings)
     return settings
 
@@ -174,11 +176,15 @@ def check(settings: Settings) -> None:
         raise ValueError(f"energy must be {wanted} for {settings.data}, got {settings.energy}")
 
 
+def without_none(hint: Any) -> Any:
+    """X of the hints X and X | None."""
+    return get_args(hint)[0] if type(None) in get_args(hint) else hint
+
+
 def _check_type(name: str, value: Any, hint: Any) -> None:
-    kinds = [hint] if get_origin(hint) in (None, Literal) else list(get_args(hint))  # X, Literal[...] or X | None
-    if value is None and type(None) in kinds:
+    kind = without_none(hint)
+    if value is None and kind is not hint:
         return
-    kind = kinds[0]
     if get_origin(kind) is Literal:
         fits, wanted = value in get_args(kind), f"one of {', '.join(get_args(kind))}"
     elif kind is float:

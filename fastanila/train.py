@@ -348,27 +348,20 @@ def caught_signals() -> Iterator[list[int]]:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-@dataclasses.dataclass(frozen=True)
-class Arguments(Settings):
-    """Train an energy-based model with Langevin chains."""
-
-    config: str | None = None
-    """TOML file of settings, or a run's config.json; flags win over it."""
-    resume: str | None = None
-    """Run directory to go on with; its settings hold, flags that change no number may differ."""
-    dry_run: bool = False
-    """Check everything, print the resolved settings, and stop."""
+EXTRA = {
+    "config": (str, "TOML file of settings, or a run's config.json; flags win over it."),
+    "resume": (str, "Run directory to go on with: its settings hold, and only flags that change no number may differ."),
+    "dry_run": (bool, "Check everything, print the resolved settings, and stop."),
+}
 
 
-def parse(argv: list[str] | None) -> tuple[Settings, Arguments]:
-    """Flags over the config file over the run that is resumed; Settings not yet resolved."""
+def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool]:
+    """(settings, not yet resolved; --resume; --dry-run): flags over the config file or the resumed run."""
     import argparse
 
-    import tyro
-
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    ahead.add_argument("--config")
-    ahead.add_argument("--resume")
+    for name in ("config", "resume", "data"):
+        ahead.add_argument(f"--{name}")
     files, _ = ahead.parse_known_args(argv)
     if files.config is not None and files.resume is not None:
         raise ValueError("config cannot be given with resume: a run goes on with its own settings")
@@ -379,19 +372,44 @@ def parse(argv: list[str] | None) -> tuple[Settings, Arguments]:
             under.pop("out", None)
     elif files.resume is not None:
         under = dataclasses.asdict(runs.read_settings(files.resume))
-    arguments = tyro.cli(Arguments, args=argv, default=Arguments(**under), prog="python -m fastanila.train")
-    fields = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Settings)}
-    return Settings(**fields), arguments
+    dataset = files.data if files.data is not None else under.get("data", Settings.data)
+    values = vars(cli(argv, config.defaults(dataset) | under))
+    resume, dry_run, _ = values.pop("resume"), values.pop("dry_run"), values.pop("config")
+    return Settings(**values), resume, dry_run
+
+
+def cli(argv: list[str] | None, defaults: dict[str, Any]):
+    """The flags, one a setting, whose --help shows the defaults of the data set that is asked for."""
+    from typing import Annotated, get_type_hints
+
+    import tyro
+
+    hints = get_type_hints(Settings)
+    fields: list[Any] = []
+    for f in dataclasses.fields(Settings):
+        default = defaults.get(f.name, f.default)
+        hint = hints[f.name] if default is None else config.without_none(hints[f.name])
+        fields.append((f.name, Annotated[hint, tyro.conf.arg(help=f.metadata["help"])], default))
+    for name, (kind, text) in EXTRA.items():
+        hint, default = (bool, False) if kind is bool else (kind | None, None)
+        fields.append((name, Annotated[hint, tyro.conf.arg(help=text)], default))
+    flags = dataclasses.make_dataclass("Flags", fields)
+    return tyro.cli(
+        flags,
+        args=argv,
+        prog="python -m fastanila.train",
+        description="Train an energy-based model with Langevin chains.",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        settings, arguments = parse(argv)
-        job = prepare(settings, arguments.resume)
+        settings, resume, dry_run = parse(argv)
+        job = prepare(settings, resume)
     except (ValueError, TypeError, OSError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_ARGUMENTS
-    if arguments.dry_run:
+    if dry_run:
         print(runs.path_in_use(job.settings, job.device))
         print(config.dump(job.settings), end="")
         return DONE

@@ -355,9 +355,9 @@ def test_default_directories_are_numbered(tmp_path, monkeypatch):
 def test_config_file_flags_win_and_config_json_starts_a_run_again(tmp_path, small_run):
     toml = tmp_path / "a.toml"
     toml.write_text('data = "8gaussians"\nstep-size = 0.02\nthreshold = inf\nsteps = 7\n')
-    settings, _ = command.parse(["--config", str(toml), "--steps", "9"])
+    settings, *_ = command.parse(["--config", str(toml), "--steps", "9"])
     assert (settings.data, settings.step_size, settings.threshold, settings.steps) == ("8gaussians", 0.02, math.inf, 9)
-    settings, _ = command.parse(["--config", str(small_run / "config.json"), "--out", str(tmp_path / "again")])
+    settings, *_ = command.parse(["--config", str(small_run / "config.json"), "--out", str(tmp_path / "again")])
     assert settings.fused is False and settings.out == str(tmp_path / "again")
     quiet(settings)
     assert numbers(tmp_path / "again") == numbers(small_run)
@@ -408,6 +408,8 @@ def test_help_explains_every_flag(capsys):
         "iterations lr seed device precision fused no-fused out resume log-every sample-every save-every dry-run config"
     ).split():
         assert f"--{flag}" in text, flag
+    # the data set's own defaults are shown, and switches are switches
+    assert "(default: 60)" in text and "--no-clamp" in text
 
 
 @pytest.mark.parametrize(
