@@ -113,17 +113,22 @@ _PLANE: dict[str, Any] = dict(
     log_every=20, sample_every=500, save_every=1000,
 )  # fmt: skip
 
+# Images: energies of order one, so chains at a low temperature (noise_scale^2), as all deep image EBMs have it: a
+# transition adds noise of 0.01 to a pixel in [-1, 1] and moves it by at most step_size threshold / 2.
 _IMAGES: dict[str, Any] = dict(
     energy="convnet", width=32, depth=0, features=0, feature_scale=0.0, confinement=0.0,
-    threshold=10.0, step_size=0.01, noise_scale=0.1, clamp=True,
-    steps=30, chains=1024, batch_size=64, reinit=0.02,
+    threshold=0.02, step_size=4.0, noise_scale=0.005, clamp=True,
+    steps=30, chains=256, batch_size=64, reinit=0.02,
     iterations=2000, lr=1e-4, energy_l2=0.0, data_noise=0.03, clip_grad=0.0, ema=0.99,
-    log_every=10, sample_every=100, save_every=500,
+    log_every=10, sample_every=100, save_every=100,
 )  # fmt: skip
+
+_DIGITS = _IMAGES | dict(threshold=0.05, step_size=1.0, noise_scale=0.01, steps=40, chains=1024, iterations=1000)
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     **{name: _PLANE for name in data.NAMES if name not in data.IMAGES},
     **{name: _IMAGES for name in data.IMAGES},
+    "digits": _DIGITS,
 }
 
 #: What may differ when a run is resumed: none of these changes a number of it, but the number of updates.
