@@ -7,7 +7,7 @@ import functools
 import itertools
 import types
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import torch
 
@@ -33,7 +33,8 @@ def transition_of(sampler, energy, score=None, *, compile: bool, strict: bool = 
     """advance(numbers, state, seed, step, offset, mask) -> (State, Info), for all samplers that differ in numbers only.
 
     A compiled transition is kept for the next call with the same energy (the last 16 are). Unless ``strict``, one
-    that does not trace as a single graph runs eagerly from then on, with a warning that says why.
+    that does not compile as a single graph runs eagerly for the rest of this function's life, with a warning that says
+    why.
     """
 
     def plain(numbers, state, seed, step, offset=0, mask=None):
@@ -45,8 +46,11 @@ def transition_of(sampler, energy, score=None, *, compile: bool, strict: bool = 
     if not compile:
         return plain
     static = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name not in sampler.numbers}
-    keep = isinstance(energy, Hashable) and isinstance(score, Hashable)  # a dataclass with __call__ is not
-    build = _compiled_transition if keep else _compiled_transition.__wrapped__
+    try:
+        hash((energy, score))
+        build = _compiled_transition
+    except TypeError:  # a dataclass with __call__, say
+        build = _compiled_transition.__wrapped__
     fused = build(energy, score, type(sampler), tuple(static.items()))
     return fused if strict else _falling_back(fused, plain)
 
@@ -72,7 +76,7 @@ def _falling_back(fused: Callable, plain: Callable) -> Callable:
         if works:
             try:
                 return fused(*arguments)
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
                 reason = str(error).strip().splitlines()[0]
                 warnings.warn(
                     f"the energy does not compile as one graph and runs eagerly ({reason}); compile=False says so",

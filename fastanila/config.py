@@ -131,7 +131,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": _DIGITS,
 }
 
-#: What may differ when a run is resumed: none of these changes a number of it, but the number of updates.
+#: What may differ when a run is resumed. Of these only iterations changes numbers: it stretches a linear lr decay.
 RESUMABLE = frozenset(
     {"data_dir", "download", "iterations", "device", "fused", "log_every", "sample_every", "save_every", "tensorboard"}
 )  # fmt: skip
@@ -164,6 +164,8 @@ def check(settings: Settings) -> None:
     checks.count("chains", settings.chains)
     for name in ("depth", "features", "sample_every", "seed"):
         checks.count(name, getattr(settings, name), least=0)
+    if settings.seed >= 1 << 63:
+        raise ValueError(f"seed must be below 2**63, got {settings.seed}")
     checks.positive("threshold", settings.threshold)
     for name in ("step_size", "lr"):
         checks.positive(name, getattr(settings, name), finite=True)
@@ -215,6 +217,8 @@ def read(path: str | Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"config {path} cannot be read: {error}") from None
     hints = get_type_hints(Settings)
+    if not isinstance(values, dict):
+        raise ValueError(f"config {path} must hold settings by name, got a {type(values).__name__}")
     values = {k.replace("-", "_"): v for k, v in values.items()}
     for key in values:
         if key not in hints:

@@ -39,6 +39,8 @@ class MLP(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.confinement = confinement
         projections = noise.normal((features, dim), seed=seed, step=0, stream=noise.Stream.INITIAL)
         self.register_buffer("projections", feature_scale * projections)
@@ -52,8 +54,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = x
         if len(self.projections):
-            phase = x @ self.projections.T
-            h = torch.cat((phase.sin(), phase.cos()), dim=-1)
+            with torch.autocast(x.device.type, enabled=False):  # a phase needs more than bfloat16's three digits
+                phase = x.float() @ self.projections.T
+                h = torch.cat((phase.sin(), phase.cos()), dim=-1)
         return _reduced(self.head, self.layers(h)).squeeze(-1) + _confined(self.confinement, x)
 
 
@@ -62,7 +65,7 @@ class ConvNet(nn.Module):
 
     3x3, then three of 4x4 and stride 2, widths ``width`` times 1, 2, 4, 8, then one that covers what is left (size
     // 8) and leaves one number (Nijkamp et al. 2020, VanillaNet; Karimi, Xie and Li). ``size`` is at least 8.
-    ``confinement`` adds c/2 |x|**2.
+    ``confinement`` adds c/2 |x|**2. Raises ValueError for a smaller size or an unknown activation.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class ConvNet(nn.Module):
         super().__init__()
         if size < 8:
             raise ValueError(f"size must be at least 8 pixels, got {size}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.confinement = confinement
         widths = [width, 2 * width, 4 * width, 8 * width]
         layers = [nn.Conv2d(channels, width, 3, 1, 1), ACTIVATIONS[activation]()]
@@ -116,8 +121,8 @@ class GaussianMixture(nn.Module):
         if means.dim() != 2:
             raise ValueError(f"means must have shape (M, D), got {tuple(means.shape)}")
         count, dim = means.shape
-        sd = torch.as_tensor(sd, dtype=means.dtype).expand(count).clone()
-        weights = torch.ones(count, dtype=means.dtype) if weights is None else weights.to(means.dtype)
+        sd = torch.as_tensor(sd).to(means).expand(count).clone()
+        weights = means.new_ones(count) if weights is None else weights.to(means)
         if not bool((sd > 0).all()):
             raise ValueError(f"sd must be positive, got {sd.tolist()}")
         if weights.shape != (count,) or not bool((weights > 0).all()):
@@ -167,6 +172,8 @@ def evaluator(energy, score=None, *, traced: bool = False) -> Evaluate:
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             whole, u = total(z)
+            if not whole.requires_grad:
+                raise ValueError("energy must be differentiable in z, but its value does not depend on z")
             (gradient,) = torch.autograd.grad(whole, z)
         return u.detach(), -gradient
 

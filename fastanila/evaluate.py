@@ -13,7 +13,7 @@ import json
 import math
 import sys
 
-from . import chains, checkpoint, data, distances, exact, runs
+from . import checkpoint, data, distances, exact, runs
 
 
 def evaluate(run: runs.Run, *, data_dir: str | None = None) -> dict[str, float]:
@@ -34,7 +34,8 @@ def evaluate(run: runs.Run, *, data_dir: str | None = None) -> dict[str, float]:
     def scaled(pixels):
         return pixels.float() / 127.5 - 1
 
-    start = chains.from_noise(run.chains.shape, dataset.box, seed=settings.seed, step=0, device=device)
+    started = runs.build_start(settings, dataset, device)
+    start = started.tensors().get("population", started.draw(0))
     return report | distances.evaluate_images(run.chains, scaled(dataset.held_out), scaled(dataset.train), start)
 
 

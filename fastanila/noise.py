@@ -31,6 +31,7 @@ _M0 = 0xD2511F53 - (1 << 32)
 _M1 = 0xCD9E8D57 - (1 << 32)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
+MAX_STEP = 1 << 56
 
 
 class Stream(enum.IntEnum):
@@ -108,6 +109,8 @@ def as_word64(value: int | Tensor, device=None) -> Tensor:
     """A seed or step as a 0-dim int64 tensor; an int is taken mod 2**64 and keeps its bits."""
     if isinstance(value, Tensor):
         return value
+    if isinstance(value, float):
+        raise TypeError(f"seed and step must be ints or 0-dim int64 tensors, got {value}")
     if value >= 1 << 63 or value < -(1 << 63):  # only then, because a compiler's symbolic int knows no big modulus
         value = (value + (1 << 63)) % (1 << 64) - (1 << 63)
     if torch.compiler.is_compiling():
@@ -132,6 +135,12 @@ def _(value, device):
 
 def _quads(count: int, seed, step, stream: int, start: int, device) -> tuple[Tensor, ...]:
     """The four words of each Philox counter that touches elements start .. start + count."""
+    if not 0 <= stream < 256:
+        raise ValueError(f"stream must be in [0, 256), got {stream}")
+    if start < 0:
+        raise ValueError(f"offset must be at least 0, got the element {start}")
+    if not isinstance(step, Tensor) and not 0 <= step < MAX_STEP:
+        raise ValueError(f"step must be in [0, 2**56), got {step}")
     first = start // 4
     q = torch.arange(first, (start + count + 3) // 4, dtype=torch.int64, device=device)
     seed, step = as_word64(seed, device), as_word64(step, device)

@@ -28,7 +28,6 @@ except ModuleNotFoundError as error:  # no triton on macOS and Windows: the CPU 
 INTERPRETED = _kernel is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_STEP = 1 << 56
 
 # A number becomes a constant of a compiled graph, a 0-dim tensor stays free to change: hence the pairs.
 _ARGUMENTS = (
@@ -83,7 +82,8 @@ def anisotropic_step(
 
     Returns:
         The new state: contiguous, detached, of z's shape and dtype. Arithmetic is float32 whatever the storage;
-        infinite scores move an element by eps * b / 2, NaN scores give NaN.
+        infinite scores move an element by eps * b / 2
+        (norm="element"; with the others they share it), NaN scores give NaN to all that share their norm.
 
     Law: repeated with the score of f, it does not sample exp(f) unless b = inf and eps -> 0; see `fastanila.AniLA`.
 
@@ -91,7 +91,7 @@ def anisotropic_step(
         TypeError, ValueError: naming the argument, what it was and what was expected.
     """
     z, arguments = _prepare(z, score, threshold, step_size, noise_scale, norm, seed, step, offset, gamma, mask, bounds)
-    if _takes_kernel(z, norm):
+    if _takes_kernel(z, arguments[_NORM]):
         return torch.ops.fastanila.anisotropic_step(z, *arguments)
     return _reference(z, *arguments)  # not the operator, so that Inductor fuses it
 
@@ -115,7 +115,7 @@ def anisotropic_step_(
     target, arguments = _prepare(
         z, score, threshold, step_size, noise_scale, norm, seed, step, offset, gamma, mask, bounds
     )
-    if _takes_kernel(target, norm):
+    if _takes_kernel(target, arguments[_NORM]):
         torch.ops.fastanila.anisotropic_step_(target, *arguments)
     else:
         target.copy_(_reference(target, *arguments))
@@ -137,8 +137,11 @@ def plain() -> Iterator[None]:
 _plain = False
 
 
+_NORM = 7  # its place among the operators' arguments
+
+
 def _takes_kernel(z: Tensor, norm: str) -> bool:
-    return (z.is_cuda or INTERPRETED) and norm == "element" and not _plain
+    return _kernel is not None and (z.is_cuda or INTERPRETED) and norm == "element" and not _plain
 
 
 # ------------------------------------------------------------------------------------------------ implementations
@@ -148,6 +151,8 @@ def _reference(
     z, score, threshold, threshold_t, step_size, step_size_t, noise_scale, noise_scale_t, norm,
     seed, seed_t, step, step_t, offset, gamma, mask, bounds,
 ):  # fmt: skip
+    if z.numel() == 0:
+        return torch.empty_like(z, memory_format=torch.contiguous_format)
     xi = noise.normal(
         z.shape,
         seed=seed if seed_t is None else seed_t,
@@ -204,11 +209,13 @@ def _step_triton(z, *arguments):
 
 def _step_triton_(z, *arguments):
     with torch.accelerator.device_index(z.device.index):
-        if z.is_contiguous():
+        # The kernel's addressing is flat, and a block must not write what another has yet to read.
+        read = [x for x in arguments if isinstance(x, Tensor)]
+        shared = any(x.untyped_storage().data_ptr() == z.untyped_storage().data_ptr() for x in read)
+        if z.is_contiguous() and not shared:
             _launch(z, z, *arguments)
-        else:  # the kernel's addressing is flat
-            dense = z.contiguous()
-            z.copy_(_launch(dense, dense, *arguments))
+        else:
+            z.copy_(_step_triton(z, *arguments))
 
 
 def _step_reference_(z, *arguments):
@@ -217,9 +224,8 @@ def _step_reference_(z, *arguments):
 
 _library.impl("anisotropic_step", _step_triton if INTERPRETED else _reference, "CPU")
 _library.impl("anisotropic_step_", _step_triton_ if INTERPRETED else _step_reference_, "CPU")
-if _kernel is not None:
-    _library.impl("anisotropic_step", _step_triton, "CUDA")
-    _library.impl("anisotropic_step_", _step_triton_, "CUDA")
+_library.impl("anisotropic_step", _reference if _kernel is None else _step_triton, "CUDA")
+_library.impl("anisotropic_step_", _step_reference_ if _kernel is None else _step_triton_, "CUDA")
 
 
 @torch.library.register_fake("fastanila::anisotropic_step")
@@ -260,7 +266,7 @@ def _prepare(z, score, threshold, step_size, noise_scale, norm, seed, step, offs
         _check_broadcast("gamma", gamma, z)
         if not gamma.is_floating_point():
             raise TypeError(f"gamma must be of a floating dtype, got {gamma.dtype}")
-        threshold = math.inf  # unused
+        threshold, norm = math.inf, "element"  # unused
     elif threshold is None:
         raise ValueError("threshold must be a positive number, inf or a 0-dim tensor unless gamma is given, got None")
     if mask is not None:
@@ -287,7 +293,7 @@ def _prepare(z, score, threshold, step_size, noise_scale, norm, seed, step, offs
         seed, step = torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=z.device), 0
     seed, seed_t = _integer("seed", seed, z)
     step, step_t = _integer("step", step, z)
-    if step_t is None and not 0 <= step < _MAX_STEP:
+    if step_t is None and not 0 <= step < noise.MAX_STEP:
         raise ValueError(f"step must be in [0, 2**56), got {step}")
     if isinstance(offset, Tensor) or not isinstance(offset, (int, torch.SymInt)):
         raise TypeError(f"offset must be an int, got {type(offset).__name__}")

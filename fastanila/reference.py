@@ -5,6 +5,8 @@ Arithmetic is float32 for float32, bfloat16 and float16 storage, and float64 for
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,20 +33,17 @@ def anisotropic_step(
 
     with s = score, b = threshold, eps = step_size, sigma = noise_scale (Karimi, Xie and Li, STANLEY, Algorithm 1,
     to which eps = sigma = 1 reduces). For what the arguments are, see `fastanila.ops.anisotropic_step`; ``noise`` has
-    the shape of z. The score's infinities move an element by eps * b / 2, its NaNs stay.
+    the shape of z.
     """
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     x, s = z.to(wide), score.to(wide)
     if gamma is not None:
         gain = gamma.to(wide)
         drift = gain * s
-    elif norm == "element":
-        gain = gain_of(s, threshold, norm)
-        drift = torch.clamp(s, -_tensor(threshold, s), _tensor(threshold, s))  # gamma * s, for infinite s too
     else:
-        gain = gain_of(s, threshold, norm)
-        drift = gain * s
-    moved = x + 0.5 * step_size * drift + noise_scale * torch.sqrt(step_size * gain) * noise.to(wide)
+        gain, drift = clipped(s, threshold, norm)
+    eps, sigma = _tensor(step_size, x), _tensor(noise_scale, x)
+    moved = x + 0.5 * eps * drift + sigma * torch.sqrt(eps * gain) * noise.to(wide)
     if bounds is not None:
         moved = torch.clamp(moved, *bounds)
     if mask is not None:
@@ -52,26 +51,47 @@ def anisotropic_step(
     return moved.to(z.dtype)
 
 
-def gain_of(score: Tensor, threshold: float | Tensor, norm: str = "element") -> Tensor:
-    """gamma = 1 / max(1, |s| / b) in (0, 1], of a shape that broadcasts to the score's.
+def clipped(score: Tensor, threshold: float | Tensor, norm: str = "element") -> tuple[Tensor, Tensor]:
+    """(gamma, gamma * score), gamma in [0, 1] of a shape that broadcasts to the score's.
 
     ``norm`` says what |s| is: of each element, of each pixel's channels (dim 1), or of the whole chain (all but dim 0).
+    However large the score, the product is of size b and finite; a NaN stays one, for all that share its norm.
     """
-    # Dividing by b and comparing with 1 needs no special case for b = inf, where gamma = 1.
-    return 1.0 / torch.clamp(magnitude(score, norm) / threshold, min=1.0)
+    b = _tensor(threshold, score)
+    # |s| / b compared with 1, because that needs no special case for b = inf, where gamma = 1.
+    if not _dims(score, norm):
+        return 1.0 / torch.clamp(score.abs() / b, min=1.0), torch.clamp(score, -b, b)
+    unit, scale = _scaled(score, _dims(score, norm))
+    length = unit.square().sum(_dims(score, norm), keepdim=True).sqrt()
+    ratio = scale / b * length
+    return 1.0 / torch.clamp(ratio, min=1.0), torch.where(ratio <= 1.0, score, b * (unit / length))
 
 
 def magnitude(score: Tensor, norm: str) -> Tensor:
-    """|s| by element, channel or chain; the L2 norms are scaled by the largest element, so they cannot overflow."""
-    if norm == "element":
+    """|s| by element, channel or chain, of a shape that broadcasts to the score's."""
+    if not _dims(score, norm):
         return score.abs()
-    dims = (1,) if norm == "channel" else tuple(range(1, score.dim()))
-    if not dims:  # one element a chain
-        return score.abs()
+    unit, scale = _scaled(score, _dims(score, norm))
+    return scale * unit.square().sum(_dims(score, norm), keepdim=True).sqrt()
+
+
+def _dims(score: Tensor, norm: str) -> tuple[int, ...]:
+    """The dimensions over which the norm runs; none where each element stands for itself."""
+    return {"element": (), "channel": (1,), "chain": tuple(range(1, score.dim()))}[norm]
+
+
+def _scaled(score: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(unit, scale) with score = scale * unit and unit's largest element 1, so that no square overflows.
+
+    Infinite elements are taken for equally large ones beside which the finite ones vanish.
+    """
     largest = score.abs().amax(dims, keepdim=True)
-    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-    return scale * (score / scale).square().sum(dims, keepdim=True).sqrt()
+    infinite = largest == math.inf
+    scale = torch.where((largest > 0) & ~infinite, largest, 1.0)
+    unit = torch.where(infinite, torch.where(score.isinf(), score.sign(), 0.0), score / scale)
+    return unit, torch.where(infinite, largest, scale)
 
 
 def _tensor(value: float | Tensor, like: Tensor) -> Tensor:
+    # once, ahead of the arithmetic: torch 2.11 miscompiles it for a Python float that changes between calls
     return value if isinstance(value, Tensor) else torch.full((), value, dtype=like.dtype, device=like.device)

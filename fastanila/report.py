@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -33,7 +34,8 @@ class Metrics:
             self.board.close()
 
     def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}  # JSON has no NaN or infinity
+        self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
         if self.board is not None:
             for name in row.keys() - {"iteration"}:

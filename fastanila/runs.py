@@ -136,7 +136,7 @@ def path_in_use(settings: Settings, device: torch.device) -> str:
     """One line about the device and the implementation that settings and machine select."""
     if not settings.fused:
         return f"{device.type}: plain definition, eager"
-    if settings.norm == "element" and device.type == "cuda":
+    if settings.norm == "element" and device.type == "cuda" and ops._kernel is not None:
         return "cuda: fused Triton kernel, compiled transition"
     if settings.norm == "element" and ops.INTERPRETED:
         return "cpu: Triton kernel in the interpreter, compiled transition"

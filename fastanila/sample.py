@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import io
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import chains, checkpoint, data, plots, runs
+from . import chains, checkpoint, data, ops, plots, runs
 
 SUFFIXES = (".png", ".npz")
 
@@ -23,25 +25,27 @@ def sample(
     steps: int | None = None,
     start: str = "chains",
     seed: int = 0,
-    compile: bool = True,
+    fused: bool = True,
 ) -> Tensor:
     """(count, ...) states of the run's sampler on its energy, on the run's device.
 
     ``start``: "chains" goes on from where training left its chains, over again where more are wanted, each copy with
     noise of its own; "noise" starts from uniform noise. ``steps``: transitions, by default as many as an update of
-    the run made from chains, and ten times as many from noise. The law is the sampler's, see its docstring.
+    the run made from chains, and ten times as many from noise. ``fused=False`` runs the plain definition, eagerly. The
+    law is the sampler's, see its docstring.
     """
+    # past every update of training, so that the same seed does not repeat its noise
+    updates = max(run.iteration, run.settings.iterations)
     if start == "chains":
         z = run.chains[torch.arange(count, device=run.chains.device) % len(run.chains)]
         steps = run.settings.steps if steps is None else steps
     else:
         box = data.box_of(run.settings.data)
-        z = chains.from_noise((count, *run.chains.shape[1:]), box, seed=seed, step=0, device=run.chains.device)
+        shape = (count, *run.chains.shape[1:])
+        z = chains.from_noise(shape, box, seed=seed, step=updates, device=run.chains.device)
         steps = 10 * run.settings.steps if steps is None else steps
-    # past every transition of training, so that the same seed does not repeat its noise
-    first = run.settings.iterations * run.settings.steps
-    with runs.matmul_precision(run.settings.precision):
-        return run.sampler.run(run.energy, z, steps=steps, seed=seed, step=first, compile=compile)
+    with runs.matmul_precision(run.settings.precision), contextlib.nullcontext() if fused else ops.plain():
+        return run.sampler.run(run.energy, z, steps=steps, seed=seed, step=updates * run.settings.steps, compile=fused)
 
 
 def write(path: Path, z: Tensor, run: runs.Run) -> None:
@@ -83,11 +87,15 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(runs.path_in_use(run.settings, run.chains.device))
+    print(runs.path_in_use(dataclasses.replace(run.settings, fused=arguments.fused), run.chains.device))
     z = sample(
-        run, arguments.count, steps=arguments.steps, start=arguments.start, seed=arguments.seed, compile=arguments.fused
+        run, arguments.count, steps=arguments.steps, start=arguments.start, seed=arguments.seed, fused=arguments.fused
     )
-    write(out, z, run)
+    try:
+        write(out, z, run)
+    except OSError as error:
+        print(f"error: cannot write {out}: {error}", file=sys.stderr)
+        return 2
     print(f"{len(z)} samples in {out}")
     return 0
 

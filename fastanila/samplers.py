@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -95,13 +96,23 @@ class Sampler:
             The final chains, (B, ...), detached; with keep_every the kept states, (steps // keep_every, B, ...).
         """
         checks.count("steps", steps, least=0)
-        if not 0 <= step < 1 << 56:
-            raise ValueError(f"step must be in [0, 2**56), got {step}")
+        checks.count("step", step, least=0)
+        checks.count("offset", offset, least=0)
+        if step + steps > noise.MAX_STEP:
+            raise ValueError(f"step must leave room for steps below 2**56, got step {step} and {steps} steps")
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
+            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z must be a tensor, got {type(z).__name__}")
+        if (energy is None) == (score is None):
+            raise ValueError(f"energy or score must be given, and not both, got {energy} and {score}")
         checks.count("callback_every", callback_every)
         if keep_every is not None:
             checks.count("keep_every", keep_every)
         kept = []
         with torch.no_grad(), sampling(energy if score is None else score):
+            if energy is not None and compile:  # compiled, an energy cut off from z would have a silent score of 0
+                evaluator(energy)(z[:1])
             advance = transition_of(self, energy, score, compile=compile)
             numbers = self.numbers_on(z.device)
             state = self.init(evaluator(energy, score), z.detach())
@@ -143,7 +154,8 @@ class Sampler:
 class Langevin(Sampler):
     """Unadjusted Langevin dynamics: z' = z + eps/2 s(z) + sigma sqrt(eps) xi.
 
-    Law: exp(-U / sigma**2) up to a bias that vanishes with the step size (of order eps).
+    Law: exp(-U / sigma**2) up to a bias that vanishes with the step size, of order eps (the unadjusted Langevin
+    algorithm: Roberts and Tweedie 1996). Raises ValueError, TypeError for settings that cannot be.
 
     step_size: eps, squared units of z. noise_scale: sigma. bounds: (low, high), to which the chains are clamped.
     """
@@ -224,9 +236,10 @@ def _anisotropic_transition(sampler, threshold, norm, evaluate, state, seed, ste
 
 def _info(energy: Tensor | None, score: Tensor, threshold: float | Tensor, norm: str) -> Info:
     flat = score.float().flatten(1) if score.dim() > 1 else score.float()[:, None]
-    size = reference.magnitude(score.float(), norm).reshape(len(flat), -1)
+    size = reference.magnitude(score.float(), norm) if score.numel() else score.float()
+    size = size.flatten(1) if size.dim() > 1 else size[:, None]
     return Info(
-        energy=energy,
+        energy=None if energy is None else energy.float(),
         score_rms=flat.square().mean(1).sqrt(),
         clip_fraction=(size > threshold).float().mean(1),
         acceptance=torch.ones_like(flat[:, 0]),
@@ -262,6 +275,8 @@ def calibrate(
 
     Raises ValueError if the scores are not finite or all zero.
     """
+    if norm not in reference.NORMS:
+        raise ValueError(f"norm must be one of {', '.join(reference.NORMS)}, got {norm!r}")
     if not 0 < clip_fraction < 1:
         raise ValueError(f"clip_fraction must be between 0 and 1, got {clip_fraction}")
     checks.positive("stability", stability, finite=True)
@@ -274,7 +289,10 @@ def calibrate(
         raise ValueError(f"the scores at z must be finite and not all zero, got a root mean square of {rms}")
     # kthvalue, because torch.quantile refuses more than 2**24 elements
     rank = min(size.numel(), max(1, math.ceil((1 - clip_fraction) * size.numel())))
-    return Calibration(size.kthvalue(rank).values.item(), 4 * stability * (noise_scale / rms) ** 2, rms)
+    threshold = size.kthvalue(rank).values.item()
+    if threshold == 0:
+        raise ValueError(f"clip_fraction must be larger: {clip_fraction} leaves a threshold of 0, most scores being 0")
+    return Calibration(threshold, 4 * stability * (noise_scale / rms) ** 2, rms)
 
 
 def _check_numbers(sampler: Sampler) -> None:

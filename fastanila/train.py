@@ -34,7 +34,7 @@ _ADAM_BETAS = (0.9, 0.999)
 
 
 class Diverged(RuntimeError):
-    """The loss, its gradient or the chains are no longer finite; the run's last good state has been saved."""
+    """The loss, its gradient or the chains are no longer finite; the run's last finite state has been saved."""
 
 
 class Interrupted(RuntimeError):
@@ -112,6 +112,8 @@ def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
     )
     if resume is not None:
         restore(job)
+        if job.iteration > settings.iterations:
+            raise ValueError(f"iterations must be at least the {job.iteration} made already, got {settings.iterations}")
     return job
 
 
@@ -136,7 +138,7 @@ def run(job: Job, say: Callable[[str], None] = print) -> runs.Run:
                 save(job)
                 raise Diverged(
                     f"diverged at update {job.iteration + 1}: the energies, their gradient or the chains are no longer "
-                    f"finite. {job.directory} holds the last good state; a smaller --lr or --step-size, or a larger "
+                    f"finite. {job.directory} holds the last finite state; a smaller --lr or --step-size, or a larger "
                     "--threshold (fewer clipped elements, less bias), may help"
                 )
             job.chains = made.chains
@@ -203,6 +205,7 @@ def build_update(job: Job) -> Callable[[int], Update]:
     def move(iteration: int, z: Tensor) -> tuple[Tensor, samplers.Info]:
         with torch.no_grad(), sampling(energy):
             state = job.sampler.init(evaluator(energy), z)
+            # A chain's index is its place in this update's batch: transitions never share a step, so none repeats.
             step = noise.as_word64(iteration * s.steps, device)
             for _ in range(s.steps):
                 state, info = advance(numbers, state, seed, step)
@@ -418,6 +421,10 @@ def main(argv: list[str] | None = None) -> int:
     except Diverged as stop:
         print(f"error: {stop}", file=sys.stderr)
         return DIVERGED
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        reason = str(error).strip().splitlines()[0]
+        print(f"error: compiling failed; --no-fused runs without a compiler ({reason})", file=sys.stderr)
+        return BAD_ARGUMENTS
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.number

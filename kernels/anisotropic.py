@@ -70,7 +70,7 @@ def step_block(
         gamma = tl.load(gamma_ptr + at, mask=inside).to(tl.float32)
         root, drift = tl.sqrt(gamma), gamma * score
     else:
-        ratio = tl.abs(score) * (1.0 / threshold)
+        ratio = tl.abs(score) * tl.minimum(1.0 / threshold, 3.4028234663852886e38)  # finite, or a score of 0 is NaN
         root = tl.rsqrt(tl.maximum(ratio, 1.0, propagate_nan=tl.PropagateNan.ALL))
         drift = tl.clamp(score, -threshold, threshold, propagate_nan=tl.PropagateNan.ALL)
     moved = z + (0.5 * step_size) * drift + (noise_scale * tl.sqrt(step_size)) * root * noise

@@ -22,4 +22,6 @@ def test_kernels_in_the_interpreter():
         timeout=900,
     )
     print(result.stdout[-6000:])
+    summary = result.stdout.splitlines()[-1]
+    assert " passed" in summary and int(summary.split(" passed")[0].split()[-1]) > 200, summary
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

@@ -94,6 +94,20 @@ def test_integers_are_the_high_half():
             noise.integers(high, (3,), seed=0, step=0, stream=5)
 
 
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (dict(step=-1), r"step must be in \[0, 2\*\*56\), got -1"),
+        (dict(step=1 << 56), "step must be in"),
+        (dict(stream=256), r"stream must be in \[0, 256\), got 256"),
+        (dict(offset=-1), "offset must be at least 0"),
+    ],
+)
+def test_what_the_stream_does_not_have_is_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        noise.normal((4,), **dict(seed=0, step=0) | bad)
+
+
 def test_uniforms_lie_in_the_half_open_interval():
     u = noise._unit(torch.tensor([0, 0xFFFFFFFF]))
     assert u[0].item() > 0 and u[1].item() == 1.0

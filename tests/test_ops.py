@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import oracle
-from fastanila import noise, ops, reference
+from fastanila import AniLA, noise, ops, reference
 from fastanila.ops import anisotropic_step, anisotropic_step_
 
 
@@ -50,12 +50,16 @@ def test_the_papers_step():
 
 @pytest.mark.parametrize("norm", ["channel", "chain"])
 def test_norms_do_not_overflow(norm):
-    score = torch.full((2, 3, 2), 1e30)
-    gain = reference.gain_of(score, 1.0, norm)
-    size = 1e30 * math.sqrt(3 if norm == "channel" else 6)
-    assert gain.flatten()[0].item() == pytest.approx(1 / size, rel=1e-5)
-    zero = reference.gain_of(torch.zeros(2, 3, 2), 1.0, norm)
-    assert torch.equal(zero, torch.ones_like(zero))
+    sharing = 3 if norm == "channel" else 6
+    for huge in (1e30, 3e38, math.inf):
+        gain, drift = reference.clipped(torch.full((2, 3, 2), huge), 2.0, norm)
+        assert gain.max().item() == pytest.approx(2 / huge / math.sqrt(sharing), rel=1e-5)
+        torch.testing.assert_close(drift, torch.full((2, 3, 2), 2 / math.sqrt(sharing)))
+    gain, drift = reference.clipped(torch.zeros(2, 3, 2), 1.0, norm)
+    assert torch.equal(gain, torch.ones_like(gain)) and not drift.any()
+    one = torch.tensor([[[1.0], [math.inf], [-5.0]], [[1.0], [math.nan], [2.0]]])
+    drift = reference.clipped(one, 2.0, norm)[1]
+    assert drift[0].flatten().tolist() == [0, 2, 0] and drift[1].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -127,6 +131,9 @@ def test_without_a_seed_torchs_generator_governs():
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (4, 0)], ids=str)
 def test_empty(shape):
     z = torch.zeros(shape)
+    assert anisotropic_step(z, z, 1.0, norm="chain", seed=0, step=0).shape == z.shape
+    ran = AniLA().run(None, z, score=torch.neg, steps=2, seed=0, compile=False)
+    assert ran.shape == z.shape
     assert anisotropic_step(z, z, 1.0, seed=0, step=0).shape == z.shape
     assert anisotropic_step_(z, z, 1.0) is z
 

@@ -171,11 +171,16 @@ def test_an_unhashable_energy():
     "arguments, message",
     [
         (dict(energy=lambda x: x), r"energy must map \(B, ...\) to \(B,\) = \(64,\), got \(64, 2\)"),
-        (dict(energy=None), "energy must be a callable"),
+        (dict(energy=None), "energy or score must be given, and not both"),
+        (dict(score=torch.neg), "energy or score must be given, and not both"),
+        (dict(energy=lambda x: quadratic(x.detach())), "energy must be differentiable in z"),
+        (dict(energy=lambda x: quadratic(x.detach()), compile=True), "energy must be differentiable in z"),
         (dict(steps=-1), "steps must be an integer of at least 0, got -1"),
         (dict(keep_every=0), "keep_every must be an integer of at least 1, got 0"),
         (dict(callback_every=1.5), "callback_every must be an integer of at least 1, got 1.5"),
-        (dict(step=-1), r"step must be in \[0, 2\*\*56\)"),
+        (dict(step=-1), "step must be an integer of at least 0, got -1"),
+        (dict(step=(1 << 56) - 1, steps=2), "step must leave room for steps below"),
+        (dict(offset=-1), "offset must be an integer of at least 0, got -1"),
     ],
 )
 def test_bad_arguments_of_run(arguments, message):
@@ -298,6 +303,8 @@ def test_calibrate():
     # the promise of the docstring: Langevin's variance is too large by a fraction of about `stability`
     after = Langevin(found.step_size).run(energy, z, steps=300, seed=1, compile=False)
     assert after.var().item() / 0.25 == pytest.approx(1 / 0.9, abs=0.05)
+    with pytest.raises(ValueError, match="norm must be one of"):
+        calibrate(energy, z, norm="pixel")
     with pytest.raises(ValueError, match="clip_fraction"):
         calibrate(energy, z, clip_fraction=1.0)
     with pytest.raises(ValueError, match="scores at z must be finite"):

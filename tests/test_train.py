@@ -21,7 +21,9 @@ from fastanila import train as command
 from fastanila.config import Settings
 from fastanila.train import train
 
-SMALL = dict(iterations=12, steps=4, batch_size=64, chains=128, width=16, features=8, log_every=1, sample_every=0)
+SMALL = dict(
+    step_size=0.01, iterations=12, steps=4, batch_size=64, chains=128, width=16, features=8, log_every=1, sample_every=0
+)
 
 
 def quiet(settings, resume=None):
@@ -128,7 +130,7 @@ def test_clipping_the_gradient(tmp_path):
     assert rows(tmp_path / "0.0")[-1]["grad_norm"] > 1e-3
     job = command.prepare(Settings(**SMALL, fused=False))
     job.optimizer = torch.optim.SGD(job.energy.parameters(), lr=1.0)
-    job.settings = config.resolve(Settings(**SMALL, clip_grad=1e-3, fused=False))
+    job.settings = config.resolve(Settings(**SMALL, clip_grad=1e-3, lr=1.0, fused=False))
     before = [p.detach().clone() for p in job.energy.parameters()]
     made = command.build_update(job)(0)
     moved = math.sqrt(sum((p - q).square().sum().item() for p, q in zip(job.energy.parameters(), before, strict=True)))
@@ -283,6 +285,24 @@ def test_a_run_can_be_extended(tmp_path):
     quiet(Settings(**SMALL | dict(iterations=9, lr_decay="none"), fused=False), resume=tmp_path / "run")
     quiet(Settings(**SMALL | dict(iterations=9, lr_decay="none"), fused=False, out=str(tmp_path / "whole")))
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+
+
+def test_a_compiled_run_resumes_with_the_same_numbers(tmp_path):
+    """In a fresh process each, as it happens."""
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()] + ["--save-every=8"]
+    command_line = [sys.executable, "-m", "fastanila.train"]
+    subprocess.run([*command_line, *flags, f"--out={tmp_path / 'whole'}"], check=True)
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    (tmp_path / "half" / "checkpoints" / "00000012.safetensors").unlink()
+    subprocess.run([*command_line, "--resume", str(tmp_path / "half")], check=True)
+    assert numbers(tmp_path / "half") == numbers(tmp_path / "whole")
+    a, b = final(tmp_path / "whole"), final(tmp_path / "half")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resuming_past_the_end_is_refused(small_run, capsys):
+    assert command.main(["--resume", str(small_run), "--iterations", "5"]) == 2
+    assert "iterations must be at least the 12 made already, got 5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
