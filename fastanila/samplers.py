@@ -242,7 +242,7 @@ def _info(energy: Tensor | None, score: Tensor, threshold: float | Tensor, norm:
         energy=None if energy is None else energy.float(),
         score_rms=flat.square().mean(1).sqrt(),
         clip_fraction=(size > threshold).float().mean(1),
-        acceptance=torch.ones_like(flat[:, 0]),
+        acceptance=flat.new_ones(len(flat)),
     )
 
 
