@@ -1,7 +1,8 @@
 """Where the chains of an update start.
 
-Every start has ``draw(update) -> (B, ...)``, the states that update's chains start from, and ``keep(update, z)``,
-which takes them back after their transitions. Draws are functions of (seed, update) on streams of their own.
+Every start has ``draw(update) -> (B, ...)``, the states, float32 on ``device``, that update's chains start from;
+``keep(update, z)``, which takes them back after their transitions; and ``tensors()``, what a checkpoint must hold.
+Draws are functions of (seed, update) on streams of their own.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class PersistentStart:
     """Persistent chains (Tieleman 2008), on the device: update u moves the next ``count`` of ``population`` in turn.
 
     Each drawn chain starts again from uniform noise with probability ``reinit``. The population is a multiple of the
-    count, so every chain is visited equally often and never twice in an update.
+    count, so every chain is visited equally often and never twice in an update; ValueError if it is not.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ def likelihood(energy: Callable[[Tensor], Tensor], data: Tensor, chains: Tensor,
     law (Karimi, Xie and Li, Algorithm 1, eq. 7; eq. 3 of an early draft has the sign reversed). ``energy_l2`` adds
     its multiple of mean U(data)**2 + mean U(chains)**2, which keeps the energies near zero (Du and Mordatch 2019).
 
-    data: (N, ...), chains: (M, ...); energy maps either to one energy a state.
+    data: (N, ...), chains: (M, ...), of one dtype and device; energy maps either to one float32 energy a state.
     """
     u = energy(torch.cat((data, chains.detach())))
     on_data, on_chains = u[: len(data)], u[len(data) :]
