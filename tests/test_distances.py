@@ -113,7 +113,7 @@ def test_gaussian_pixels_have_the_datas_means_and_variances_and_no_correlation()
     assert torch.corrcoef(x.T).fill_diagonal_(0).abs().max() > 0.3  # which the data has
     assert torch.equal(draws, distances.gaussian_pixels(data, n, seed=7))
     assert not torch.equal(draws, distances.gaussian_pixels(data, n, seed=8))
-    stream = noise.normal((2, 1, 2, 2), seed=7, step=0, stream=noise.Stream.EVALUATION)
+    stream = noise.normal((2, 1, 2, 2), seed=7, step=0, stream=noise.Stream.BASELINE)
     assert torch.allclose(draws[:2], data.mean(0) + data.std(0) * stream, atol=1e-5)
     assert distances.gaussian_pixels((data * 10).to(torch.uint8), 2, seed=0).dtype == torch.float32
 
