@@ -135,7 +135,7 @@ def _(value, device):
 
 def _quads(count: int, seed, step, stream: int, start: int, device) -> tuple[Tensor, ...]:
     """The four words of each Philox counter that touches elements start .. start + count."""
-    if not 0 <= stream < 256:
+    if not isinstance(stream, Stream) and not 0 <= stream < 256:
         raise ValueError(f"stream must be in [0, 256), got {stream}")
     if start < 0:
         raise ValueError(f"offset must be at least 0, got the element {start}")
