@@ -79,6 +79,7 @@ def anisotropic_step(
 
     threshold, step_size, noise_scale (any float dtype), seed and step (int64) may each be a 0-dim tensor on z's
     device, which may change without recompilation. Values inside tensors are not checked: that would stall the device.
+    Compiled code should take seed and step as arguments: tensors made inside it from constants compile for minutes.
 
     Returns:
         The new state: contiguous, detached, of z's shape and dtype. Arithmetic is float32 whatever the storage;
