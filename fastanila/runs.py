@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import chains, checkpoint, config, data, ops
+from . import chains as starts
+from . import checkpoint, config, data, ops
 from .config import Settings
 from .energies import MLP, Autocast, ConvNet
-from .samplers import AniLA, Langevin, Sampler
+from .samplers import SAMPLERS, Sampler
 
 
 class Run(NamedTuple):
@@ -34,12 +36,18 @@ def load(directory: str | Path, device: str = "auto") -> Run:
     settings = read_settings(directory)
     device = device_of(device)
     tensors, state = checkpoint.load_latest(Path(directory) / "checkpoints", device)
-    energy = build_energy(settings, tuple(tensors["chains"].shape[1:])).to(device)
+    chains = last_chains(tensors)
+    energy = build_energy(settings, tuple(chains.shape[1:])).to(device)
     which = "ema" if settings.ema else "energy"
     load_parameters(energy, checkpoint.subset(tensors, which), directory)
     energy = at_precision(energy, settings.precision).eval()
     box = data.box_of(settings.data)
-    return Run(energy, build_sampler(settings, box), tensors["chains"], settings, state["iteration"])
+    return Run(energy, build_sampler(settings, box), chains, settings, state["iteration"])
+
+
+def last_chains(tensors: dict[str, Tensor]) -> Tensor:
+    """The chains as a checkpoint's run left them: all of a persistent population, otherwise the last update's."""
+    return tensors["start.population"] if "start.population" in tensors else tensors["chains"]
 
 
 def read_settings(directory: str | Path) -> Settings:
@@ -87,22 +95,21 @@ def build_energy(settings: Settings, shape: tuple[int, ...]) -> nn.Module:
 
 
 def build_sampler(settings: Settings, box: tuple[float, float]) -> Sampler:
-    common = dict(
-        step_size=settings.step_size, noise_scale=settings.noise_scale, bounds=box if settings.clamp else None
-    )
-    if settings.sampler == "langevin":
-        return Langevin(**common)
-    return AniLA(threshold=settings.threshold, norm=settings.norm, **common)
+    """The sampler called ``settings.sampler``, with those of the settings that it has; clamped to the box if wanted."""
+    kind = SAMPLERS[settings.sampler]
+    bounds = box if settings.clamp else None
+    own = {f.name: bounds if f.name == "bounds" else getattr(settings, f.name) for f in dataclasses.fields(kind)}
+    return kind(**own)
 
 
 def build_start(settings: Settings, dataset: data.Density | data.Images, device):
     """The chain start of the settings' ``init``."""
     count, seed = settings.batch_size, settings.seed
     if settings.init == "data":
-        return chains.DataStart(count, dataset, seed=seed, device=device)
+        return starts.DataStart(count, dataset, seed=seed, device=device)
     if settings.init == "noise":
-        return chains.NoiseStart(count, dataset.shape, dataset.box, seed=seed, device=device)
-    return chains.PersistentStart(
+        return starts.NoiseStart(count, dataset.shape, dataset.box, seed=seed, device=device)
+    return starts.PersistentStart(
         count, settings.chains, dataset.shape, dataset.box, reinit=settings.reinit, seed=seed, device=device
     )
 

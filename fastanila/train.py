@@ -283,9 +283,8 @@ def save(job: Job) -> None:
         tensors |= checkpoint.prefixed("ema", job.average.state_dict())
     tensors |= checkpoint.optimizer_tensors(job.optimizer, [name for name, _ in job.energy.named_parameters()])
     tensors |= checkpoint.prefixed("start", job.start.tensors())
-    # the chains as the run left them: all of a persistent population, otherwise the last update's
-    last = job.start.draw(0) if job.chains is None else job.chains
-    tensors["chains"] = job.start.tensors().get("population", last)
+    if "start.population" not in tensors:
+        tensors["chains"] = job.start.draw(0) if job.chains is None else job.chains
     state = {"iteration": job.iteration, "seconds": job.seconds}
     checkpoint.save_numbered(job.directory / "checkpoints", job.iteration, tensors, state)
 
@@ -298,7 +297,7 @@ def restore(job: Job) -> None:
     checkpoint.restore_optimizer(job.optimizer, [name for name, _ in job.energy.named_parameters()], tensors)
     for name, tensor in job.start.tensors().items():
         tensor.copy_(tensors[f"start.{name}"])
-    job.chains = tensors["chains"][: job.settings.batch_size]
+    job.chains = runs.last_chains(tensors)[: job.settings.batch_size]
     job.iteration, job.seconds = state["iteration"], state["seconds"]
 
 
