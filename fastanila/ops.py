@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from . import checks, noise, reference
+from .reference import Statistics
 
 try:
     from .kernels import anisotropic as _kernel
+    from .kernels import rows as _rows
 except ModuleNotFoundError as error:  # no triton on macOS and Windows: the CPU path needs none
     if error.name is None or error.name.split(".")[0] != "triton":
         raise
-    _kernel = None
+    _kernel = _rows = None
 
 #: Triton's interpreter runs kernels on CPU tensors, slowly; with it on, CPU tensors take the kernel too.
 INTERPRETED = _kernel is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -38,6 +40,9 @@ _ARGUMENTS = (
 _library = torch.library.Library("fastanila", "DEF")
 _library.define(f"anisotropic_step(Tensor z, {_ARGUMENTS}) -> Tensor")
 _library.define(f"anisotropic_step_(Tensor(a!) z, {_ARGUMENTS}) -> ()")
+# the statistics come as one (3, B) buffer, in the order of reference.Statistics
+_library.define(f"anisotropic_step_statistics(Tensor z, {_ARGUMENTS}) -> (Tensor, Tensor)")
+_library.define(f"anisotropic_step_statistics_(Tensor(a!) z, {_ARGUMENTS}) -> Tensor")
 
 
 def anisotropic_step(
@@ -54,7 +59,8 @@ def anisotropic_step(
     gamma: Tensor | None = None,
     mask: Tensor | None = None,
     bounds: tuple[float, float] | None = None,
-) -> Tensor:
+    statistics: bool = False,
+) -> Tensor | tuple[Tensor, Statistics]:
     """One anisotropic Langevin transition of a batch of chains (STANLEY: Karimi, Xie and Li, Algorithm 1).
 
         gamma_i = b / max(b, |s_i|)
@@ -68,14 +74,15 @@ def anisotropic_step(
         threshold: b > 0, or inf, in the score's unit (1 / unit of z). None when gamma is given.
         step_size: eps > 0, in squared units of z. noise_scale: sigma >= 0, without unit.
         norm: what |s_i| is: "element", "channel" (L2 over dim 1, as in the authors' image code) or "chain" (L2 over
-            all but dim 0; b then scales with the root of the dimension). On CUDA only "element" is fused so far;
-            the other two run the plain definition with the same noise.
+            all but dim 0; b then scales with the root of the dimension). On CUDA each is one kernel; more than 2,048
+            channels run the plain definition with the same noise.
         seed, step: name the noise (see `fastanila.noise`), given together: seed is taken mod 2**64, and
             0 <= step < 2**56. Left out, a fresh seed is drawn from torch's generator at each call.
         offset: the global index of the first chain, so that a slice of a batch gets the noise of its place.
         gamma: a frozen gain in (0, 1], broadcastable to z; the drift is then gamma * s.
         mask: bool, broadcastable to z; where False, z stays.
         bounds: (low, high); the result is clamped to them.
+        statistics: return (z', `Statistics`) instead, of the score and gain that made the step, from the same kernel.
 
     threshold, step_size, noise_scale (any float dtype), seed and step (int64) may each be a 0-dim tensor on z's
     device, which may change without recompilation. Values inside tensors are not checked: that would stall the device.
@@ -92,9 +99,13 @@ def anisotropic_step(
         TypeError, ValueError: naming the argument, what it was and what was expected.
     """
     z, arguments = _prepare(z, score, threshold, step_size, noise_scale, norm, seed, step, offset, gamma, mask, bounds)
-    if _takes_kernel(z, arguments[_NORM]):
+    if not fused(z, arguments[_NORM]):
+        return _plainly(z, arguments, statistics)  # not the operator, so that Inductor fuses it
+    arguments = _contiguous_score(arguments)
+    if not statistics:
         return torch.ops.fastanila.anisotropic_step(z, *arguments)
-    return _reference(z, *arguments)  # not the operator, so that Inductor fuses it
+    z, seen = torch.ops.fastanila.anisotropic_step_statistics(z, *arguments)
+    return z, Statistics(*seen.unbind())
 
 
 def anisotropic_step_(
@@ -111,22 +122,43 @@ def anisotropic_step_(
     gamma: Tensor | None = None,
     mask: Tensor | None = None,
     bounds: tuple[float, float] | None = None,
-) -> Tensor:
+    statistics: bool = False,
+) -> Tensor | tuple[Tensor, Statistics]:
     """`anisotropic_step`, written into z, which is returned. z may have any layout and may require grad."""
     target, arguments = _prepare(
         z, score, threshold, step_size, noise_scale, norm, seed, step, offset, gamma, mask, bounds
     )
-    if _takes_kernel(target, arguments[_NORM]):
+    if not fused(target, arguments[_NORM]):
+        made = _plainly(target, arguments, statistics)
+        target.copy_(made[0] if statistics else made)
+        return (z, made[1]) if statistics else z
+    arguments = _contiguous_score(arguments)
+    if not statistics:
         torch.ops.fastanila.anisotropic_step_(target, *arguments)
-    else:
-        target.copy_(_reference(target, *arguments))
-    return z
+        return z
+    seen = torch.ops.fastanila.anisotropic_step_statistics_(target, *arguments)
+    return z, Statistics(*seen.unbind())
+
+
+def fused(where: Tensor | torch.device, norm: str = "element") -> bool:
+    """Whether `anisotropic_step` runs a Triton kernel, rather than the plain definition, for states like this one.
+
+    where: the chains, (B, ...); or a device, for chains of at most 2,048 channels. A function of the device, the
+    shape, the norm, the process (triton or its interpreter) and `plain`, never of values.
+    """
+    device = where.device if isinstance(where, Tensor) else where
+    if _kernel is None or _plain or not (device.type == "cuda" or INTERPRETED):
+        return False
+    return isinstance(where, torch.device) or _rows.fits(where.shape, norm)
 
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """Every operator runs its plain definition, eagerly, on every device: for comparing with the kernels. Not for
-    compiled code, and process-wide."""
+    """Every operator runs its plain definition on every device: for comparing with the kernels.
+
+    Process-wide, all threads together: Dynamo on torch 2.11 cannot trace a ContextVar, and takes what it once read of
+    a thread-local for a constant.
+    """
     global _plain
     before, _plain = _plain, True
     try:
@@ -136,13 +168,6 @@ def plain() -> Iterator[None]:
 
 
 _plain = False
-
-
-_NORM = 7  # its place among the operators' arguments
-
-
-def _takes_kernel(z: Tensor, norm: str) -> bool:
-    return _kernel is not None and (z.is_cuda or INTERPRETED) and norm == "element" and not _plain
 
 
 # ------------------------------------------------------------------------------------------------ implementations
@@ -176,20 +201,33 @@ def _reference(
     ).contiguous()
 
 
+def _plainly(z, arguments, statistics: bool):
+    moved = _reference(z, *arguments)
+    return (moved, _seen(*arguments)) if statistics else moved
+
+
+def _seen(
+    score, threshold, threshold_t, step_size, step_size_t, noise_scale, noise_scale_t, norm,
+    seed, seed_t, step, step_t, offset, gamma, mask, bounds,
+) -> Statistics:  # fmt: skip
+    return reference.statistics(score, threshold if threshold_t is None else threshold_t, norm, gamma)
+
+
+def _contiguous_score(arguments: tuple) -> tuple:
+    # Here and not in the operator: under torch.compile the conversion of a network's channels_last gradient then fuses
+    # with the negation that makes a score of it, where inside it would be a kernel of its own.
+    return arguments[0].contiguous(), *arguments[1:]
+
+
 def _launch(
-    z, out, score, threshold, threshold_t, step_size, step_size_t, noise_scale, noise_scale_t, norm,
+    z, out, seen, score, threshold, threshold_t, step_size, step_size_t, noise_scale, noise_scale_t, norm,
     seed, seed_t, step, step_t, offset, gamma, mask, bounds,
 ):  # fmt: skip
-    if norm != "element":
-        raise NotImplementedError(f"norm={norm!r} has no Triton kernel; fastanila.ops.anisotropic_step runs it unfused")
-    if z.numel() == 0:
-        return out
-    _kernel.launch(
-        z,
-        score.contiguous(),
-        out,
+    """Run the kernel that the shapes select: z and out contiguous, ``seen`` a (3, B) float32 buffer or None."""
+    view = _rows.view(z.shape, "element" if gamma is not None else norm)
+    common = dict(
         gamma=None if gamma is None else gamma.expand_as(z).contiguous(),
-        mask=None if mask is None else mask.expand_as(z).contiguous(),
+        mask=None if mask is None else _aligned(mask.expand_as(z).contiguous()),
         threshold=threshold if threshold_t is None else threshold_t,
         step_size=step_size if step_size_t is None else step_size_t,
         noise_scale=noise_scale if noise_scale_t is None else noise_scale_t,
@@ -199,34 +237,96 @@ def _launch(
         bounds=bounds,
         fast=z.is_cuda and torch.version.hip is None,
     )
-    return out
+    if seen is None and view.norm == "element":
+        _kernel.launch(z, score.contiguous(), out, **common)
+    else:
+        _rows.launch(z, score.contiguous(), out, seen, chains=len(z), **view._asdict(), **common)
+
+
+def _aligned(mask: Tensor) -> Tensor:
+    return mask if mask.data_ptr() % 8 == 0 else mask.clone()  # the kernel reads it by words
+
+
+def _has_kernel(z, arguments: tuple) -> bool:
+    return z.numel() > 0 and _rows.fits(z.shape, arguments[_NORM])
+
+
+_NORM = 7  # its place among the operators' arguments
 
 
 def _step_triton(z, *arguments):
+    if not _has_kernel(z, arguments):
+        return _reference(z, *arguments)
     with torch.accelerator.device_index(z.device.index):  # Triton launches on the current device
         z = z.contiguous()
-        return _launch(z, torch.empty_like(z), *arguments)
+        out = torch.empty_like(z)
+        _launch(z, out, None, *arguments)
+    return out
+
+
+def _statistics_triton(z, *arguments):
+    if not _has_kernel(z, arguments):
+        return _statistics_reference(z, *arguments)
+    with torch.accelerator.device_index(z.device.index):
+        z = z.contiguous()
+        out, seen = torch.empty_like(z), _buffer(z)
+        _launch(z, out, seen, *arguments)
+    return out, seen
 
 
 def _step_triton_(z, *arguments):
-    with torch.accelerator.device_index(z.device.index):
-        # The kernel's addressing is flat, and a block must not write what another has yet to read.
-        read = [x for x in arguments if isinstance(x, Tensor)]
-        shared = any(x.untyped_storage().data_ptr() == z.untyped_storage().data_ptr() for x in read)
-        if z.is_contiguous() and not shared:
-            _launch(z, z, *arguments)
-        else:
-            z.copy_(_step_triton(z, *arguments))
+    if z.is_contiguous() and _has_kernel(z, arguments) and not _shares(z, arguments):
+        with torch.accelerator.device_index(z.device.index):
+            _launch(z, z, None, *arguments)
+    else:
+        z.copy_(_step_triton(z, *arguments))
+
+
+def _statistics_triton_(z, *arguments):
+    if z.is_contiguous() and _has_kernel(z, arguments) and not _shares(z, arguments):
+        seen = _buffer(z)
+        with torch.accelerator.device_index(z.device.index):
+            _launch(z, z, seen, *arguments)
+    else:
+        out, seen = _statistics_triton(z, *arguments)
+        z.copy_(out)
+    return seen
+
+
+def _shares(z: Tensor, arguments: tuple) -> bool:
+    """Whether an argument lies in z's memory: a block must not write what another has yet to read."""
+    storage = z.untyped_storage().data_ptr()
+    return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() == storage for x in arguments)
+
+
+def _buffer(z: Tensor) -> Tensor:
+    return torch.empty((len(Statistics._fields), z.shape[0]), dtype=torch.float32, device=z.device)
 
 
 def _step_reference_(z, *arguments):
     z.copy_(_reference(z, *arguments))
 
 
-_library.impl("anisotropic_step", _step_triton if INTERPRETED else _reference, "CPU")
-_library.impl("anisotropic_step_", _step_triton_ if INTERPRETED else _step_reference_, "CPU")
-_library.impl("anisotropic_step", _reference if _kernel is None else _step_triton, "CUDA")
-_library.impl("anisotropic_step_", _step_reference_ if _kernel is None else _step_triton_, "CUDA")
+def _statistics_reference(z, *arguments):
+    moved, seen = _plainly(z, arguments, statistics=True)
+    return moved, torch.stack(seen)
+
+
+def _statistics_reference_(z, *arguments):
+    moved, seen = _statistics_reference(z, *arguments)
+    z.copy_(moved)
+    return seen
+
+
+def _register(device: str, kernels: bool) -> None:
+    _library.impl("anisotropic_step", _step_triton if kernels else _reference, device)
+    _library.impl("anisotropic_step_", _step_triton_ if kernels else _step_reference_, device)
+    _library.impl("anisotropic_step_statistics", _statistics_triton if kernels else _statistics_reference, device)
+    _library.impl("anisotropic_step_statistics_", _statistics_triton_ if kernels else _statistics_reference_, device)
+
+
+_register("CPU", kernels=INTERPRETED)
+_register("CUDA", kernels=_kernel is not None)
 
 
 @torch.library.register_fake("fastanila::anisotropic_step")
@@ -237,6 +337,16 @@ def _(z, *arguments):
 @torch.library.register_fake("fastanila::anisotropic_step_")
 def _(z, *arguments):
     return None
+
+
+@torch.library.register_fake("fastanila::anisotropic_step_statistics")
+def _(z, *arguments):
+    return torch.empty_like(z, memory_format=torch.contiguous_format), _buffer(z)
+
+
+@torch.library.register_fake("fastanila::anisotropic_step_statistics_")
+def _(z, *arguments):
+    return _buffer(z)
 
 
 # --------------------------------------------------------------------------------------------------------- checks

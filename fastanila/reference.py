@@ -6,11 +6,20 @@ Arithmetic is float32 for float32, bfloat16 and float16 storage, and float64 for
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 NORMS = ("element", "channel", "chain")
+
+
+class Statistics(NamedTuple):
+    """What one transition did to each chain: (B,) each, of the arithmetic's dtype."""
+
+    gamma_mean: Tensor  #: mean gain of the chain's elements, in [0, 1]
+    score_rms: Tensor  #: root mean square of the score's elements, 1 / unit of z
+    clip_fraction: Tensor  #: fraction of elements whose gain is below 1, which is |s| > b
 
 
 def anisotropic_step(
@@ -35,15 +44,14 @@ def anisotropic_step(
     to which eps = sigma = 1 reduces). For what the arguments are, see `fastanila.ops.anisotropic_step`; ``noise`` has
     the shape of z.
     """
-    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
-    x, s = z.to(wide), score.to(wide)
+    x, s = _wide(z), _wide(score)
     if gamma is not None:
-        gain = gamma.to(wide)
-        drift = gain * s
+        g = gamma.to(x.dtype)
+        drift = g * s
     else:
-        gain, drift = clipped(s, threshold, norm)
+        g, drift = clipped(s, threshold, norm)
     eps, sigma = _tensor(step_size, x), _tensor(noise_scale, x)
-    moved = x + 0.5 * eps * drift + sigma * torch.sqrt(eps * gain) * noise.to(wide)
+    moved = x + 0.5 * eps * drift + sigma * torch.sqrt(eps * g) * noise.to(x.dtype)
     if bounds is not None:
         moved = torch.clamp(moved, *bounds)
     if mask is not None:
@@ -65,6 +73,33 @@ def clipped(score: Tensor, threshold: float | Tensor, norm: str = "element") -> 
     length = unit.square().sum(_dims(score, norm), keepdim=True).sqrt()
     ratio = scale / b * length
     return 1.0 / torch.clamp(ratio, min=1.0), torch.where(ratio <= 1.0, score, b * (unit / length))
+
+
+def gain(score: Tensor, threshold: float | Tensor, norm: str = "element") -> Tensor:
+    """gamma of every element, of the score's shape, to be frozen: the ``gamma`` of later steps. At least float32."""
+    return clipped(_wide(score), threshold, norm)[0].expand_as(score)
+
+
+def statistics(
+    score: Tensor, threshold: float | Tensor | None, norm: str = "element", gamma: Tensor | None = None
+) -> Statistics:
+    """`Statistics` of a step with this score (B, ...) and threshold, or with the frozen gain ``gamma``.
+
+    However large the score, its root mean square does not overflow. Chains without elements have gain 1 and score 0.
+    """
+    s = _wide(score)
+    chains = s.shape[0]
+    if s.numel() == 0:
+        return Statistics(s.new_ones(chains), s.new_zeros(chains), s.new_zeros(chains))
+    if gamma is None:
+        g = clipped(s, threshold, norm)[0].reshape(chains, -1)
+    else:
+        g = gamma.to(s.dtype).expand_as(s).reshape(chains, -1)
+    flat = s.reshape(chains, -1)
+    largest = flat.abs().amax(1)
+    scale = torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
+    rms = scale * (flat / scale[:, None]).square().mean(1).sqrt()
+    return Statistics(g.mean(1), rms, (g < 1).to(s.dtype).mean(1))
 
 
 def magnitude(score: Tensor, norm: str) -> Tensor:
@@ -90,6 +125,10 @@ def _scaled(score: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     scale = torch.where((largest > 0) & ~infinite, largest, 1.0)
     unit = torch.where(infinite, torch.where(score.isinf(), score.sign(), 0.0), score / scale)
     return unit, torch.where(infinite, largest, scale)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def _tensor(value: float | Tensor, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ Memory bound by construction: z and score are read once, z' written once, 16 byt
 import triton
 import triton.language as tl
 
-from .philox import four_normals
+from .philox import four_normals, interleave
 
 # 16 elements a thread: few enough registers for full-width loads in flight, enough work to amortise the addressing.
 BLOCK = 2048
@@ -32,23 +32,40 @@ def scalar(x, IS_POINTER: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def block_normals(seed, step, quad, LANE: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr):
-    """BLOCK consecutive normals from element 4 quad + LANE on, laid out so that a thread holds LANES in a row.
-
-    Joining lanes is free where a thread's lanes fill a 16-byte access: 4 of float32, 8 of the 2-byte types.
-    """
+    """BLOCK consecutive normals from element 4 quad + LANE on, laid out so that a thread holds LANES in a row."""
     q = quad + tl.arange(0, BLOCK // LANES).to(tl.int64) * (LANES // 4)
     lanes = four_normals(seed, step, LANGEVIN_STREAM, q, FAST)
     if LANES == 8:
         lanes = lanes + four_normals(seed, step, LANGEVIN_STREAM, q + 1, FAST)
     if LANE > 0:  # the elements straddle the counters: draw one quad more and shift
         lanes = (lanes + four_normals(seed, step, LANGEVIN_STREAM, q + LANES // 4, FAST))[LANE : LANE + LANES]
+    return interleave(lanes, LANES)
+
+
+@triton.jit
+def block_mask(mask_ptr, begin, LANES: tl.constexpr, BLOCK: tl.constexpr):
+    """The BLOCK bools from ``begin`` on, read LANES at a time into the threads that hold those elements.
+
+    Read as bytes, Triton would let a thread load 16 in a row and exchange them through shared memory.
+    """
+    WORD: tl.constexpr = tl.int32 if LANES == 4 else tl.int64
+    at = begin // LANES + tl.arange(0, BLOCK // LANES)
+    word = tl.load(mask_ptr.to(tl.pointer_type(WORD)) + at)
     if LANES == 4:
-        joined = tl.join(tl.join(lanes[0], lanes[2]), tl.join(lanes[1], lanes[3]))
+        lanes = (word & 0x1, word & 0x100, word & 0x10000, word & 0x1000000)
     else:
-        even = tl.join(tl.join(lanes[0], lanes[4]), tl.join(lanes[2], lanes[6]))
-        odd = tl.join(tl.join(lanes[1], lanes[5]), tl.join(lanes[3], lanes[7]))
-        joined = tl.join(even, odd)
-    return tl.reshape(joined, (BLOCK,))
+        low, high = word.to(tl.int32), (word >> 32).to(tl.int32)
+        lows = (low & 0x1, low & 0x100, low & 0x10000, low & 0x1000000)
+        lanes = lows + (high & 0x1, high & 0x100, high & 0x10000, high & 0x1000000)  # noqa: RUF005
+    return interleave(lanes, LANES) != 0
+
+
+@triton.jit
+def element_gain(score, threshold):
+    """(sqrt(gamma), gamma * score) where each element stands for itself."""
+    ratio = tl.abs(score) * tl.minimum(1.0 / threshold, 3.4028234663852886e38)  # finite, or a score of 0 is NaN
+    root = tl.rsqrt(tl.maximum(ratio, 1.0, propagate_nan=tl.PropagateNan.ALL))
+    return root, tl.clamp(score, -threshold, threshold, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -70,19 +87,19 @@ def step_block(
         gamma = tl.load(gamma_ptr + at, mask=inside).to(tl.float32)
         root, drift = tl.sqrt(gamma), gamma * score
     else:
-        ratio = tl.abs(score) * tl.minimum(1.0 / threshold, 3.4028234663852886e38)  # finite, or a score of 0 is NaN
-        root = tl.rsqrt(tl.maximum(ratio, 1.0, propagate_nan=tl.PropagateNan.ALL))
-        drift = tl.clamp(score, -threshold, threshold, propagate_nan=tl.PropagateNan.ALL)
+        root, drift = element_gain(score, threshold)
     moved = z + (0.5 * step_size) * drift + (noise_scale * tl.sqrt(step_size)) * root * noise
 
     if HAS_BOUNDS:
         moved = tl.clamp(moved, low, high, propagate_nan=tl.PropagateNan.ALL)
     if HAS_MASK:
-        moved = tl.where(tl.load(mask_ptr + at, mask=inside), moved, z)
+        chosen = tl.load(mask_ptr + at, mask=inside) if RAGGED else block_mask(mask_ptr, begin, LANES, BLOCK)
+        moved = tl.where(chosen, moved, z)
     tl.store(out_ptr + at, moved.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n", "first_quad", "seed", "step"])
+# mask_ptr: known to be aligned, its words would be loaded four in a row and exchanged through shared memory.
+@triton.jit(do_not_specialize=["n", "first_quad", "seed", "step"], do_not_specialize_on_alignment=["mask_ptr"])
 def anisotropic_step_kernel(
     z_ptr, score_ptr, gamma_ptr, mask_ptr, out_ptr, n: tl.int64, first_quad: tl.int64,
     threshold, step_size, noise_scale, seed, step, low: tl.float32, high: tl.float32,

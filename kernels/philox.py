@@ -29,13 +29,27 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def words(seed, step, stream: tl.constexpr, quad):
-    """The four words of counter ``quad`` (int64): seed and step are int64 scalars."""
-    key, t, q = seed.to(tl.uint64, bitcast=True), step.to(tl.uint64, bitcast=True), quad.to(tl.uint64, bitcast=True)
-    zero = q.to(tl.uint32) * 0
-    c2 = t.to(tl.uint32) + zero
-    c3 = ((t >> 32) * 256 + stream).to(tl.uint32) + zero  # this order: a constexpr swallows a tensor on its right
-    return philox(q.to(tl.uint32), (q >> 32).to(tl.uint32), c2, c3, key.to(tl.uint32), (key >> 32).to(tl.uint32))
+def halves(x, FAST: tl.constexpr):
+    """The low and the high word of an int64, as uint32."""
+    if FAST:
+        # Opaque to LLVM, which else carries truncated 64-bit values through two rounds, an addition of 0 a product.
+        return tl.inline_asm_elementwise(
+            "mov.b64 {$0, $1}, $2;", "=r,=r,l", [x], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
+        )
+    else:
+        bits = x.to(tl.uint64, bitcast=True)
+        return bits.to(tl.uint32), (bits >> 32).to(tl.uint32)
+
+
+@triton.jit
+def words(seed, step, stream: tl.constexpr, quad, FAST: tl.constexpr = False):
+    """The four words of counter ``quad`` (int64 of any shape): seed and step are int64 scalars."""
+    k0, k1 = halves(seed, FAST)
+    t0, t1 = halves(step, FAST)
+    q0, q1 = halves(quad, FAST)
+    zero = q0 * 0
+    c3 = t1 * 256 + stream  # this order: a constexpr swallows a tensor on its right
+    return philox(q0, q1, t0 + zero, c3 + zero, k0, k1)
 
 
 @triton.jit
@@ -54,7 +68,42 @@ def box_muller(r_even, r_odd, FAST: tl.constexpr):
 @triton.jit
 def four_normals(seed, step, stream: tl.constexpr, quad, FAST: tl.constexpr):
     """The normals of elements 4 quad .. 4 quad + 3: quad (N,) int64 -> four (N,) float32."""
-    r0, r1, r2, r3 = words(seed, step, stream, quad)
+    r0, r1, r2, r3 = words(seed, step, stream, quad, FAST)
     n0, n1 = box_muller(r0, r1, FAST)
     n2, n3 = box_muller(r2, r3, FAST)
     return n0, n1, n2, n3
+
+
+@triton.jit
+def joined_normals(seed, step, stream: tl.constexpr, quad, LANES: tl.constexpr, FAST: tl.constexpr):
+    """LANES (4 or 8) consecutive normals from element 4 quad on: quad (..., N) int64 -> (..., N * LANES) float32.
+
+    A thread then holds LANES in a row, which costs nothing where they fill a 16-byte access: 4 of float32, 8 of the
+    2-byte types.
+    """
+    lanes = four_normals(seed, step, stream, quad, FAST)
+    if LANES == 8:
+        lanes = lanes + four_normals(seed, step, stream, quad + 1, FAST)
+    return interleave(lanes, LANES)
+
+
+@triton.jit
+def interleave(lanes, LANES: tl.constexpr):
+    """A tuple of LANES (4 or 8) tensors (..., N) -> (..., N * LANES), the lanes of each place in a row."""
+    if LANES == 4:
+        joined = tl.join(tl.join(lanes[0], lanes[2]), tl.join(lanes[1], lanes[3]))
+    else:
+        even = tl.join(tl.join(lanes[0], lanes[4]), tl.join(lanes[2], lanes[6]))
+        odd = tl.join(tl.join(lanes[1], lanes[5]), tl.join(lanes[3], lanes[7]))
+        joined = tl.join(even, odd)
+    SHAPE: tl.constexpr = lanes[0].shape[:-1] + [lanes[0].shape[-1] * LANES]  # noqa: RUF005
+    return tl.reshape(joined, SHAPE)
+
+
+@triton.jit
+def element_normals(seed, step, stream: tl.constexpr, k, FAST: tl.constexpr):
+    """The normals of elements k, int64 of any shape -> float32: four_normals' bits, at one Philox call an element."""
+    r0, r1, r2, r3 = words(seed, step, stream, k >> 2, FAST)
+    second = (k & 2) != 0
+    even, odd = box_muller(tl.where(second, r2, r0), tl.where(second, r3, r1), FAST)
+    return tl.where((k & 1) != 0, odd, even)

@@ -39,25 +39,43 @@ def normals(elements: np.ndarray, seed: int, step: int, stream: int = 0) -> np.n
     return both[np.arange(len(which)), which]
 
 
+def gain(score, threshold, norm="element"):
+    """(gamma, gamma * score), both of the score's shape, in float64 numpy.
+
+    Where infinite scores share a norm, they are equally large and the finite ones beside them vanish.
+    """
+    s = np.asarray(score, dtype=np.float64)
+    axes = {"element": (), "channel": (1,), "chain": tuple(range(1, s.ndim))}[norm]
+    with np.errstate(invalid="ignore"):
+        infinite = np.isinf(s).any(axes, keepdims=True) & ~np.isnan(s).any(axes, keepdims=True)
+        equal = np.where(infinite, np.where(np.isinf(s), np.sign(s), 0.0), s)
+        length = np.sqrt((equal**2).sum(axes, keepdims=True))
+        size = np.broadcast_to(np.where(infinite, np.inf, length), s.shape)
+        gamma = np.where(np.isnan(size), np.nan, 1 / np.maximum(1, size / threshold))
+        drift = np.where(infinite & np.isfinite(threshold), threshold * equal / length, gamma * s)
+    return gamma, drift
+
+
+def statistics(score, threshold, norm="element", gamma=None):
+    """(mean gamma, RMS score, fraction of gamma below 1) of each chain in float64 numpy: (B,) each."""
+    s = np.asarray(score, dtype=np.float64)
+    g = gain(s, threshold, norm)[0] if gamma is None else np.broadcast_to(np.asarray(gamma, dtype=np.float64), s.shape)
+    g, flat = g.reshape(len(s), -1), s.reshape(len(s), -1)
+    with np.errstate(invalid="ignore"):
+        return g.mean(1), np.sqrt((flat**2).mean(1)), (g < 1).mean(1)
+
+
 def step(
     z, score, threshold, xi, *, step_size=1.0, noise_scale=1.0, norm="element", gamma=None, mask=None, bounds=None
 ):
     """One transition in float64 numpy: z, score, xi of one shape (B, ...)."""
     z, s, xi = (np.asarray(a, dtype=np.float64) for a in (z, score, xi))
-    if gamma is None:
-        if norm == "element":
-            size = np.abs(s)
-        elif norm == "channel":
-            size = np.sqrt((s**2).sum(1, keepdims=True))
-        else:
-            size = np.sqrt((s.reshape(len(s), -1) ** 2).sum(1)).reshape(-1, *[1] * (s.ndim - 1))
-        g = np.ones_like(size) if np.isinf(threshold) else threshold / np.maximum(threshold, size)
-    else:
-        g = np.asarray(gamma, dtype=np.float64)
     with np.errstate(invalid="ignore"):
-        drift = g * s
-        if gamma is None and norm == "element" and np.isfinite(threshold):
-            drift = np.where(np.isinf(s), np.sign(s) * threshold, drift)
+        if gamma is None:
+            g, drift = gain(s, threshold, norm)
+        else:
+            g = np.asarray(gamma, dtype=np.float64)
+            drift = g * s
         out = z + step_size / 2 * drift + noise_scale * np.sqrt(step_size * g) * xi
         if bounds is not None:
             out = np.clip(out, *bounds)

@@ -158,6 +158,8 @@ def test_opcheck(options):
     z, arguments = ops._prepare(z, score, *[chosen[name] for name in order])
     torch.library.opcheck(torch.ops.fastanila.anisotropic_step.default, (z, *arguments))
     torch.library.opcheck(torch.ops.fastanila.anisotropic_step_.default, (z, *arguments))
+    torch.library.opcheck(torch.ops.fastanila.anisotropic_step_statistics.default, (z, *arguments))
+    torch.library.opcheck(torch.ops.fastanila.anisotropic_step_statistics_.default, (z, *arguments))
     out = torch.ops.fastanila.anisotropic_step(z, *arguments)
     assert torch.equal(out, anisotropic_step(z, score, **options))
 
@@ -269,6 +271,22 @@ def test_numpy_numbers_are_numbers():
     z, score = draw()
     a = anisotropic_step(z, score, np.float32(1.5), seed=np.int64(3), step=np.int32(4))
     assert torch.equal(a, anisotropic_step(z, score, 1.5, seed=3, step=4))
+
+
+def test_what_is_fused(monkeypatch):
+    """On this machine, and as it would be where the kernels run."""
+    z, many = torch.zeros(2, 2048, 3), torch.zeros(2, 2049, 3)
+    assert not ops.fused(z) and not ops.fused(torch.device("cpu"), "chain")
+    if ops._kernel is None:
+        pytest.skip("triton is not installed")
+    assert all(ops.fused(torch.device("cuda"), norm) for norm in reference.NORMS)
+    monkeypatch.setattr(ops, "INTERPRETED", True)
+    assert all(ops.fused(z, norm) for norm in reference.NORMS)
+    assert ops.fused(many, "element") and ops.fused(many, "chain") and not ops.fused(many, "channel")
+    assert ops.fused(many[..., 0], "channel")  # one pixel: the norm of the chain
+    with ops.plain():
+        assert not ops.fused(z) and not ops.fused(torch.device("cuda"))
+    assert ops.fused(z)
 
 
 def test_the_cpu_path_needs_no_triton():
