@@ -4,8 +4,26 @@ The step for your own loop is `fastanila.ops.anisotropic_step`; the samplers are
 a trained run back; `python -m fastanila.train --fused` trains one.
 """
 
-from .runs import load
-from .samplers import AniLA, Langevin, calibrate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .runs import load
+    from .samplers import AniLA, Langevin, calibrate
 
 __all__ = ["AniLA", "Langevin", "calibrate", "load"]
 __version__ = "0.1.0"
+
+_HOME = {"AniLA": "samplers", "Langevin": "samplers", "calibrate": "samplers", "load": "runs"}
+
+
+def __getattr__(name: str):
+    # on first use, because torch takes seconds to import, for which `--help` need not wait
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,18 +1,17 @@
-"""Compiling the pieces of a run, each as one graph."""
+"""Compiling the pieces of a run, each as one graph, and capturing what they launch as CUDA graphs."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import contextlib
 import itertools
 import types
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from .energies import evaluator
-
+T = TypeVar("T")
 _numbers = itertools.count()
 
 
@@ -26,63 +25,79 @@ def compiled(function: Callable) -> Callable:
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(own, fullgraph=True)
+    return torch.compile(own, fullgraph=True, backend=_inductor)
 
 
-def transition_of(sampler, energy, score=None, *, compile: bool, strict: bool = False) -> Callable:
-    """advance(numbers, state, seed, step, offset, mask) -> (State, Info), for all samplers that differ in numbers only.
+def _inductor(graph, example_inputs) -> Callable:
+    """Inductor, whose compiled graphs tell `watching` what they are called with."""
+    run = torch._dynamo.lookup_backend("inductor")(graph, example_inputs)
 
-    A compiled transition is kept for the next call with the same energy (the last 16 are). Unless ``strict``, one
-    that does not compile as a single graph runs eagerly for the rest of this function's life, with a warning that says
-    why.
+    def call(*inputs):
+        if _watched is not None:
+            _watched.append((run, tuple(x.data_ptr() for x in inputs if isinstance(x, Tensor))))
+        return run(*inputs)
+
+    return call
+
+
+_watched: list | None = None
+
+#: The compiled graphs that ran, each with the addresses of all tensors that it read: arguments, parameters, closures.
+Reads = list[tuple[Callable, tuple[int, ...]]]
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[Reads]:
+    """What compiled graphs read meanwhile.
+
+    A CUDA graph replays kernels on addresses and knows nothing of the Python that launched them. A call under this
+    context passes Dynamo's guards, so that equal reads prove that a graph captured from the same call is still good.
     """
-
-    def plain(numbers, state, seed, step, offset=0, mask=None):
-        return sampler.with_numbers(numbers).transition(
-            evaluate_plain, state, seed=seed, step=step, offset=offset, mask=mask
-        )
-
-    evaluate_plain = evaluator(energy, score)
-    if not compile:
-        return plain
-    static = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name not in sampler.numbers}
+    global _watched
+    before, _watched = _watched, []
     try:
-        hash((energy, score))
-        build = _compiled_transition
-    except TypeError:  # a dataclass with __call__, say
-        build = _compiled_transition.__wrapped__
-    fused = build(energy, score, type(sampler), tuple(static.items()))
-    return fused if strict else _falling_back(fused, plain)
+        yield _watched
+    finally:
+        _watched = before
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled_transition(energy, score, kind: type, static: tuple) -> Callable:
-    template = kind(**dict(static))
-    evaluate = evaluator(energy, score, traced=True)
+def cuda_graph(function: Callable[[], T], device: torch.device) -> Callable[[], T]:
+    """What ``function`` launches on the device, captured once: each call of the result replays it, on the current
+    stream, and returns the same tensors, which the next call overwrites.
 
-    def transition(numbers, state, seed, step, offset=0, mask=None):
-        return template.with_numbers(numbers).transition(
-            evaluate, state, seed=seed, step=step, offset=offset, mask=mask
-        )
+    The function reads and writes tensors that live as long as the result, and has run before, so that everything
+    is compiled and every library has its workspace; it does not run now. Raises RuntimeError if it synchronises with
+    the host or does anything else that a capture forbids.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = function()
 
-    return compiled(transition)
+    def replay() -> T:
+        with torch.cuda.device(device):
+            graph.replay()
+        return result
+
+    return replay
 
 
-def _falling_back(fused: Callable, plain: Callable) -> Callable:
-    works = True
+def mapped(function: Callable[[Tensor], Any], tree):
+    """The function of every tensor of a tree of tuples and named tuples; whatever else it holds stays."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, tuple):
+        parts = [mapped(function, part) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return tree
 
-    def advance(*arguments):
-        nonlocal works
-        if works:
-            try:
-                return fused(*arguments)
-            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-                reason = str(error).strip().splitlines()[0]
-                warnings.warn(
-                    f"the energy does not compile as one graph and runs eagerly ({reason}); compile=False says so",
-                    stacklevel=3,
-                )
-                works = False
-        return plain(*arguments)
 
-    return advance
+def leaves(tree) -> list[Tensor]:
+    found: list[Tensor] = []
+    mapped(found.append, tree)
+    return found
+
+
+def copy(target, source) -> None:
+    """Write the tensors of one tree into those of another of the same form."""
+    for into, value in zip(leaves(target), leaves(source), strict=True):
+        into.copy_(value)

@@ -1,8 +1,9 @@
 """Where the chains of an update start.
 
 Every start has ``draw(update) -> (B, ...)``, the states, float32 on ``device``, that update's chains start from;
-``keep(update, z)``, which takes them back after their transitions; and ``tensors()``, what a checkpoint must hold.
-Draws are functions of (seed, update) on streams of their own.
+``keep(update, z, unless)``, which takes them back after their transitions unless the 0-dim bool tensor says no; and
+``tensors()``, what a checkpoint must hold. Draws are functions of (seed, update), ints or 0-dim int64 tensors on the
+device, on streams of their own; they trace, and read nothing back.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ def from_noise(shape, box: tuple[float, float], *, seed, step, stream=Stream.STA
 class NoiseStart:
     """Short-run chains: every update starts afresh from uniform noise (Nijkamp et al. 2019)."""
 
-    def __init__(self, count: int, shape, box: tuple[float, float], *, seed: int, device=None):
+    def __init__(self, count: int, shape, box: tuple[float, float], *, seed: int | Tensor, device=None):
         self.shape, self.box, self.seed, self.device = (count, *shape), box, seed, device
 
-    def draw(self, update: int) -> Tensor:
+    def draw(self, update: int | Tensor) -> Tensor:
         return from_noise(self.shape, self.box, seed=self.seed, step=update, device=self.device)
 
-    def keep(self, update: int, z: Tensor) -> None:
+    def keep(self, update: int | Tensor, z: Tensor, unless: Tensor) -> None:
         pass
 
     def tensors(self) -> dict[str, Tensor]:
@@ -39,13 +40,13 @@ class NoiseStart:
 class DataStart:
     """Contrastive divergence: every update starts from data (Hinton 2002)."""
 
-    def __init__(self, count: int, data, *, seed: int, device=None):
+    def __init__(self, count: int, data, *, seed: int | Tensor, device=None):
         self.count, self.data, self.seed, self.device = count, data, seed, device
 
-    def draw(self, update: int) -> Tensor:
+    def draw(self, update: int | Tensor) -> Tensor:
         return self.data.draw(self.count, seed=self.seed, step=update, purpose="start", device=self.device)
 
-    def keep(self, update: int, z: Tensor) -> None:
+    def keep(self, update: int | Tensor, z: Tensor, unless: Tensor) -> None:
         pass
 
     def tensors(self) -> dict[str, Tensor]:
@@ -60,28 +61,29 @@ class PersistentStart:
     """
 
     def __init__(
-        self, count: int, population: int, shape, box: tuple[float, float], *, reinit: float, seed: int, device=None
-    ):
+        self, count: int, population: int, shape, box: tuple[float, float], *, reinit: float, seed: int | Tensor,
+        device=None,
+    ):  # fmt: skip
         if population % count:
             raise ValueError(f"chains must be a multiple of batch_size ({count}), got {population}")
         self.count, self.box, self.reinit, self.seed, self.device = count, box, reinit, seed, device
         # update -1, so that the first restarts differ from the starts
         self.chains = from_noise((population, *shape), box, seed=seed, step=(1 << 56) - 1, device=device)
 
-    def draw(self, update: int) -> Tensor:
-        z = self._slice(update)
+    def draw(self, update: int | Tensor) -> Tensor:
+        z = self.chains[self._rows(update)]
         u = noise.uniform(
             (self.count, *[1] * (z.dim() - 1)), seed=self.seed, step=update, stream=Stream.RESTART, device=self.device
         )
         fresh = from_noise(z.shape, self.box, seed=self.seed, step=update, device=self.device)
         return torch.where(u <= self.reinit, fresh, z)
 
-    def keep(self, update: int, z: Tensor) -> None:
-        self._slice(update).copy_(z)
+    def keep(self, update: int | Tensor, z: Tensor, unless: Tensor) -> None:
+        rows = self._rows(update)
+        self.chains.index_copy_(0, rows, torch.where(unless, self.chains[rows], z))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"population": self.chains}
 
-    def _slice(self, update: int) -> Tensor:
-        start = update * self.count % len(self.chains)
-        return self.chains[start : start + self.count]
+    def _rows(self, update: int | Tensor) -> Tensor:
+        return update * self.count % len(self.chains) + torch.arange(self.count, device=self.chains.device)

@@ -12,8 +12,6 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-from . import checks, data
-
 
 def setting(default: Any, help: str) -> Any:
     """A field of Settings with the line that --help shows for it."""
@@ -60,6 +58,10 @@ class Settings:
     )
     norm: Literal["element", "channel", "chain"] = setting(
         "element", "Whose magnitude the threshold bounds: each element, a pixel's channels, the whole chain."
+    )
+    refresh: Literal["transition", "update"] = setting(
+        "transition",
+        "When AniLA's gain is taken: from every transition's score, or once, where an update's chains start.",
     )
     clamp: bool | None = setting(None, "Clamp the chains to the data's box at every transition.")
 
@@ -125,9 +127,12 @@ _IMAGES: dict[str, Any] = dict(
 
 _DIGITS = _IMAGES | dict(threshold=0.05, step_size=1.0, noise_scale=0.01, steps=40, chains=1024, iterations=1000)
 
+PLANES = ("rings", "8gaussians", "25gaussians", "pinwheel", "two-moons", "swiss-roll", "checkerboard")
+IMAGES = ("digits", "image-folder", "cifar10", "flowers102")
+
 DEFAULTS: dict[str, dict[str, Any]] = {
-    **{name: _PLANE for name in data.NAMES if name not in data.IMAGES},
-    **{name: _IMAGES for name in data.IMAGES},
+    **{name: _PLANE for name in PLANES},
+    **{name: _IMAGES for name in IMAGES},
     "digits": _DIGITS,
 }
 
@@ -157,6 +162,8 @@ def resolve(settings: Settings) -> Settings:
 
 def check(settings: Settings) -> None:
     """Raise ValueError naming the first setting that cannot be, what it was and what was expected."""
+    from . import checks  # imports torch, for which --help need not wait
+
     for name, hint in get_type_hints(Settings).items():
         _check_type(name, getattr(settings, name), hint)
     for name in ("image_size", "channels", "width", "steps", "batch_size", "iterations", "log_every", "save_every"):
@@ -178,7 +185,7 @@ def check(settings: Settings) -> None:
     if settings.chains % settings.batch_size or not (persistent or settings.chains == settings.batch_size):
         wanted = "a multiple of" if persistent else f"with init={settings.init} equal to"
         raise ValueError(f"chains must be {wanted} batch_size ({settings.batch_size}), got {settings.chains}")
-    if (settings.energy == "convnet") != (settings.data in data.IMAGES):
+    if (settings.energy == "convnet") != (settings.data in IMAGES):
         wanted = DEFAULTS[settings.data]["energy"]
         raise ValueError(f"energy must be {wanted} for {settings.data}, got {settings.energy}")
 

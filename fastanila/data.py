@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastanila import noise
+from fastanila.config import IMAGES
 from fastanila.noise import Stream
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # ImageFolder's
@@ -328,7 +329,6 @@ def _split(images: Tensor, every: int) -> tuple[Tensor, Tensor]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-IMAGES = ("digits", "image-folder", "cifar10", "flowers102")
 NAMES = (*(density.name for density in _DENSITIES), *IMAGES)
 
 

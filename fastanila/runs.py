@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import chains as starts
-from . import checkpoint, config, data, ops
+from . import checkpoint, config, data, noise
 from .config import Settings
 from .energies import MLP, Autocast, ConvNet
 from .samplers import SAMPLERS, Sampler
@@ -104,7 +104,7 @@ def build_sampler(settings: Settings, box: tuple[float, float]) -> Sampler:
 
 def build_start(settings: Settings, dataset: data.Density | data.Images, device):
     """The chain start of the settings' ``init``."""
-    count, seed = settings.batch_size, settings.seed
+    count, seed = settings.batch_size, noise.as_word64(settings.seed, device)
     if settings.init == "data":
         return starts.DataStart(count, dataset, seed=seed, device=device)
     if settings.init == "noise":
@@ -137,17 +137,6 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices")
     return device
-
-
-def path_in_use(settings: Settings, device: torch.device) -> str:
-    """One line about the device and the implementation that settings and machine select."""
-    if not settings.fused:
-        return f"{device.type}: plain definition, eager"
-    if settings.norm == "element" and device.type == "cuda" and ops._kernel is not None:
-        return "cuda: fused Triton kernel, compiled transition"
-    if settings.norm == "element" and ops.INTERPRETED:
-        return "cpu: Triton kernel in the interpreter, compiled transition"
-    return f"{device.type}: compiled reference"
 
 
 @contextlib.contextmanager

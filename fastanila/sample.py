@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import chains, checkpoint, data, ops, plots, runs
+from . import chains, checkpoint, data, ops, plots, runs, transitions
 
 SUFFIXES = (".png", ".npz")
 
@@ -87,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(runs.path_in_use(dataclasses.replace(run.settings, fused=arguments.fused), run.chains.device))
+    print(transitions.path(run.sampler, run.energy, run.chains, fused=arguments.fused))
     z = sample(
         run, arguments.count, steps=arguments.steps, start=arguments.start, seed=arguments.seed, fused=arguments.fused
     )

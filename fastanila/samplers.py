@@ -13,8 +13,10 @@ chain converges to exp(-U) itself; where it is False, the docstring says what la
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable
 from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
@@ -23,21 +25,8 @@ import torch
 from torch import Tensor
 
 from . import checks, noise, ops, reference
-from .capture import transition_of
 from .energies import Evaluate, evaluator, sampling
-
-
-class State(NamedTuple):
-    z: Tensor  #: (B, ...)
-
-
-class Info(NamedTuple):
-    """What one transition saw, by chain, at the state it started from: each (B,) float32."""
-
-    energy: Tensor | None  #: U(z); None where only a score is given
-    score_rms: Tensor  #: root mean square of the score's elements, 1 / unit of z
-    clip_fraction: Tensor  #: fraction of elements whose |s| exceeds the threshold
-    acceptance: Tensor  #: probability of acceptance; 1 for samplers without correction
+from .transitions import Info, State, chain_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +34,12 @@ class Sampler:
     """What all samplers share. Use a subclass."""
 
     is_exact: ClassVar[bool]
+    #: whose magnitude |s| is, and when the gain is taken: see `AniLA`, where they are fields, which is why they have no
+    #: annotation here: a dataclass would put them ahead of the others
+    norm = "element"
+    refresh = "transition"
+    #: whether a transition is an anisotropic step without correction, which the whole-chain kernels can make
+    is_unadjusted: ClassVar[bool] = False
     #: settings that change freely under a compiled transition
     numbers: ClassVar[tuple[str, ...]]
 
@@ -60,7 +55,9 @@ class Sampler:
         step: int | Tensor,
         offset: int = 0,
         mask: Tensor | None = None,
-    ) -> tuple[State, Info]:
+        statistics: bool = True,
+    ) -> tuple[State, Info | None]:
+        """One transition; without ``statistics`` there is no Info, which saves computing it."""
         raise NotImplementedError
 
     def run(
@@ -109,17 +106,21 @@ class Sampler:
         checks.count("callback_every", callback_every)
         if keep_every is not None:
             checks.count("keep_every", keep_every)
-        kept = []
         with torch.no_grad(), sampling(energy if score is None else score):
-            if energy is not None and compile:  # compiled, an energy cut off from z would have a silent score of 0
-                evaluator(energy)(z[:1])
-            advance = transition_of(self, energy, score, compile=compile)
+            evaluate = evaluator(energy, score)
+            if energy is not None and compile:
+                _check_depends(energy, evaluate, z)
             numbers = self.numbers_on(z.device)
-            state = self.init(evaluator(energy, score), z.detach())
+            state = self.init(evaluate, z.detach())
             seed_t, step_t = noise.as_word64(seed, z.device), noise.as_word64(step, z.device)
-            for made in range(1, steps + 1):
-                state, info = advance(numbers, state, seed_t, step_t, offset, mask)
-                step_t = step_t + 1
+            watched = [every for every, wanted in ((callback_every, callback), (keep_every, keep_every)) if wanted]
+            pieces = _pieces(steps, watched)
+            whole = self.refresh == "transition" or len(pieces) <= 1
+            chain = chain_of(self, energy, score, z=z, mask=mask, compile=compile, whole=whole)
+            kept, made = [], 0
+            for count in pieces:
+                state, info = chain(count, numbers, state, seed_t, step_t, offset, mask)
+                made, step_t = made + count, step_t + count
                 if callback is not None and made % callback_every == 0:
                     callback(info)
                 if keep_every is not None and made % keep_every == 0:
@@ -144,14 +145,60 @@ class Sampler:
 
     def numbers_on(self, device: torch.device | str | None) -> tuple[Tensor, ...]:
         """The number-valued settings, in the order of ``numbers``, as 0-dim float32 tensors on the device."""
-        return tuple(torch.as_tensor(getattr(self, n), dtype=torch.float32, device=device) for n in self.numbers)
+        return tuple(_number(getattr(self, name), device) for name in self.numbers)
 
     def with_numbers(self, numbers: tuple[Tensor, ...]) -> Sampler:
         return dataclasses.replace(self, **dict(zip(self.numbers, numbers, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Langevin(Sampler):
+class Unadjusted(Sampler):
+    """Samplers whose transition is `fastanila.ops.anisotropic_step` and nothing else. Use a subclass."""
+
+    is_exact: ClassVar[bool] = False
+    is_unadjusted: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _check_numbers(self)
+
+    def init(self, evaluate: Evaluate, z: Tensor) -> State:
+        return State(z)
+
+    def transition(self, evaluate, state, *, seed, step, offset=0, mask=None, statistics=True):
+        energy, score = evaluate(state.z)
+        gamma = state.gamma
+        if gamma is None and self.refresh == "update":  # the chain starts: this gain is its gain
+            gamma = reference.gain(score, self.threshold, self.norm)
+        out = ops.anisotropic_step(
+            state.z,
+            score,
+            self.threshold if gamma is None else None,
+            step_size=self.step_size,
+            noise_scale=self.noise_scale,
+            norm=self.norm,
+            seed=seed,
+            step=step,
+            offset=offset,
+            gamma=gamma,
+            mask=mask,
+            bounds=self.bounds,
+            statistics=statistics,
+        )
+        if not statistics:
+            return State(out, gamma), None
+        z, seen = out
+        info = Info(
+            energy=None if energy is None else energy.float(),
+            score_rms=seen.score_rms,
+            clip_fraction=seen.clip_fraction,
+            gamma_mean=seen.gamma_mean,
+            acceptance=torch.ones_like(seen.score_rms),
+        )
+        return State(z, gamma), info
+
+
+@dataclasses.dataclass(frozen=True)
+class Langevin(Unadjusted):
     """Unadjusted Langevin dynamics: z' = z + eps/2 s(z) + sigma sqrt(eps) xi.
 
     Law: exp(-U / sigma**2) up to a bias that vanishes with the step size, of order eps (the unadjusted Langevin
@@ -164,22 +211,13 @@ class Langevin(Sampler):
     noise_scale: float | Tensor = 1.0
     bounds: tuple[float, float] | None = None
 
-    is_exact: ClassVar[bool] = False
+    threshold: ClassVar[float] = math.inf
     numbers: ClassVar[tuple[str, ...]] = ("step_size", "noise_scale")
-
-    def __post_init__(self):
-        _check_numbers(self)
-
-    def init(self, evaluate: Evaluate, z: Tensor) -> State:
-        return State(z)
-
-    def transition(self, evaluate, state, *, seed, step, offset=0, mask=None):
-        return _anisotropic_transition(self, math.inf, "element", evaluate, state, seed, step, offset, mask)
 
 
 @dataclasses.dataclass(frozen=True)
-class AniLA(Sampler):
-    """Anisotropic Langevin dynamics (STANLEY: Karimi, Xie and Li, Algorithm 1), the gain taken at every transition.
+class AniLA(Unadjusted):
+    """Anisotropic Langevin dynamics (STANLEY: Karimi, Xie and Li, Algorithm 1).
 
         z' = z + eps/2 gamma s(z) + sigma sqrt(eps gamma) xi,      gamma = 1 / max(1, |s(z)| / b)
 
@@ -190,6 +228,9 @@ class AniLA(Sampler):
 
     threshold: b, in the score's unit; inf is `Langevin`. step_size: eps, squared units of z. noise_scale: sigma.
     norm: "element", "channel" or "chain", what |s| is. bounds: (low, high), to which the chains are clamped.
+    refresh: "transition" takes the gain gamma from every transition's own score. "update" takes it once, from the
+    score where the chain starts (each `run`, each update of a training), and holds it, as the papers' Algorithm 1 is
+    printed: a fixed preconditioner, whose drift gamma * s is no longer bounded; its small-step law is exp(-U).
     """
 
     threshold: float | Tensor = 1.0
@@ -197,53 +238,44 @@ class AniLA(Sampler):
     noise_scale: float | Tensor = 1.0
     norm: str = "element"
     bounds: tuple[float, float] | None = None
+    refresh: str = "transition"
 
-    is_exact: ClassVar[bool] = False
     numbers: ClassVar[tuple[str, ...]] = ("threshold", "step_size", "noise_scale")
 
     def __post_init__(self):
-        _check_numbers(self)
+        super().__post_init__()
         if self.norm not in reference.NORMS:
             raise ValueError(f"norm must be one of {', '.join(reference.NORMS)}, got {self.norm!r}")
-
-    def init(self, evaluate: Evaluate, z: Tensor) -> State:
-        return State(z)
-
-    def transition(self, evaluate, state, *, seed, step, offset=0, mask=None):
-        return _anisotropic_transition(self, self.threshold, self.norm, evaluate, state, seed, step, offset, mask)
+        if self.refresh not in ("transition", "update"):
+            raise ValueError(f"refresh must be transition or update, got {self.refresh!r}")
 
 
 SAMPLERS: dict[str, type[Sampler]] = {"langevin": Langevin, "anila": AniLA}
 
 
-def _anisotropic_transition(sampler, threshold, norm, evaluate, state, seed, step, offset, mask):
-    energy, score = evaluate(state.z)
-    z = ops.anisotropic_step(
-        state.z,
-        score,
-        threshold,
-        step_size=sampler.step_size,
-        noise_scale=sampler.noise_scale,
-        norm=norm,
-        seed=seed,
-        step=step,
-        offset=offset,
-        mask=mask,
-        bounds=sampler.bounds,
-    )
-    return State(z), _info(energy, score, threshold, norm)
+_depending: weakref.WeakSet = weakref.WeakSet()  #: energies that passed the next function's check
 
 
-def _info(energy: Tensor | None, score: Tensor, threshold: float | Tensor, norm: str) -> Info:
-    flat = score.float().flatten(1) if score.dim() > 1 else score.float()[:, None]
-    size = reference.magnitude(score.float(), norm) if score.numel() else score.float()
-    size = size.flatten(1) if size.dim() > 1 else size[:, None]
-    return Info(
-        energy=None if energy is None else energy.float(),
-        score_rms=flat.square().mean(1).sqrt(),
-        clip_fraction=(size > threshold).float().mean(1),
-        acceptance=flat.new_ones(len(flat)),
-    )
+def _check_depends(energy, evaluate: Evaluate, z: Tensor) -> None:
+    """Raise ValueError for an energy cut off from z: compiled, it would have a silent score of 0."""
+    with contextlib.suppress(TypeError):  # not hashable: checked every time
+        if energy in _depending:
+            return
+    evaluate(z[:1])
+    with contextlib.suppress(TypeError):
+        _depending.add(energy)
+
+
+def _number(value: float | Tensor, device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=torch.float32)
+    return torch.full((), value, dtype=torch.float32, device=device)  # a launch, where a copy would wait
+
+
+def _pieces(steps: int, watched: list[int]) -> list[int]:
+    """How many transitions to make between looks at the chain, which may be wanted every n-th for several n."""
+    piece = min(math.gcd(*watched), steps) if watched else steps
+    return [min(piece, steps - made) for made in range(0, steps, max(piece, 1))]
 
 
 # ---------------------------------------------------------------------------------------- calibration of settings

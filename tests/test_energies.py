@@ -64,10 +64,12 @@ def test_gaussian_mixture_closed_form():
 def test_autocast_computes_in_bfloat16_and_reduces_in_float32():
     for net, x in ((MLP(2, 32, features=8), torch.randn(64, 2)), (ConvNet(1, 8, 4), torch.randn(64, 1, 8, 8))):
         seen = []
-        net.layers.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out.dtype))
-        net.head.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out.dtype))
+        net.layers.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out))
         u = Autocast(net)(x)
-        assert seen == [torch.bfloat16, torch.float32] and u.dtype == torch.float32
+        (h,) = seen
+        assert h.dtype == torch.bfloat16 and u.dtype == torch.float32
+        head = (h.double() * net.head.weight[0].double()).flatten(1).sum(1) + net.head.bias.double()
+        torch.testing.assert_close(u.double(), head, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(u, net(x), rtol=0.05, atol=0.02)
         assert len(u.unique()) > 50  # not rounded to bfloat16's few values
 
@@ -137,8 +139,12 @@ def test_persistent_start_walks_the_population_and_restarts_a_fraction():
         fresh = ~torch.isclose(z, start.chains[rows]).all(dim=1)
         restarted += fresh.sum().item()
         assert z[fresh].abs().max() <= 1
-        start.keep(update, torch.full_like(z, 10.0 + update))
+        was = start.chains.clone()
+        start.keep(update, torch.full_like(z, math.nan), unless=torch.tensor(True))
+        assert torch.equal(start.chains, was)
+        start.keep(update, torch.full_like(z, 10.0 + update), unless=torch.tensor(False))
         assert (start.chains[rows] == 10 + update).all()
+        assert torch.equal(start.draw(torch.tensor(update + 1)), start.draw(update + 1))
     assert (start.chains > 9).all() and before.abs().max() <= 1
     low, high = scipy.stats.binom(800, 0.1).ppf([5e-7, 1 - 5e-7])
     assert low <= restarted <= high

@@ -4,7 +4,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from bench.offline import TARGETS, compile_step, disassemble  # noqa: E402
+from bench.offline import TARGETS, compile_rows, compile_step, disassemble, resources  # noqa: E402
 from fastanila import ops  # noqa: E402
 
 pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter replaces the compiler")
@@ -44,6 +44,61 @@ def test_accesses_are_sixteen_bytes_and_nothing_spills(target, dtype):
     assert sass.count("STG.E.128") == threads_elements // 16
     opcodes = {word.split(".")[0] for word in sass.split()}
     assert "STG" in opcodes and not opcodes & {"LDL", "STL", "BAR"}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_costs_no_exchange_between_threads(target, dtype):
+    compiled = compile_step(target, dtype, mask=True)
+    assert compiled.metadata.shared == 0 and "BAR" not in disassemble(compiled)
+
+
+ROWS = {
+    "element": dict(statistics=True),
+    "channel": dict(norm="channel", channels=3, size=1024),
+    "channel, statistics": dict(norm="channel", channels=3, size=1024, statistics=True),
+    "chain": dict(norm="chain"),
+    "chain, statistics": dict(norm="chain", statistics=True),
+}
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_compile_for_every_target(target, name, aligned):
+    compiled = compile_rows(target, "fp32" if aligned else "bf16", aligned=aligned, **ROWS[name])
+    assert compiled.asm["ttgir"]
+    if target != "gfx942" and aligned:
+        assert resources(compiled).local_bytes == 0
+
+
+ROWS_VARIANTS = {
+    "one tile, the largest": dict(norm="chain", size=8192, statistics=True),
+    "two passes": dict(norm="chain", size=100_000, statistics=True),
+    "a loop": dict(size=100_000, statistics=True),
+    "quads straddle rows": dict(norm="chain", size=4001, statistics=True),
+    "small chains": dict(norm="chain", size=2, statistics=True),
+    "many channels": dict(norm="channel", channels=64, size=64, statistics=True),
+    "the most channels": dict(norm="channel", channels=2048, size=64, statistics=True),
+    "gamma": dict(gamma=True, statistics=True),
+    "mask, bounds": dict(norm="chain", mask=True, bounds=True),
+    "numbers": dict(norm="chain", pointers=False),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ROWS_VARIANTS)
+def test_rows_spill_nothing(name, dtype):
+    compiled = compile_rows("sm_90", dtype, **ROWS_VARIANTS[name])
+    assert resources(compiled).local_bytes == 0
+    if name not in ("quads straddle rows", "small chains", "the most channels"):
+        sass = disassemble(compiled)
+        assert "LDG.E.128" in sass and "STG.E.128" in sass
+
+
+def test_a_chain_in_one_tile_reads_its_score_once():
+    sass = disassemble(compile_rows("sm_90", "fp32", norm="chain", size=4096))
+    assert sass.count("LDG.E.128") == 2 * 2 and sass.count("STG.E.128") == 2  # 8 elements a thread
 
 
 def test_addresses_are_64_bit():

@@ -16,10 +16,10 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 import fastanila
-from fastanila import checkpoint, config, evaluate, exact, runs, sample
+from fastanila import checkpoint, config, data, evaluate, exact, runs, sample, training, updates
 from fastanila import train as command
 from fastanila.config import Settings
-from fastanila.train import train
+from fastanila.training import train
 
 SMALL = dict(
     step_size=0.01, iterations=12, steps=4, batch_size=64, chains=128, width=16, features=8, log_every=1, sample_every=0
@@ -61,7 +61,7 @@ def test_fused_and_plain_give_the_same_numbers_without_a_graph_break(tmp_path):
         quiet(settings)
         if fused:
             assert not counters["graph_break"]
-            assert counters["stats"]["unique_graphs"] == 2  # the transition, and the loss
+            assert counters["stats"]["unique_graphs"] == 3  # what starts an update, the transition, and the loss
     for a, b in zip(rows(tmp_path / "True"), rows(tmp_path / "False"), strict=True):
         for key in a.keys() - {"seconds"}:
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-3), (a["iteration"], key)
@@ -74,23 +74,23 @@ def test_training_improves_the_likelihood(tmp_path):
         fused=False,
         out=str(tmp_path / "run"),
     )
-    job = command.prepare(settings)
+    job = training.prepare(settings)
     before = exact.evaluate(job.energy, job.data, resolution=100)
-    run = command.run(job, say=lambda line: None)
+    run = training.run(job, say=lambda line: None)
     after = exact.evaluate(run.energy, job.data, resolution=100)
     assert after["nll"] < before["nll"] - 0.3 and after["tv"] < before["tv"] - 0.1
 
 
 def test_learning_rate_and_average():
     s = config.resolve(Settings(iterations=100, lr=0.1))
-    assert [command.learning_rate(s, i) for i in (0, 50, 99)] == pytest.approx([0.1, 0.05, 0.001])
-    assert command.learning_rate(config.resolve(Settings(iterations=100, lr=0.1, lr_decay="none")), 99) == 0.1
+    assert [updates.learning_rate(s, i) for i in (0, 50, 99)] == pytest.approx([0.1, 0.05, 0.001])
+    assert updates.learning_rate(config.resolve(Settings(iterations=100, lr=0.1, lr_decay="none")), 99) == 0.1
     energy = torch.nn.Linear(1, 1)
     average = runs.averaged(energy)
     before = average.weight.clone()
     with torch.no_grad():
         energy.weight += 1
-    command.follow(average, energy, 0.9)
+    updates.follow(average, energy, torch.tensor(0.9))
     torch.testing.assert_close(average.weight, before + 0.1)
     assert not average.weight.requires_grad and energy.weight.requires_grad
 
@@ -102,6 +102,7 @@ def test_learning_rate_and_average():
         dict(init="noise", batch_size=32),
         dict(sampler="langevin"),
         dict(threshold=math.inf, norm="chain"),
+        dict(threshold=1.0, refresh="update"),
         dict(precision="bf16"),
         dict(energy_l2=0.1, data_noise=0.05, clip_grad=0.1, ema=0.0, lr_decay="none"),
         dict(data="checkerboard", clamp=True),
@@ -128,14 +129,14 @@ def test_clipping_the_gradient(tmp_path):
             )
         )
     assert rows(tmp_path / "0.0")[-1]["grad_norm"] > 1e-3
-    job = command.prepare(Settings(**SMALL, fused=False))
-    job.optimizer = torch.optim.SGD(job.energy.parameters(), lr=1.0)
+    job = training.prepare(Settings(**SMALL, fused=False))
+    job.optimizer = torch.optim.SGD(job.energy.parameters(), lr=torch.tensor(1.0), fused=True)
     job.settings = config.resolve(Settings(**SMALL, clip_grad=1e-3, lr=1.0, fused=False))
     before = [p.detach().clone() for p in job.energy.parameters()]
-    made = command.build_update(job)(0)
+    made = updates.build_update(job)()
     moved = math.sqrt(sum((p - q).square().sum().item() for p, q in zip(job.energy.parameters(), before, strict=True)))
     assert made.grad_norm > 1e-3  # as it was before clipping
-    assert moved == pytest.approx(1e-3 * command.learning_rate(job.settings, 0), rel=1e-2)
+    assert moved == pytest.approx(1e-3 * updates.learning_rate(job.settings, 0), rel=1e-2)
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -175,10 +176,10 @@ def test_load_gives_the_run_back(small_run):
 
 def test_the_model_does_not_depend_on_torchs_generator():
     torch.manual_seed(1)
-    a = command.prepare(Settings(**SMALL)).energy.state_dict()
+    a = training.prepare(Settings(**SMALL)).energy.state_dict()
     torch.manual_seed(2)
     state = torch.random.get_rng_state()
-    b = command.prepare(Settings(**SMALL)).energy.state_dict()
+    b = training.prepare(Settings(**SMALL)).energy.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert torch.equal(state, torch.random.get_rng_state())
 
@@ -334,9 +335,10 @@ def test_divergence_keeps_the_last_good_state(tmp_path, capsys):
 
 @pytest.mark.parametrize("where", ["score", "chains", "loss"])
 def test_what_is_not_finite_never_reaches_the_parameters(where):
-    job = command.prepare(Settings(**SMALL, fused=False))
-    update = command.build_update(job)
-    assert update(0).finite
+    job = training.prepare(Settings(**SMALL, fused=False))
+    update = updates.build_update(job)
+    update()
+    assert not job.broken
     if where == "loss":
         job.data = type("Broken", (), {"draw": lambda self, *a, **k: torch.full((64, 2), math.nan)})()
     elif where == "score":
@@ -346,7 +348,13 @@ def test_what_is_not_finite_never_reaches_the_parameters(where):
     before = {k: v.clone() for k, v in job.energy.state_dict().items()}
     moments = [v["exp_avg"].clone() for v in job.optimizer.state.values()]
     population = job.start.chains.clone()
-    assert not update(1).finite
+    average = [p.clone() for p in job.average.parameters()]
+    chains = job.chains.clone()
+    for _ in range(2):  # and none is made after it
+        update()
+    assert job.broken and job.made == 1
+    assert torch.equal(job.chains, chains)
+    assert all(torch.equal(p, q) for p, q in zip(job.average.parameters(), average, strict=True))
     assert all(torch.equal(v, before[k]) for k, v in job.energy.state_dict().items())
     assert all(torch.equal(v["exp_avg"], m) for v, m in zip(job.optimizer.state.values(), moments, strict=True))
     assert torch.equal(job.start.chains, population)
@@ -367,9 +375,9 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
 
 def test_default_directories_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert command.new_directory(Settings()).as_posix() == "runs/rings"
+    assert training.new_directory(Settings()).as_posix() == "runs/rings"
     (tmp_path / "runs" / "rings").mkdir(parents=True)
-    assert command.new_directory(Settings()).as_posix() == "runs/rings-2"
+    assert training.new_directory(Settings()).as_posix() == "runs/rings-2"
 
 
 def test_config_file_flags_win_and_config_json_starts_a_run_again(tmp_path, small_run):
@@ -422,14 +430,25 @@ def test_help_explains_every_flag(capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(["--help"])
     assert stop.value.code == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for flag in (
-        "data data-dir download energy sampler threshold step-size noise-scale steps chains batch-size init reinit "
-        "iterations lr seed device precision fused no-fused out resume log-every sample-every save-every dry-run config"
+        "data data-dir download energy sampler threshold step-size noise-scale norm refresh steps chains batch-size "
+        "init reinit iterations lr seed device precision fused no-fused out resume log-every sample-every save-every "
+        "dry-run config"
     ).split():
         assert f"--{flag}" in text, flag
     # the data set's own defaults are shown, and switches are switches
     assert "(default: 60)" in text and "--no-clamp" in text
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from fastanila import train; sys.argv[1:] = ['--help']\ntry: train.main()\n"
+    code += "except SystemExit: sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_settings_know_every_data_set():
+    assert tuple(config.DEFAULTS) == data.NAMES
 
 
 @pytest.mark.parametrize(

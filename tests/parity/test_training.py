@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from fastanila import ops
+from fastanila import ops, trajectory, updates
 from fastanila.config import Settings
-from fastanila.train import train
+from fastanila.training import train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,14 +22,20 @@ def rows(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_twenty_updates(tmp_path, monkeypatch):
-    launches = []
-    launch = ops._kernel.launch
-    monkeypatch.setattr(ops._kernel, "launch", lambda *a, **k: (launches.append(1), launch(*a, **k)))
-    common = dict(iterations=20, steps=6, chains=128, batch_size=128, threshold=1.0, log_every=1, sample_every=0)
+@pytest.mark.parametrize("way", ["whole chains", "one by one"])
+def test_twenty_updates(tmp_path, monkeypatch, way):
+    launches = count_launches(monkeypatch)
+    if way == "one by one":
+        monkeypatch.setattr(trajectory, "supports", lambda *a, **k: False)
+    common = dict(iterations=20, steps=6, chains=8, batch_size=8, threshold=1.0, log_every=1, sample_every=0)
     for fused in (True, False):
-        train(Settings(**common, fused=fused, out=str(tmp_path / str(fused))), say=lambda line: None)
-        assert len(launches) == (20 * 6 if fused else 0)  # the kernel, and then not
+        lines = []
+        train(Settings(**common, fused=fused, out=str(tmp_path / str(fused))), say=lines.append)
+        expected = {"whole chains": 20, "one by one": 20 * 6}[way] if fused else 0
+        if torch.cuda.is_available():  # the first updates, and the capture
+            expected = expected // 20 * (updates._WARM_UP + 1)
+        assert len(launches) == expected
+        assert ("whole-chain Triton kernel" in lines[0]) == (fused and way == "whole chains")
         launches.clear()
     fused, plain = rows(tmp_path / "True"), rows(tmp_path / "False")
     assert len(fused) == len(plain) == 20
@@ -37,3 +43,17 @@ def test_twenty_updates(tmp_path, monkeypatch):
     for a, b in zip(fused, plain, strict=True):
         for key in a.keys() - {"seconds"}:
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-3), (a["iteration"], key)
+
+
+def count_launches(monkeypatch) -> list[str]:
+    """The names of the launch functions that are called from now on."""
+    seen = []
+
+    def counted(module, name):
+        launch = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: (seen.append(name), launch(*a, **k)))
+
+    counted(ops._kernel, "launch")
+    counted(ops._rows, "launch")
+    counted(trajectory._mlp, "launch_mlp")
+    return seen

@@ -1,0 +1,262 @@
+"""A training run: its directory, its checkpoints, and the loop over its updates.
+
+`train(Settings(...))` is what `python -m fastanila.train` calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import checkpoint, config, data, exact, ops, plots, runs, transitions
+from .config import Settings
+from .report import Metrics, Progress, tensorboard_writer
+from .updates import Job, Update, build_update, learning_rate
+
+_ADAM_BETAS = (0.9, 0.999)
+#: Updates after which the run looks, at the latest, whether they are finite.
+_LOOK_EVERY = 100
+
+
+class Diverged(RuntimeError):
+    """The loss, its gradient or the chains are no longer finite; the run's last finite state has been saved."""
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run between two updates; a checkpoint has been saved."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
+def train(settings: Settings, resume: str | Path | None = None, say: Callable[[str], None] = print) -> runs.Run:
+    """Train as the settings say; or go on with the run in ``resume``, of which they may only differ where harmless.
+
+    Writes the run directory (config.json, metrics.jsonl, checkpoints/, samples/, figure.png) and returns the run.
+    Raises ValueError or FileNotFoundError for settings that cannot be, `Diverged`, `Interrupted`.
+    """
+    return run(prepare(settings, resume), say)
+
+
+def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
+    """Check the settings and build a run's parts; writes nothing. Raises ValueError or FileNotFoundError."""
+    settings = config.resolve(settings)
+    if resume is not None:
+        settings = resumed_settings(settings, resume)
+    device = runs.device_of(settings.device)
+    directory = Path(resume) if resume is not None else new_directory(settings)
+    if settings.tensorboard:
+        tensorboard_writer()
+    dataset = runs.load_data(settings, device)
+    energy = runs.build_energy(settings, dataset.shape).to(device)
+    start = runs.build_start(settings, dataset, device)
+    job = Job(
+        settings=dataclasses.replace(settings, out=str(directory)),
+        directory=directory,
+        device=device,
+        data=dataset,
+        energy=energy,
+        average=runs.averaged(energy) if settings.ema else None,
+        optimizer=torch.optim.Adam(
+            energy.parameters(),
+            lr=torch.tensor(settings.lr, device=device),  # a tensor, fused and capturable: it can be part of a graph
+            betas=_ADAM_BETAS,
+            fused=True,
+            capturable=device.type == "cuda",
+        ),
+        sampler=runs.build_sampler(settings, dataset.box),
+        start=start,
+        chains=start.draw(0).clone(),
+        made=torch.zeros((), dtype=torch.int64, device=device),
+        broken=torch.zeros((), dtype=torch.bool, device=device),
+    )
+    if resume is not None:
+        restore(job)
+        if job.iteration > settings.iterations:
+            raise ValueError(f"iterations must be at least the {job.iteration} made already, got {settings.iterations}")
+    return job
+
+
+def run(job: Job, say: Callable[[str], None] = print) -> runs.Run:
+    """Make the updates that are left, and leave the run directory complete."""
+    s = job.settings
+    (job.directory / "samples").mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(job.directory / "config.json", config.dump(s))
+    say(path(job))
+    update = build_update(job)
+    with (
+        contextlib.nullcontext() if s.fused else ops.plain(),
+        runs.matmul_precision(s.precision),
+        Metrics(job.directory, job.iteration, s.tensorboard) as metrics,
+        Progress(job.iteration, s.iterations, say) as progress,
+        caught_signals() as caught,
+    ):
+        while job.iteration < s.iterations:
+            began = time.perf_counter()
+            made = update()
+            job.iteration += 1
+            if caught or any(job.iteration % every == 0 for every in looks(s)) or job.iteration == s.iterations:
+                check_finite(job)  # waits for the device
+            job.seconds += time.perf_counter() - began
+            last = job.iteration == s.iterations
+            pictured = bool(s.sample_every) and (job.iteration % s.sample_every == 0 or last)
+            if job.iteration % s.log_every == 0 or pictured or last:
+                row = summary(job, made) | (exact_numbers(job) if pictured else {})
+                metrics.write(row)
+                progress.show(row)
+            if job.iteration % s.save_every == 0 or last:
+                save(job)
+            if pictured:
+                picture(job, job.directory / "samples" / f"{job.iteration:08d}.png")
+            if caught and not last:
+                check_finite(job)
+                save(job)
+                where = f"stopped after update {job.iteration}, saved; go on with --resume {job.directory}"
+                raise Interrupted(f"{signal.Signals(caught[0]).name}: {where}", caught[0])
+    picture(job, job.directory / "figure.png")
+    say(f"done: {job.iteration} updates in {job.seconds:.0f} s; everything is in {job.directory}")
+    return runs.load(job.directory, str(job.device))
+
+
+def looks(settings: Settings) -> list[int]:
+    """After every how many updates the run reads something back."""
+    return [n for n in (settings.log_every, settings.sample_every, settings.save_every, _LOOK_EVERY) if n]
+
+
+def check_finite(job: Job) -> None:
+    """Raise `Diverged`, with the last finite state saved, if an update was not finite."""
+    if job.broken.item():
+        job.iteration = int(job.made)
+        save(job)
+        raise Diverged(
+            f"diverged at update {job.iteration + 1}: the energies, their gradient or the chains are no longer "
+            f"finite. {job.directory} holds the last finite state; a smaller --lr or --step-size, or a larger "
+            "--threshold (fewer clipped elements, less bias), may help"
+        )
+
+
+def path(job: Job) -> str:
+    """One line on the device and the implementation in use."""
+    energy = runs.at_precision(job.energy, job.settings.precision)
+    return transitions.path(job.sampler, energy, job.chains, fused=job.settings.fused)
+
+
+# ---------------------------------------------------------------------------------------------------- what it shows
+
+
+def summary(job: Job, made: Update) -> dict[str, float | int]:
+    """A line of metrics.jsonl."""
+    on_data, on_chains = made.energy_data.item(), made.energy_chains.item()
+    return {
+        "iteration": job.iteration,
+        "energy_data": on_data,
+        "energy_chains": on_chains,
+        "energy_gap": on_chains - on_data,
+        "score_rms": made.info.score_rms.square().mean().sqrt().item(),
+        "clip_fraction": made.info.clip_fraction.mean().item(),
+        "gamma_mean": made.info.gamma_mean.mean().item(),
+        "grad_norm": made.grad_norm.item(),
+        "lr": learning_rate(job.settings, job.iteration - 1),
+        "seconds": job.seconds,
+    }
+
+
+def exact_numbers(job: Job) -> dict[str, float]:
+    """The negative log likelihood by quadrature, in two dimensions; nothing otherwise."""
+    if not isinstance(job.data, data.Density):
+        return {}
+    numbers = exact.evaluate(evaluated(job), job.data, resolution=200, device=job.device)
+    return {"nll": numbers["nll"], "tv": numbers["tv"]}
+
+
+def evaluated(job: Job) -> nn.Module:
+    return runs.at_precision(job.model, job.settings.precision)
+
+
+def picture(job: Job, path: Path) -> None:
+    if isinstance(job.data, data.Density):
+        plots.save_plane(path, evaluated(job), job.data, job.chains, f"{job.data.name}, {job.iteration} updates")
+    else:
+        plots.save_images(path, job.chains[:64], job.data.box)
+
+
+# ------------------------------------------------------------------------------------------------- saving, resuming
+
+
+def save(job: Job) -> None:
+    tensors = checkpoint.prefixed("energy", job.energy.state_dict())
+    if job.average is not None:
+        tensors |= checkpoint.prefixed("ema", job.average.state_dict())
+    tensors |= checkpoint.optimizer_tensors(job.optimizer, [name for name, _ in job.energy.named_parameters()])
+    tensors |= checkpoint.prefixed("start", job.start.tensors())
+    if "start.population" not in tensors:
+        tensors["chains"] = job.chains
+    state = {"iteration": job.iteration, "seconds": job.seconds}
+    checkpoint.save_numbered(job.directory / "checkpoints", job.iteration, tensors, state)
+
+
+def restore(job: Job) -> None:
+    tensors, state = checkpoint.load_latest(job.directory / "checkpoints", job.device)
+    runs.load_parameters(job.energy, checkpoint.subset(tensors, "energy"), job.directory)
+    if job.average is not None:
+        runs.load_parameters(job.average, checkpoint.subset(tensors, "ema"), job.directory)
+    checkpoint.restore_optimizer(job.optimizer, [name for name, _ in job.energy.named_parameters()], tensors)
+    for name, tensor in job.start.tensors().items():
+        tensor.copy_(tensors[f"start.{name}"])
+    job.chains.copy_(runs.last_chains(tensors)[: job.settings.batch_size])
+    job.iteration, job.seconds = state["iteration"], state["seconds"]
+    job.made.fill_(job.iteration)
+
+
+def resumed_settings(settings: Settings, directory: str | Path) -> Settings:
+    """The settings to go on with. Raises ValueError for one that would change the numbers of the run."""
+    before = runs.read_settings(directory)
+    for field in dataclasses.fields(Settings):
+        was, now = getattr(before, field.name), getattr(settings, field.name)
+        if was != now and field.name not in config.RESUMABLE and field.name != "out":
+            raise ValueError(f"{field.name} cannot change when a run is resumed: {directory} has {was!r}, got {now!r}")
+    return settings
+
+
+def new_directory(settings: Settings) -> Path:
+    """Where a new run goes: --out, which must not hold another, or the first free name under runs/."""
+    if settings.out is not None:
+        path = Path(settings.out)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"out must be a new or empty folder, but {path} holds another run; --resume goes on")
+        return path
+    path, number = Path("runs") / settings.data, 2
+    while path.exists():
+        path, number = Path("runs") / f"{settings.data}-{number}", number + 1
+    return path
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted, to be acted on between updates; a second one acts at once."""
+    caught: list[int] = []
+    before = {}
+
+    def note(number, frame):
+        caught.append(number)
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: whoever runs this thread handles signals
+        pass
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

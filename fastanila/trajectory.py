@@ -1,0 +1,291 @@
+"""Whole chains in one kernel: K transitions of an unadjusted sampler in a single launch, for two kinds of energy.
+
+The state stays in registers, the network on chip, and the noise is the stream of `fastanila.noise`, so that `run` gives
+what the transitions would give one by one, to rounding. It exists for `energies.GaussianMixture` and `energies.MLP` of
+limited size, float32, on CUDA (or in Triton's interpreter); `supports` says for which, and there is no fallback here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import checks, noise, ops, reference
+from .energies import MLP, GaussianMixture
+
+if ops._kernel is not None:
+    from .kernels import mlp as _mlp
+    from .kernels import trajectory as _mixture
+
+#: Limits of the kernels: elements of a state, units of a layer, hidden layers, Fourier features.
+MAX_DIM, MAX_WIDTH, MAX_DEPTH, MAX_FEATURES = 8, 128, 3, 128
+REFRESHES = ("transition", "update")
+
+_INTERPRETERS_SHARED_MEMORY = 232448  # an H100's, in bytes
+
+
+class Trajectory(NamedTuple):
+    """The chains after a run, and what its last transition saw of each at the state it started from."""
+
+    z: Tensor  #: (B, D)
+    energy: Tensor  #: (B,) float32, as are the next three
+    gamma_mean: Tensor  #: mean of the gain over the elements, in (0, 1]
+    score_rms: Tensor  #: root mean square of the score's elements, 1 / unit of z
+    clip_fraction: Tensor  #: fraction of elements whose gain is below 1
+
+
+def supports(energy, z: Tensor, *, mask: Tensor | None = None) -> bool:
+    """Whether `run` takes this energy and these chains: decided by settings, shapes and the machine alone."""
+    return refusal(energy, z, mask=mask) is None
+
+
+def refusal(energy, z: Tensor, *, mask: Tensor | None = None) -> str | None:
+    """Why `run` does not take them, as a phrase; None where it does."""
+    return _unfit(energy, z, mask) or _too_large(energy, z)
+
+
+def run(
+    energy: GaussianMixture | MLP,
+    z: Tensor,
+    *,
+    threshold: float | Tensor,
+    step_size: float | Tensor,
+    noise_scale: float | Tensor,
+    norm: str = "element",
+    refresh: str = "transition",
+    bounds: tuple[float, float] | None = None,
+    seed: int | Tensor,
+    step: int | Tensor,
+    steps: int,
+    offset: int = 0,
+) -> Trajectory:
+    """Transitions step, step + 1, ..., step + steps - 1 of the chains z, in one launch.
+
+    Args:
+        energy: a GaussianMixture or MLP, whose parameters are read as they are at the launch.
+        z: chains, (B, D), float32. Not changed. D is at most 8.
+        threshold: b > 0, or inf for plain Langevin. step_size: eps > 0. noise_scale: sigma >= 0.
+        norm: "element", or "chain" ("channel" is the same here). refresh: "transition", or "update", which takes the
+            gain at the chains' start and keeps it for all transitions; the drift is then gamma * s.
+        bounds: (low, high), to which the chains are clamped after each transition.
+        seed, step: name the noise: seed is taken mod 2**64, and 0 <= step < 2**56. offset: global index of chain 0.
+        steps: at least 1.
+
+    threshold, step_size, noise_scale (floating) and seed, step (int64) may each be a 0-dim tensor on z's device, which
+    a captured graph's replays read anew. Values inside tensors are not checked.
+
+    Returns:
+        A Trajectory of new, detached tensors. A NaN score gives NaN; infinite ones move an element by eps * b / 2.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what was expected; also where `supports` is False.
+    """
+    reason = _unfit(energy, z, None)
+    if reason is not None:
+        raise ValueError(f"energy and z must be what fastanila.trajectory supports, but {reason}")
+    if norm not in reference.NORMS:
+        raise ValueError(f"norm must be one of {', '.join(reference.NORMS)}, got {norm!r}")
+    if refresh not in REFRESHES:
+        raise ValueError(f"refresh must be one of {', '.join(REFRESHES)}, got {refresh!r}")
+    if bounds is not None:
+        bounds = checks.bounds("bounds", bounds)
+    numbers = _numbers(z, threshold, step_size, noise_scale, seed, step, steps, offset)
+    arguments = (*numbers, norm != "element", refresh == "update", bounds)
+    z = z.detach().contiguous()
+    if isinstance(energy, GaussianMixture):
+        out, statistics = torch.ops.fastanila.mixture_trajectory(
+            z, energy.means, energy.sd, energy.log_scale, *arguments
+        )
+    else:
+        layers = _linears(energy)
+        out, statistics = torch.ops.fastanila.mlp_trajectory(
+            z,
+            [layer.weight.detach() for layer in layers],
+            [layer.bias.detach() for layer in layers],
+            energy.head.weight.detach(),
+            energy.head.bias.detach(),
+            energy.projections,
+            float(energy.confinement),
+            _leak(energy),
+            *arguments,
+        )
+    return Trajectory(out, *statistics.unbind())
+
+
+# --------------------------------------------------------------------------------------------------- what is supported
+
+
+def _unfit(energy, z: Tensor, mask: Tensor | None) -> str | None:
+    """What is wrong with the energy's type or structure, or with the chains; traced by torch.compile."""
+    if type(energy) not in (GaussianMixture, MLP):
+        return f"energy is a {type(energy).__name__}, not a GaussianMixture or MLP"
+    if z.device.type not in ("cuda", "cpu") or not ops.fused(z.device):
+        return f"no Triton kernel runs on z's device {z.device}, or ops.plain() is in force"
+    if mask is not None:
+        return "there is a mask"
+    if z.dim() != 2:
+        return f"z has shape {tuple(z.shape)}, not (B, D)"
+    if z.dtype != torch.float32:
+        return f"z is {z.dtype}, not float32"
+    if not 1 <= z.shape[1] <= MAX_DIM:
+        return f"a state has {z.shape[1]} elements, not 1 to {MAX_DIM}"
+    tensors = [*energy.parameters(), *energy.buffers()]
+    if any(t.dtype != torch.float32 or t.device != z.device for t in tensors):
+        return "the energy's parameters are not all float32 on z's device"
+    if torch.is_autocast_enabled(z.device.type):
+        return "autocast is on"
+    if any(m._forward_hooks or m._forward_pre_hooks for m in energy.modules()):
+        return "the energy has forward hooks"
+    if isinstance(energy, GaussianMixture):
+        if energy.means.shape[1] != z.shape[1]:
+            return f"the energy is of {energy.means.shape[1]} elements, and z has {z.shape[1]}"
+        return None
+    return _unfit_network(energy, z.shape[1])
+
+
+def _unfit_network(energy: MLP, dim: int) -> str | None:
+    layers, activations = _linears(energy), list(energy.layers)[1::2]
+    features = len(energy.projections)
+    if any(type(layer) is not nn.Linear or layer.bias is None for layer in [*layers, energy.head]):
+        return "a layer of the energy is not a plain Linear with a bias"
+    if len({type(a) for a in activations}) != 1 or type(activations[0]) not in (nn.SiLU, nn.LeakyReLU):
+        return "the energy's activations are not all SiLU or all LeakyReLU"
+    if len({getattr(a, "negative_slope", None) for a in activations}) != 1:
+        return "the energy's activations differ"
+    width = layers[0].out_features
+    if [layer.in_features for layer in layers] != [2 * features or dim] + [width] * (len(layers) - 1):
+        return f"the energy is not of {dim} elements or its layers differ in width"
+    if any(layer.out_features != width for layer in layers) or energy.head.in_features != width:
+        return "the energy's layers differ in width"
+    if features and energy.projections.shape[1] != dim:
+        return f"the energy is of {energy.projections.shape[1]} elements, and z has {dim}"
+    if not 1 <= len(layers) <= MAX_DEPTH or width > MAX_WIDTH or features > MAX_FEATURES:
+        return (
+            f"the energy has {len(layers)} hidden layers of {width} units on {features} features, more than "
+            f"{MAX_DEPTH}, {MAX_WIDTH} and {MAX_FEATURES}"
+        )
+    return None
+
+
+def _too_large(energy, z: Tensor) -> str | None:
+    if isinstance(energy, GaussianMixture):
+        return None
+    layers = _linears(energy)
+    sizes = z.shape[1], layers[0].out_features, len(layers), len(energy.projections), len(z)
+    if _mlp.mlp_constants(*sizes, _shared_memory(z)) is None:
+        return "a layer of the energy exceeds the device's shared memory"
+    return None
+
+
+def _linears(energy: MLP) -> list[nn.Module]:
+    return list(energy.layers)[::2]
+
+
+def _leak(energy: MLP) -> float | None:
+    """The slope of the leaky ReLU, None for SiLU."""
+    activation = energy.layers[1]
+    return activation.negative_slope if isinstance(activation, nn.LeakyReLU) else None
+
+
+def _shared_memory(z: Tensor) -> int:
+    return _mlp.shared_memory(z.device.index) if z.is_cuda else _INTERPRETERS_SHARED_MEMORY
+
+
+def _numbers(z, threshold, step_size, noise_scale, seed, step, steps, offset) -> tuple:
+    """The number-valued arguments, checked, as the operators take them."""
+    threshold, threshold_t = ops._number("threshold", threshold, z)
+    if threshold_t is None:
+        checks.positive("threshold", threshold)
+    step_size, step_size_t = ops._number("step_size", step_size, z)
+    if step_size_t is None:
+        checks.positive("step_size", step_size, finite=True)
+    noise_scale, noise_scale_t = ops._number("noise_scale", noise_scale, z)
+    if noise_scale_t is None:
+        checks.nonnegative("noise_scale", noise_scale)
+    seed, seed_t = ops._integer("seed", seed, z)
+    if seed_t is None and (seed >= 1 << 63 or seed < -(1 << 63)):  # mod 2**64, as the schema's signed integer
+        seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+    step, step_t = ops._integer("step", step, z)
+    checks.count("steps", steps)
+    if step_t is None and not 0 <= step <= noise.MAX_STEP - steps:
+        raise ValueError(f"step must be at least 0 and leave room for {steps} steps below 2**56, got {step}")
+    checks.count("offset", offset, least=0)
+    return (
+        threshold, threshold_t, step_size, step_size_t, noise_scale, noise_scale_t, seed, seed_t, step, step_t, steps,
+        offset,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- the operators
+
+_ARGUMENTS = (
+    "float threshold, Tensor? threshold_t, float step_size, Tensor? step_size_t, float noise_scale, "
+    "Tensor? noise_scale_t, SymInt seed, Tensor? seed_t, SymInt step, Tensor? step_t, SymInt steps, SymInt offset, "
+    "bool chain_norm, bool frozen, float[]? bounds"
+)
+_library = torch.library.Library("fastanila", "FRAGMENT")
+_library.define(
+    f"mixture_trajectory(Tensor z, Tensor means, Tensor sd, Tensor log_scale, {_ARGUMENTS}) -> (Tensor, Tensor)"
+)
+_library.define(
+    "mlp_trajectory(Tensor z, Tensor[] weights, Tensor[] biases, Tensor head, Tensor head_bias, Tensor projections, "
+    f"float confinement, float? leak, {_ARGUMENTS}) -> (Tensor, Tensor)"
+)
+
+
+def _mixture_triton(z, means, sd, log_scale, *arguments):
+    def launch(out, statistics, options):
+        tensors = (x.contiguous() for x in (means, sd, log_scale))
+        _mixture.launch_mixture(z, *tensors, out, statistics, **options)
+
+    return _launched(z, launch, *arguments)
+
+
+def _mlp_triton(z, weights, biases, head, head_bias, projections, confinement, leak, *arguments):
+    def launch(out, statistics, options):
+        _mlp.launch_mlp(
+            z, [w.contiguous() for w in weights], biases, head.contiguous(), head_bias, projections.contiguous(),
+            out, statistics, confinement=confinement, leak=leak, shared=_shared_memory(z), **options,
+        )  # fmt: skip
+
+    return _launched(z, launch, *arguments)
+
+
+def _launched(
+    z, launch, threshold, threshold_t, step_size, step_size_t, noise_scale, noise_scale_t, seed, seed_t, step, step_t,
+    steps, offset, chain_norm, frozen, bounds,
+):  # fmt: skip
+    """(z after the steps, statistics (4, B)) of a kernel; z is contiguous."""
+    out, statistics = _outputs(z)
+    options = dict(
+        threshold=threshold if threshold_t is None else threshold_t,
+        step_size=step_size if step_size_t is None else step_size_t,
+        noise_scale=noise_scale if noise_scale_t is None else noise_scale_t,
+        seed=seed if seed_t is None else seed_t, step=step if step_t is None else step_t, steps=steps, offset=offset,
+        bounds=bounds, chain_norm=chain_norm, frozen=frozen, fast=z.is_cuda and torch.version.hip is None,
+    )  # fmt: skip
+    if z.numel():
+        with torch.accelerator.device_index(z.device.index):  # Triton launches on the current device
+            launch(out, statistics, options)
+    return out, statistics
+
+
+def _outputs(z: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z, memory_format=torch.contiguous_format), z.new_empty((4, z.shape[0]))
+
+
+for _device in (["CUDA"] if ops._kernel is not None else []) + (["CPU"] if ops.INTERPRETED else []):
+    _library.impl("mixture_trajectory", _mixture_triton, _device)
+    _library.impl("mlp_trajectory", _mlp_triton, _device)
+
+
+@torch.library.register_fake("fastanila::mixture_trajectory")
+def _(z, *arguments):
+    return _outputs(z)
+
+
+@torch.library.register_fake("fastanila::mlp_trajectory")
+def _(z, *arguments):
+    return _outputs(z)

@@ -1,0 +1,296 @@
+"""How a chain makes its transitions: one after the other, replayed from a CUDA graph, or all in a single kernel.
+
+A chain is a callable
+
+    chain(count, numbers, state, seed, step, offset, mask) -> (State, Info)
+
+that makes transitions step .. step + count - 1 of a sampler whose number-valued settings are ``numbers``; seed and step
+are 0-dim int64 tensors on the device. The Info is the last transition's. `chain_of` chooses among the three by the
+energy's type, the shapes and the machine, so that a run can be repeated; all draw the same noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops, trajectory
+from .capture import Reads, compiled, copy, cuda_graph, leaves, mapped, watching
+from .energies import evaluator
+
+
+class State(NamedTuple):
+    """What a chain carries from transition to transition."""
+
+    z: Tensor  #: (B, ...)
+    gamma: Tensor | None = None  #: the frozen gain, of z's shape, for refresh="update"
+
+
+class Info(NamedTuple):
+    """What one transition saw, by chain, at the state it started from: each (B,) float32."""
+
+    energy: Tensor | None  #: U(z); None where only a score is given
+    score_rms: Tensor  #: root mean square of the score's elements, 1 / unit of z
+    clip_fraction: Tensor  #: fraction of elements whose gain is below 1: |s| exceeds the threshold
+    gamma_mean: Tensor  #: mean of the gain over the elements, in (0, 1]
+    acceptance: Tensor  #: probability of acceptance; 1 for samplers without correction
+
+
+Chain = Callable[..., tuple[State, Info]]
+
+#: Transitions of one CUDA graph at most: longer runs replay it, and a graph's nodes take memory.
+_LONGEST = 128
+#: Captured shapes kept by a chain.
+_SHAPES = 4
+
+
+def chain_of(
+    sampler, energy, score=None, *, z: Tensor, mask: Tensor | None = None, compile: bool, capture: bool = True,
+    whole: bool = True, strict: bool = False,
+) -> Chain:  # fmt: skip
+    """The fastest chain for this sampler and energy at z's shape, dtype and device.
+
+    ``whole``: a single kernel may make all transitions of a call. ``capture``: CUDA graphs may; who captures more than
+    the chain asks for none. ``strict``: an energy that does not compile raises, instead of running eagerly with a
+    warning.
+    """
+    if compile and whole and makes_whole_chains(sampler, energy, z, mask):
+        return functools.partial(_whole_chain, sampler, energy)
+    plain = Stepwise(_plain_transition(sampler, energy, score), sparing=z.is_cuda)
+    if not compile:
+        return plain
+    transition = compiled_transition(sampler, energy, score)
+    fused = _captured(transition) if capture and z.is_cuda else Stepwise(transition, sparing=z.is_cuda)
+    return fused if strict else _FallingBack(fused, plain)
+
+
+def makes_whole_chains(sampler, energy, z: Tensor, mask: Tensor | None = None) -> bool:
+    """Whether a single kernel can make the chain's transitions: see `fastanila.trajectory`."""
+    return sampler.is_unadjusted and energy is not None and trajectory.supports(energy, z, mask=mask)
+
+
+def path(sampler, energy, z: Tensor, *, fused: bool) -> str:
+    """One line on the device and the implementation that `chain_of` selects."""
+    if not fused:
+        return f"{z.device.type}: plain definition, eager"
+    kernel = makes_whole_chains(sampler, energy, z) and "whole-chain Triton kernel"
+    if ops.fused(z, sampler.norm):
+        kernel = kernel or "fused Triton kernels"
+    if z.is_cuda and kernel:
+        return f"cuda: {kernel}, CUDA graph"
+    return f"cpu: {kernel}, interpreted" if kernel else f"{z.device.type}: compiled reference"
+
+
+# ------------------------------------------------------------------------------------------------ one after the other
+
+
+class Stepwise:
+    """A chain that calls ``advance`` for every transition."""
+
+    def __init__(self, advance: Callable, *, sparing: bool):
+        # sparing: statistics of the last transition only. On a CPU that would mean to compile the transition twice,
+        # which costs more than all the statistics of a run.
+        self.advance, self.sparing = advance, sparing
+
+    def __call__(self, count, numbers, state, seed, step, offset=0, mask=None):
+        for made, t in enumerate(_times(step, count), start=1):
+            state, info = self.advance(numbers, state, seed, t, offset, mask, made == count or not self.sparing)
+        return state, info
+
+
+def _times(step: Tensor, count: int) -> tuple[Tensor, ...]:
+    """step, step + 1, ...: 0-dim tensors, each aligned to 16 bytes, lest compiled code copy it to where it would be."""
+    times = step + torch.arange(count, device=step.device)
+    return times[:, None].expand(-1, 2).contiguous()[:, 0].unbind()
+
+
+def _plain_transition(sampler, energy, score=None) -> Callable:
+    evaluate = evaluator(energy, score)
+
+    def transition(numbers, state, seed, step, offset=0, mask=None, statistics=True):
+        return sampler.with_numbers(numbers).transition(
+            evaluate, state, seed=seed, step=step, offset=offset, mask=mask, statistics=statistics
+        )
+
+    return transition
+
+
+def compiled_transition(sampler, energy, score=None) -> Callable:
+    """advance(numbers, state, seed, step, offset, mask, statistics) -> (State, Info or None) as one graph, for all
+    samplers that differ in numbers only. It is kept for the next call with the same energy (the last 16 are)."""
+    static = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name not in sampler.numbers}
+    try:
+        hash((energy, score))
+        build = _compiled_transition
+    except TypeError:  # a dataclass with __call__, say
+        build = _compiled_transition.__wrapped__
+    return build(energy, score, type(sampler), tuple(static.items()))
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_transition(energy, score, kind: type, static: tuple) -> Callable:
+    template = kind(**dict(static))
+    evaluate = evaluator(energy, score, traced=True)
+
+    def transition(numbers, state, seed, step, offset=0, mask=None, statistics=True):
+        return template.with_numbers(numbers).transition(
+            evaluate, state, seed=seed, step=step, offset=offset, mask=mask, statistics=statistics
+        )
+
+    return compiled(transition)
+
+
+class _FallingBack:
+    """A chain that is ``fused`` until its energy fails to compile as one graph, and ``plain`` from then on."""
+
+    def __init__(self, fused: Chain, plain: Chain):
+        self.fused, self.plain, self.works = fused, plain, True
+
+    def __call__(self, *arguments):
+        if self.works:
+            try:
+                return self.fused(*arguments)
+            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+                self.works = False
+                warnings.warn(
+                    f"the energy does not compile as one graph and runs eagerly ({_first_line(error)}); compile=False "
+                    "says so",
+                    stacklevel=3,
+                )
+        return self.plain(*arguments)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+# -------------------------------------------------------------------------------------------- replayed from CUDA graphs
+
+
+@dataclasses.dataclass
+class _Held:
+    """The tensors that the graphs of one set of shapes read and write, and the graphs by number of transitions."""
+
+    numbers: tuple[Tensor, ...]
+    state: State
+    seed: Tensor
+    step: Tensor
+    mask: Tensor | None
+    graphs: dict[int, Callable[[], Info]] = dataclasses.field(default_factory=dict)
+    reads: Reads = dataclasses.field(default_factory=list)
+
+    @property
+    def inputs(self):
+        return self.numbers, self.state, self.seed, self.step, self.mask
+
+
+class Captured:
+    """A chain whose transitions are captured as CUDA graphs, by shape and number, and replayed.
+
+    Every call makes its first transition outside the graph. That lets Dynamo's guards see whatever Python state the
+    energy depends on, and tells which tensors it reads: where either has changed, the graphs are captured anew.
+    ``record(function, device)`` gives the function's replay; tests on a CPU pass one that calls it.
+    """
+
+    def __init__(self, advance: Callable, record: Callable = cuda_graph):
+        self.advance, self.record = advance, record
+        self.stepwise = Stepwise(advance, sparing=True)
+        self.held: dict[tuple, _Held] = {}
+        self.works = True
+
+    def __call__(self, count, numbers, state, seed, step, offset=0, mask=None):
+        if count == 1 or not self.works:
+            return self.stepwise(count, numbers, state, seed, step, offset, mask)
+        with watching() as reads:
+            first, info = self.advance(numbers, state, seed, step, offset, mask, False)
+        held = self._held_for((numbers, first, seed, step + 1, mask), offset)
+        reads = _beside(reads, (numbers, state, seed, step, mask))
+        if not _same(reads, held.reads):
+            held.graphs.clear()
+            held.reads = reads
+        left = count - 1
+        replays = -(-left // _LONGEST)
+        length = left // replays
+        for _ in range(replays):
+            replay = self._graph(held, length, offset)
+            if replay is None:
+                break
+            info = replay()
+            left -= length
+        if left:
+            after, info = self.stepwise(left, held.numbers, held.state, held.seed, held.step, offset, held.mask)
+        else:
+            after = held.state
+        return mapped(torch.clone, after), mapped(torch.clone, info)
+
+    def _held_for(self, inputs, offset: int) -> _Held:
+        """The tensors for inputs of these shapes, holding these values."""
+        tensors = tuple((x.shape, x.dtype, x.device) for x in leaves(inputs))
+        key = (tensors, inputs[1].gamma is None, inputs[4] is None, offset, *_arithmetic())
+        held = self.held.pop(key, None)
+        if held is None:
+            held = _Held(*mapped(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), inputs))
+        self.held[key] = held  # the latest last
+        if len(self.held) > _SHAPES:
+            self.held.pop(next(iter(self.held)))
+        copy(held.inputs, inputs)
+        return held
+
+    def _graph(self, held: _Held, length: int, offset: int) -> Callable[[], Info] | None:
+        """The replay of that many transitions; None, with a warning, if they cannot be captured."""
+        if length not in held.graphs:
+
+            def transitions() -> Info:
+                after, info = self.stepwise(length, held.numbers, held.state, held.seed, held.step, offset, held.mask)
+                copy(held.state, after)
+                held.step.add_(length)
+                return info
+
+            try:
+                # with and without statistics, so that nothing is compiled under the capture
+                self.stepwise(2, held.numbers, held.state, held.seed, held.step, offset, held.mask)
+                held.graphs[length] = self.record(transitions, held.seed.device)
+            except RuntimeError as error:
+                self.works = False
+                warnings.warn(f"the chain runs uncaptured: {_first_line(error)}", stacklevel=4)
+                return None
+        return held.graphs[length]
+
+
+@functools.lru_cache(maxsize=16)
+def _captured(transition: Callable) -> Captured:
+    return Captured(transition)
+
+
+def _beside(reads: Reads, arguments) -> Reads:
+    """The reads less the addresses of the arguments, which differ from call to call."""
+    own = {x.data_ptr() for x in leaves(arguments)}
+    return [(graph, tuple(a for a in addresses if a not in own)) for graph, addresses in reads]
+
+
+def _same(a: Reads, b: Reads) -> bool:
+    return len(a) == len(b) and all(x[0] is y[0] and x[1] == y[1] for x, y in zip(a, b, strict=True))
+
+
+def _arithmetic() -> tuple[str, str]:
+    """What kernels a product and a convolution take, which no guard looks at."""
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+
+
+# ----------------------------------------------------------------------------------------------- all in a single kernel
+
+
+def _whole_chain(sampler, energy, count, numbers, state, seed, step, offset=0, mask=None):
+    s = sampler.with_numbers(numbers)
+    out = trajectory.run(
+        energy, state.z, threshold=s.threshold, step_size=s.step_size, noise_scale=s.noise_scale, norm=s.norm,
+        refresh=s.refresh, bounds=s.bounds, seed=seed, step=step, steps=count, offset=offset,
+    )  # fmt: skip
+    info = Info(out.energy, out.score_rms, out.clip_fraction, out.gamma_mean, torch.ones_like(out.energy))
+    return State(out.z), info

@@ -1,0 +1,249 @@
+"""Whole chains of unadjusted transitions in one launch, the state in registers: what all energies share, and the
+Gaussian mixture. The multilayer perceptron is in mlp.py.
+
+A kernel owns ROWS chains, z (ROWS, DIM_P2) with columns beyond DIM zero, and for each of ``steps`` transitions computes
+the energy's score and then, with b the threshold, eps the step size and sigma the noise scale,
+
+    stretch = max(1, |s| / b)                                                             1 / gamma
+    z'      = z + eps/2 drift + sigma sqrt(eps / stretch) noise
+
+where the drift is gamma s, written so that it stays finite however large the score (fastanila.reference.clipped).
+The last transition also writes what it saw of each chain: energy, mean gamma, RMS score, clipped fraction.
+"""
+
+import triton
+import triton.language as tl
+
+from .philox import box_muller, element_normals, joined_normals, words
+
+LANGEVIN_STREAM = tl.constexpr(0)
+LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def scalar(x, IS_POINTER: tl.constexpr, dtype: tl.constexpr):
+    """A number of the launch, or a pointer to one, which a captured graph may change."""
+    if IS_POINTER:
+        return tl.load(x).to(dtype)
+    else:
+        return tl.full((), x, dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- a transition
+
+
+@triton.jit
+def stretch_and_drift(score, threshold, CHAIN_NORM: tl.constexpr):
+    """1 / gamma, and gamma * score: of score's shape, or (ROWS, 1) and score's shape for the chain norm.
+
+    Every maximum lets NaN through: a broken energy must show.
+    """
+    if CHAIN_NORM:
+        size = tl.abs(score)
+        largest = tl.max(size, axis=1)[:, None]
+        infinite = largest == float("inf")
+        scale = tl.where((largest > 0.0) & (largest < float("inf")), largest, 1.0)
+        # Beside an infinite element the finite ones vanish, but a NaN stays.
+        beside = tl.where(size == float("inf"), tl.where(score > 0.0, 1.0, -1.0), score * 0.0)
+        unit = tl.where(infinite, beside, score / scale)
+        length = tl.sqrt(tl.sum(unit * unit, axis=1))[:, None]
+        ratio = tl.where(infinite, largest, scale) / threshold * length
+        drift = tl.where(ratio <= 1.0, score, threshold * (unit / length))
+    else:
+        ratio = tl.abs(score) * tl.minimum(1.0 / threshold, LARGEST)  # finite, or a score of 0 is NaN
+        drift = tl.clamp(score, -threshold, threshold, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(ratio, 1.0, propagate_nan=tl.PropagateNan.ALL), drift
+
+
+@triton.jit
+def moved(z, drift, stretch, noise, step_size, noise_scale, low, high, HAS_BOUNDS: tl.constexpr):
+    out = z + (0.5 * step_size) * drift + (noise_scale * tl.sqrt(step_size)) * tl.rsqrt(stretch) * noise
+    if HAS_BOUNDS:
+        out = tl.clamp(out, low, high, propagate_nan=tl.PropagateNan.ALL)
+    return out
+
+
+@triton.jit
+def transition(
+    z, score, held, j, noise, threshold, step_size, noise_scale, low, high,
+    CHAIN_NORM: tl.constexpr, FROZEN: tl.constexpr, HAS_BOUNDS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Transition j of this launch: the new z, and the stretch it used, of z's shape. FROZEN keeps that of j = 0."""
+    stretch, drift = stretch_and_drift(score, threshold, CHAIN_NORM)
+    stretch = tl.broadcast_to(stretch, z.shape)
+    if FROZEN:
+        stretch = tl.where(j == 0, stretch, held)
+        drift = score / stretch
+    out = moved(z, drift, stretch, noise, step_size, noise_scale, low, high, HAS_BOUNDS)
+    if z.shape[1] != DIM:
+        out = tl.where(tl.arange(0, z.shape[1])[None, :] < DIM, out, 0.0)
+    return out, stretch
+
+
+@triton.jit
+def store_statistics(out_ptr, rows, count, energy, stretch, score, DIM: tl.constexpr):
+    """(4, count) float32: energy, mean gamma, RMS score and clipped fraction of each row."""
+    inside = rows < count
+    own = tl.arange(0, score.shape[1])[None, :] < DIM
+    tl.store(out_ptr + rows, energy, mask=inside)
+    tl.store(out_ptr + count + rows, tl.sum(tl.where(own, 1.0 / stretch, 0.0), axis=1) / DIM, mask=inside)
+    largest = tl.max(tl.abs(score), axis=1)
+    scale = tl.where((largest > 0.0) & (largest < float("inf")), largest, 1.0)  # no square overflows
+    unit = score / scale[:, None]
+    tl.store(out_ptr + 2 * count + rows, scale * tl.sqrt(tl.sum(unit * unit, axis=1) / DIM), mask=inside)
+    tl.store(out_ptr + 3 * count + rows, tl.sum(tl.where(own & (stretch > 1.0), 1.0, 0.0), axis=1) / DIM, mask=inside)
+
+
+# ------------------------------------------------------------------------------------------------ the Gaussian mixture
+
+
+@triton.jit
+def chain_normals(seed, step, chain, DIM: tl.constexpr, DIM_P2: tl.constexpr, FAST: tl.constexpr):
+    """The normals of whole chains, (ROWS,) int64 global indices -> (ROWS, DIM_P2), where a thread holds a chain."""
+    if DIM == 2:  # half a counter a chain
+        r0, r1, r2, r3 = words(seed, step, LANGEVIN_STREAM, chain >> 1, FAST)
+        second = (chain & 1) != 0
+        n0, n1 = box_muller(tl.where(second, r2, r0), tl.where(second, r3, r1), FAST)
+        return tl.join(n0, n1)
+    elif DIM % 4 == 0:
+        quads = chain[:, None] * (DIM // 4) + tl.arange(0, DIM // 4)[None, :]
+        return joined_normals(seed, step, LANGEVIN_STREAM, quads, 4, FAST)
+    else:
+        k = chain[:, None] * DIM + tl.arange(0, DIM_P2)[None, :]
+        return element_normals(seed, step, LANGEVIN_STREAM, k, FAST)
+
+
+@triton.jit
+def components(
+    means_ptr, sd_ptr, log_scale_ptr, first, count, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr,
+):  # fmt: skip
+    """CHUNK components from ``first`` on, in tuples: mean (ROWS, DIM_P2), and the rate and constant of its log2 density
+
+        constant + rate |x - mean|^2,      rate = -log2(e) / (2 sd^2)
+
+    A component beyond ``count`` has no weight. Means are read for every row, so that they lie as z does.
+    """
+    column = tl.arange(0, DIM_P2)[None, :] + tl.zeros((ROWS, 1), tl.int32)
+    means, rates, constants = (), (), ()
+    for m in tl.static_range(CHUNK):
+        at = first + m
+        inside = (column < DIM) & (column * 0 + at < count)
+        means += (tl.load(means_ptr + at * DIM + column, mask=inside, other=0.0),)
+        sd = tl.load(sd_ptr + at, mask=at < count, other=1.0)
+        rates += (-0.7213475204444817 / (sd * sd),)
+        log_scale = tl.load(log_scale_ptr + at, mask=at < count, other=-float("inf"))
+        constants += (log_scale * 1.4426950408889634,)
+    return means, rates, constants
+
+
+@triton.jit
+def accumulate(z, top, total, pull, means, rates, constants, CHUNK: tl.constexpr):
+    """Add CHUNK components to the density, total 2^top, and to the sum of rate (mean - z) times density, pull 2^top."""
+    logs, offsets = (), ()
+    highest = top
+    for m in tl.static_range(CHUNK):
+        offset = means[m] - z
+        log = tl.fma(tl.sum(offset * offset, axis=1), rates[m] + tl.zeros_like(top), constants[m] + tl.zeros_like(top))
+        highest = tl.maximum(highest, log)
+        logs += (log,)
+        offsets += (offset,)
+    rescale = tl.exp2(top - highest)
+    total, pull = total * rescale, pull * rescale[:, None]
+    for m in tl.static_range(CHUNK):
+        p = tl.exp2(logs[m] - highest)
+        total += p
+        pull += (p * rates[m])[:, None] * offsets[m]
+    return highest, total, pull
+
+
+@triton.jit(do_not_specialize=["chains", "components_", "steps", "seed", "step", "offset"])
+def mixture_kernel(
+    z_ptr, means_ptr, sd_ptr, log_scale_ptr, out_ptr, statistics_ptr, chains: tl.int64, components_: tl.int32,
+    steps: tl.int32, threshold, step_size, noise_scale, seed, step, offset: tl.int64, low: tl.float32, high: tl.float32,
+    THRESHOLD_PTR: tl.constexpr, STEP_SIZE_PTR: tl.constexpr, NOISE_SCALE_PTR: tl.constexpr,
+    SEED_PTR: tl.constexpr, STEP_PTR: tl.constexpr, CHAIN_NORM: tl.constexpr, FROZEN: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr, FAST: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """``steps`` transitions of chains z (chains, DIM) on a mixture of ``components_`` isotropic Gaussians.
+
+    HELD: CHUNK is the number of components, and they stay in registers; else they are read CHUNK at a time.
+    """
+    threshold = scalar(threshold, THRESHOLD_PTR, tl.float32)
+    step_size = scalar(step_size, STEP_SIZE_PTR, tl.float32)
+    noise_scale = scalar(noise_scale, NOISE_SCALE_PTR, tl.float32)
+    seed = scalar(seed, SEED_PTR, tl.int64)
+    step = scalar(step, STEP_PTR, tl.int64)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, DIM_P2)[None, :]
+    at = rows[:, None] * DIM + column
+    inside = (rows < chains)[:, None] & (column < DIM)
+    z = tl.load(z_ptr + at, mask=inside, other=0.0)
+    held = tl.full((ROWS, DIM_P2), 1.0, tl.float32)
+    if HELD:
+        means, rates, constants = components(means_ptr, sd_ptr, log_scale_ptr, 0, components_, CHUNK, ROWS, DIM, DIM_P2)
+    for j in range(steps):
+        top = tl.full((ROWS,), -LARGEST, tl.float32)  # finite, so that a chain far from everything has an energy
+        total = tl.zeros((ROWS,), tl.float32)
+        pull = tl.zeros((ROWS, DIM_P2), tl.float32)
+        if HELD:
+            top, total, pull = accumulate(z, top, total, pull, means, rates, constants, CHUNK)
+        else:
+            for first in range(0, components_, CHUNK):
+                chunk = components(means_ptr, sd_ptr, log_scale_ptr, first, components_, CHUNK, ROWS, DIM, DIM_P2)
+                top, total, pull = accumulate(z, top, total, pull, chunk[0], chunk[1], chunk[2], CHUNK)
+        score = pull * (-1.3862943611198906 / total)[:, None]  # -2 ln 2, which turns rates into 1 / sd^2
+        noise = chain_normals(seed, step + j, offset + rows, DIM, DIM_P2, FAST)
+        z, held = transition(
+            z, score, held, j, noise, threshold, step_size, noise_scale, low, high, CHAIN_NORM, FROZEN, HAS_BOUNDS, DIM
+        )
+        if j + 1 == steps:
+            energy = (top + tl.log2(total)) * -0.6931471805599453
+            store_statistics(statistics_ptr, rows, chains, energy, held, score, DIM)
+    tl.store(out_ptr + at, z, mask=inside)
+
+
+#: Chains a program of one warp: a chain a thread, and so few that ten thousand reach every multiprocessor.
+MIXTURE_ROWS = 32
+#: Numbers of the components that a thread holds at most; beyond, they are read from the first-level cache.
+MIXTURE_HELD = 104
+MIXTURE_CHUNK = 8
+
+
+def mixture_constants(dim: int, components: int) -> dict:
+    """The sizes a launch is compiled for."""
+    dim_p2 = triton.next_power_of_2(dim)
+    held = components * (dim_p2 + 2) <= MIXTURE_HELD
+    chunk = components if held else MIXTURE_CHUNK
+    return dict(DIM=dim, DIM_P2=dim_p2, ROWS=MIXTURE_ROWS, CHUNK=chunk, HELD=held)
+
+
+def launch_mixture(z, means, sd, log_scale, out, statistics, *, bounds, frozen, chain_norm, fast, **numbers):
+    """Launch over contiguous float32 tensors: z and out (B, D), means (M, D), sd and log_scale (M,), statistics (4, B).
+
+    ``numbers``: threshold, step_size, noise_scale, seed and step, each a number or a 0-dim tensor; steps and offset.
+    """
+    chains, dim = z.shape
+    mixture_kernel[(triton.cdiv(chains, MIXTURE_ROWS),)](
+        z, means, sd, log_scale, out, statistics, chains, len(means), *launch_numbers(bounds, **numbers),
+        **launch_constants(bounds, frozen, chain_norm, fast, **numbers), **mixture_constants(dim, len(means)),
+        num_warps=1, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------- what launches share
+
+
+def launch_numbers(bounds, *, threshold, step_size, noise_scale, seed, step, steps, offset) -> tuple:
+    low, high = bounds if bounds is not None else (0.0, 0.0)
+    return steps, threshold, step_size, noise_scale, seed, step, offset, low, high
+
+
+def launch_constants(bounds, frozen, chain_norm, fast, *, threshold, step_size, noise_scale, seed, step, **_) -> dict:
+    pointers = dict(
+        THRESHOLD_PTR=threshold, STEP_SIZE_PTR=step_size, NOISE_SCALE_PTR=noise_scale, SEED_PTR=seed, STEP_PTR=step
+    )
+    return {name: hasattr(x, "data_ptr") for name, x in pointers.items()} | dict(
+        CHAIN_NORM=chain_norm, FROZEN=frozen, HAS_BOUNDS=bounds is not None, FAST=fast
+    )

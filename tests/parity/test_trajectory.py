@@ -1,0 +1,409 @@
+"""Whole chains in one kernel against the same transitions one by one in float64: on CUDA, else in the interpreter."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from fastanila import noise, ops, reference, trajectory
+from fastanila.energies import MLP, Autocast, ConvNet, GaussianMixture, evaluator
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        DEVICE == "cpu" and not ops.INTERPRETED,
+        reason="no CUDA device; tests/test_interpreter.py runs it in Triton's interpreter",
+    ),
+]
+SETTINGS = dict(threshold=1.5, step_size=0.1, noise_scale=0.9, seed=(1 << 63) + 5, step=(1 << 33) - 4)
+
+
+def chains(count, dim, seed=0):
+    return (2 * torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))).to(DEVICE)
+
+
+def mixture(dim, components=3):
+    g = torch.Generator().manual_seed(1)
+    means, sd = 3 * torch.randn(components, dim, generator=g), 0.4 + torch.rand(components, generator=g)
+    return GaussianMixture(means, sd, 0.1 + torch.rand(components, generator=g)).to(DEVICE)
+
+
+def mlp(dim, width=64, depth=2, **options):
+    torch.manual_seed(2)
+    return MLP(dim, width, depth, feature_scale=1.5, **{"confinement": 0.5} | options).to(DEVICE)
+
+
+def one_by_one(
+    energy, z, *, threshold, step_size, noise_scale, seed, step, steps, norm="element", refresh="transition",
+    bounds=None, offset=0,
+):  # fmt: skip
+    """The transitions in float64 on the CPU: z, and energy, mean gain, RMS score and clipped fraction of the last."""
+    energy, z, gamma = copy.deepcopy(energy).double().cpu(), z.double().cpu(), None
+    for j in range(steps):
+        x = z.clone().requires_grad_()
+        u = value(energy, x)
+        score = -torch.autograd.grad(u.sum(), x)[0]
+        if refresh == "transition" or gamma is None:
+            gamma = reference.clipped(score, threshold, norm)[0].expand_as(score)
+        xi = noise.normal(z.shape, seed=seed, step=step + j, offset=offset, dtype=torch.float64)
+        gained = dict(threshold=threshold, norm=norm) if refresh == "transition" else dict(threshold=None, gamma=gamma)
+        z = reference.anisotropic_step(
+            z, score, **gained, step_size=step_size, noise_scale=noise_scale, bounds=bounds, noise=xi
+        )
+    clipped = (gamma < 1).double().mean(1)
+    return trajectory.Trajectory(z, u.detach(), gamma.mean(1), score.square().mean(1).sqrt(), clipped)
+
+
+def value(energy, x):
+    """The energy in float64: the modules round their phases and their head to float32."""
+    if isinstance(energy, GaussianMixture):
+        return energy(x)
+    phase = x @ energy.projections.T
+    h = energy.layers(torch.cat((phase.sin(), phase.cos()), -1) if len(energy.projections) else x)
+    return energy.head(h).squeeze(-1) + 0.5 * energy.confinement * x.square().sum(-1)
+
+
+def rounded(want):
+    return trajectory.Trajectory(*(x.float() for x in want))
+
+
+def assert_close(out, want, tolerance=1e-4):
+    for name, a, b in zip(out._fields, out, want, strict=True):
+        error = (a.double().cpu() - b).abs() / b.abs().clamp(min=1)
+        assert a.dtype == torch.float32 and a.shape == b.shape, name
+        assert error.max() < tolerance, (name, error.max())
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Many rows a program though there are few chains, as for many chains."""
+    monkeypatch.setattr("fastanila.kernels.mlp.PROGRAMS", 2)
+
+
+# --------------------------------------------------------------------------------------------------------- the numbers
+
+
+@pytest.mark.parametrize("count", [1, 3, 33])
+@pytest.mark.parametrize(
+    ("dim", "components"), [(1, 1), (1, 36), (2, 3), (2, 27), (3, 3), (4, 2), (6, 1), (8, 3), (8, 13)]
+)
+def test_a_mixture(poisoned, dim, components, count):
+    energy, z = mixture(dim, components), chains(count, dim)
+    before = z.clone()
+    out = trajectory.run(energy, z, **SETTINGS, steps=10)
+    assert_close(out, one_by_one(energy, z, **SETTINGS, steps=10))
+    assert torch.equal(z, before)
+
+
+NETWORKS = [  # dim, width, depth, features, activation
+    (1, 5, 1, 0, "silu"),
+    (2, 5, 2, 3, "leaky-relu"),
+    (3, 64, 1, 64, "silu"),
+    (8, 64, 2, 0, "silu"),
+    (2, 64, 2, 64, "silu"),
+    (8, 100, 3, 0, "leaky-relu"),
+    (2, 100, 2, 3, "silu"),
+    (5, 128, 2, 0, "silu"),
+    (2, 128, 3, 64, "silu"),
+]
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (33, 16)])
+@pytest.mark.parametrize(("dim", "width", "depth", "features", "activation"), NETWORKS)
+def test_a_network(poisoned, monkeypatch, dim, width, depth, features, activation, count, rows):
+    monkeypatch.setattr("fastanila.kernels.mlp.PROGRAMS", -(-count // rows))
+    energy = mlp(dim, width, depth, features=features, activation=activation)
+    z = chains(count, dim)
+    assert trajectory.supports(energy, z)
+    out = trajectory.run(energy, z, **SETTINGS, steps=10)
+    assert_close(out, one_by_one(energy, z, **SETTINGS, steps=10))
+
+
+ENERGIES = {"mixture": lambda dim: mixture(dim), "mlp": lambda dim: mlp(dim, 20, 2)}
+
+
+SAMPLERS = [  # norm, refresh, bounds
+    ("element", "transition", (-0.7, 1.2)),
+    ("element", "update", None),
+    ("channel", "transition", None),
+    ("chain", "transition", None),
+    ("chain", "update", (-0.7, 1.2)),
+]
+
+
+@pytest.mark.parametrize(("norm", "refresh", "bounds"), SAMPLERS)
+@pytest.mark.parametrize("kind", ENERGIES)
+def test_every_sampler(few_programs, kind, norm, refresh, bounds):
+    energy, z = ENERGIES[kind](3), chains(5, 3)
+    settings = SETTINGS | dict(norm=norm, refresh=refresh, bounds=bounds, threshold=0.2, steps=10)
+    out, want = trajectory.run(energy, z, **settings), one_by_one(energy, z, **settings)
+    assert_close(out, want)
+    assert bounds is None or (out.z.min() >= bounds[0] and out.z.max() <= bounds[1])
+    mutants = [dict(refresh={"update": "transition", "transition": "update"}[refresh]), dict(threshold=math.inf)]
+    mutants += [dict(norm={"element": "chain", "chain": "element", "channel": "element"}[norm])]
+    for change in mutants:
+        with pytest.raises(AssertionError):
+            assert_close(rounded(one_by_one(energy, z, **settings | change)), want)
+
+
+@pytest.mark.parametrize("kind", ENERGIES)
+def test_plain_langevin(few_programs, kind):
+    energy, z = ENERGIES[kind](2), chains(5, 2)
+    settings = SETTINGS | dict(threshold=math.inf, steps=10)
+    out = trajectory.run(energy, z, **settings)
+    assert_close(out, one_by_one(energy, z, **settings))
+    assert (out.gamma_mean == 1).all() and not out.clip_fraction.any()
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("kind", ENERGIES)
+def test_noise_is_the_stream(few_programs, kind, dim):
+    """Whatever lanes a chain's elements take, at any offset, step and seed."""
+    energy, z = ENERGIES[kind](dim), chains(3, dim)
+    for seed, step, offset in ((0, 0, 1), (-1, (1 << 56) - 2, 2), ((1 << 64) - 7, 1 << 32, 3), (5, 6, (1 << 40) + 1)):
+        settings = SETTINGS | dict(seed=seed, step=step, offset=offset, steps=2, noise_scale=1.3)
+        assert_close(trajectory.run(energy, z, **settings), one_by_one(energy, z, **settings), 2e-5)
+
+
+@pytest.mark.parametrize("kind", ENERGIES)
+def test_one_transition_is_the_operators(few_programs, kind):
+    energy, z = ENERGIES[kind](3), chains(9, 3)
+    u, score = evaluator(energy)(z)
+    out = trajectory.run(energy, z, **SETTINGS, steps=1)
+    want, seen = ops.anisotropic_step(z, score, SETTINGS["threshold"], **without_threshold(SETTINGS), statistics=True)
+    for a, b in zip(out, (want, u, seen.gamma_mean, seen.score_rms, seen.clip_fraction), strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-5, atol=3e-5)
+
+
+def without_threshold(settings):
+    return {name: x for name, x in settings.items() if name != "threshold"}
+
+
+@pytest.mark.parametrize("kind", ENERGIES)
+def test_a_run_in_pieces_and_a_batch_in_slices(few_programs, kind):
+    energy, z = ENERGIES[kind](2), chains(7, 2)
+    whole = trajectory.run(energy, z, **SETTINGS, steps=7)
+    first = trajectory.run(energy, z, **SETTINGS, steps=3)
+    then = SETTINGS | dict(step=SETTINGS["step"] + 3)
+    torch.testing.assert_close(trajectory.run(energy, first.z, **then, steps=4), whole, rtol=1e-5, atol=1e-5)
+    part = trajectory.run(energy, z[5:], **SETTINGS, steps=7, offset=5)
+    torch.testing.assert_close(part, trajectory.Trajectory(*(x[5:] for x in whole)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ENERGIES)
+def test_numbers_and_tensors(few_programs, kind):
+    energy, z = ENERGIES[kind](2), chains(5, 2)
+    numbers = SETTINGS | dict(seed=-3)
+    want = trajectory.run(energy, z, **numbers, steps=3)
+    tensors = {
+        name: torch.tensor(x, device=DEVICE, dtype=torch.int64 if name in ("seed", "step") else torch.float32)
+        for name, x in numbers.items()
+    }
+    for name in numbers:
+        out = trajectory.run(energy, z, **numbers | {name: tensors[name]}, steps=3)
+        assert all(torch.equal(a, b) for a, b in zip(out, want, strict=True)), name
+    assert torch.equal(trajectory.run(energy, z, **tensors, steps=3).z, want.z)
+
+
+def test_matrices_that_do_not_fit_are_read_at_every_transition(monkeypatch):
+    """The same numbers, however many matrices stay on chip."""
+    energy, z = mlp(2, 32, 3, features=20), chains(3, 2)
+    from fastanila.kernels.mlp import mlp_constants
+
+    held, want = set(), trajectory.run(energy, z, **SETTINGS, steps=3)
+    for shared in range(14000, 48000, 4096):
+        monkeypatch.setattr(trajectory, "_shared_memory", lambda z, shared=shared: shared)
+        held.add(mlp_constants(2, 32, 3, 20, 3, shared)[0]["HELD"])
+        assert torch.equal(trajectory.run(energy, z, **SETTINGS, steps=3).z, want.z)
+    assert held == {0, 1, 2, 3, 4, 5, 6, 8}  # seven and room for the eighth hold eight
+    monkeypatch.setattr(trajectory, "_shared_memory", lambda z: 9000)
+    assert "shared memory" in trajectory.refusal(energy, z)
+    with pytest.raises(ValueError, match="weights must fit 9000 bytes of shared memory"):
+        trajectory.run(energy, z, **SETTINGS, steps=3)
+
+
+def test_phases_far_from_zero(few_programs):
+    """Fast sines err there; the states' own rounding, times the frequency, is what is left."""
+    energy, z = mlp(2, 16, 1, features=16, confinement=0.0), chains(5, 2)
+    energy.projections.mul_(20)
+    settings = SETTINGS | dict(threshold=0.5, step_size=1e-6)
+    assert (z @ energy.projections.T).abs().max() > 100
+    assert_close(trajectory.run(energy, z, **settings, steps=2), one_by_one(energy, z, **settings, steps=2))
+
+
+# ---------------------------------------------------------------------------------------------- what is not finite
+
+
+@pytest.mark.parametrize("refresh", trajectory.REFRESHES)
+@pytest.mark.parametrize("norm", ["element", "chain"])
+def test_nan_stays_in_its_chain_and_shows(few_programs, norm, refresh):
+    for energy in (mixture(3), mlp(3, 20, 2)):
+        z = chains(5, 3)
+        z[1, 2] = math.nan
+        out = trajectory.run(energy, z, **SETTINGS, steps=2, norm=norm, refresh=refresh, bounds=(-3.0, 3.0))
+        clean = trajectory.run(energy, z[2:], **SETTINGS, steps=2, norm=norm, refresh=refresh, bounds=(-3, 3), offset=2)
+        assert out.z[1].isnan().all() and out.energy[1].isnan() and out.score_rms[1].isnan()
+        assert out.z[0].isfinite().all()
+        torch.testing.assert_close(out.z[2:], clean.z, rtol=1e-5, atol=1e-5)
+
+
+def test_huge_and_infinite_scores_move_a_step(few_programs):
+    z = torch.tensor([[3.0, -2.0, 0.5], [1.0, 1.0, 1.0]], device=DEVICE)
+    for confinement in (1e30, 3e38):  # the score -c x: huge, then infinite where |x| > 1
+        energy = mlp(3, 20, 1, confinement=confinement)
+        settings = SETTINGS | dict(threshold=2.0, step_size=0.5, steps=1)
+        out = trajectory.run(energy, z, **settings)
+        torch.testing.assert_close(out.z, z - 0.5 * z.sign(), rtol=1e-6, atol=1e-6)
+        assert (out.clip_fraction == 1).all() and out.gamma_mean.max() < 1e-29
+        assert out.score_rms[1].item() == pytest.approx(confinement, rel=1e-6)
+        out = trajectory.run(energy, z, **settings, norm="chain")
+        length = (out.z - z).norm(dim=1)
+        torch.testing.assert_close(length, torch.full_like(length, 0.5), rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ the law
+
+
+def test_the_law_of_short_chains():
+    """Langevin on N(0, 1) is autoregressive; 6 standard errors, twice, false alarm below 1e-8."""
+    eps, steps, z = 0.5, 12, torch.zeros(96, 8, device=DEVICE)
+    energy = GaussianMixture(torch.zeros(1, 8, device=DEVICE))
+    settings = dict(threshold=math.inf, step_size=eps, noise_scale=1.0, seed=1, step=0, steps=steps)
+    out = trajectory.run(energy, z, **settings).z
+    variance = eps * sum((1 - eps / 2) ** (2 * k) for k in range(steps))
+    error = math.sqrt(variance / out.numel())
+    assert abs(out.mean().item()) < 6 * error
+    assert abs(out.var().item() - variance) < 6 * variance * math.sqrt(2 / out.numel())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes the interpreter hours")
+def test_the_law_of_long_chains():
+    """AniLA's small-step law on N(0, 1), exp(-x^2/2) max(1, |x|/b): variance 1.42 at b = 1, not 1."""
+    x = torch.linspace(-12, 12, 100001, dtype=torch.float64)
+    density = torch.exp(-0.5 * x**2) * x.abs().clamp(min=1)
+    want = ((density * x**2).sum() / density.sum()).item()
+    energy = GaussianMixture(torch.zeros(1, 2, device=DEVICE))
+    settings = dict(threshold=1.0, step_size=0.02, noise_scale=1.0, seed=1, step=0, steps=2000)
+    out = trajectory.run(energy, torch.zeros(100_000, 2, device=DEVICE), **settings).z
+    assert want == pytest.approx(1.42, abs=0.01)
+    assert out.var().item() == pytest.approx(want, rel=0.03)
+
+
+# ------------------------------------------------------------------------------------------ launches and registration
+
+
+@pytest.mark.parametrize("kind", ENERGIES)
+def test_one_launch(monkeypatch, few_programs, kind):
+    from fastanila.kernels import mlp as networks
+    from fastanila.kernels import trajectory as mixtures
+
+    kernel = {"mixture": mixtures.mixture_kernel, "mlp": networks.mlp_kernel}[kind]
+    launches, run = [], kernel.run
+    monkeypatch.setattr(kernel, "run", lambda *a, **k: (launches.append(k["grid"]), run(*a, **k))[1])
+    trajectory.run(ENERGIES[kind](2), chains(33, 2), **SETTINGS, steps=4)
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("kind", ENERGIES)
+def test_parameters_are_read_at_the_launch(few_programs, kind):
+    energy, z = ENERGIES[kind](2), chains(3, 2)
+    before = trajectory.run(energy, z, **SETTINGS, steps=2)
+    with torch.no_grad():
+        for x in [*energy.parameters()] or [energy.means]:
+            x.add_(0.3)
+    after = trajectory.run(energy, z, **SETTINGS, steps=2)
+    assert not torch.isclose(after.z, before.z, atol=1e-5).all()
+    assert_close(after, one_by_one(energy, z, **SETTINGS, steps=2))
+
+
+def test_results_are_new_and_detached(few_programs):
+    energy, z = mlp(2, 20, 1), chains(3, 2).requires_grad_()
+    out = trajectory.run(energy, z, **SETTINGS, steps=2)
+    assert not any(x.requires_grad for x in out) and out.z.data_ptr() != z.data_ptr()
+    strided = chains(3, 2).T.contiguous().T
+    assert torch.equal(trajectory.run(energy, strided, **SETTINGS, steps=2).z, out.z)
+
+
+@pytest.mark.parametrize("kind", ENERGIES)
+def test_empty(kind):
+    out = trajectory.run(ENERGIES[kind](2), torch.zeros(0, 2, device=DEVICE), **SETTINGS, steps=2)
+    assert out.z.shape == (0, 2) and out.energy.shape == (0,)
+
+
+@pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
+@pytest.mark.parametrize("kind", ENERGIES)
+def test_opcheck(monkeypatch, few_programs, kind, tensors):
+    caught = {}
+    numbers = SETTINGS | dict(seed=3, bounds=(-2.0, 2.0))
+    if tensors:
+        numbers |= dict(threshold=torch.tensor(1.0, device=DEVICE), step=torch.tensor(4, device=DEVICE))
+    with monkeypatch.context() as patch:
+        for name in ("mixture_trajectory", "mlp_trajectory"):
+            packet = getattr(torch.ops.fastanila, name)
+            patch.setattr(torch.ops.fastanila, name, lambda *a, p=packet: (caught.update(op=p, a=a), p(*a))[1])
+        trajectory.run(ENERGIES[kind](2), chains(3, 2), **numbers, steps=2)
+    torch.library.opcheck(caught["op"].default, caught["a"])
+
+
+@pytest.mark.parametrize("kind", ENERGIES)
+def test_compiled_it_is_one_opaque_call(few_programs, kind):
+    energy = ENERGIES[kind](2)
+
+    def f(z, seed, step):
+        out = trajectory.run(energy, 1.0 * z, **SETTINGS | dict(seed=seed, step=step), steps=3)
+        return out.z + 1.0, out.energy
+
+    counter = CompileCounter()
+    for i in range(3):
+        arguments = chains(3, 2, seed=i), torch.tensor(i, device=DEVICE), torch.tensor(2 + i, device=DEVICE)
+        made = torch.compile(f, fullgraph=True)(*arguments)
+        torch.testing.assert_close(made, f(*arguments), rtol=1e-5, atol=1e-5)
+        torch.compile(f, fullgraph=True, backend=counter)(*arguments)
+    assert counter.frame_count == 1
+
+
+def test_supports():
+    z = chains(3, 2)
+    hooked, deep, uneven = mlp(2), mlp(2, depth=4), mlp(2)
+    hooked.layers[0].register_forward_hook(lambda *a: None)
+    uneven.layers[2] = torch.nn.Linear(64, 64, bias=False, device=DEVICE)
+    yes = [
+        (mixture(2), z), (mixture(8, 1000), chains(1, 8)), (mlp(2), z), (mlp(2, 128, 3, features=128), z),
+        (mlp(1, 1, 1, features=1), chains(1, 1)), (mlp(2, activation="leaky-relu"), z.T.contiguous().T),
+    ]  # fmt: skip
+    no = {
+        "mask": (mixture(2), z, torch.ones(3, 2, device=DEVICE) > 0),
+        "float64": (mixture(2), z.double()),
+        "its own dtype": (mixture(2).double(), z),
+        "another size": (mixture(3), z),
+        "another input": (mlp(3), z),
+        "images": (mixture(2), z[..., None]),
+        "too many elements": (mixture(9), chains(3, 9)),
+        "too wide": (mlp(2, 129), z),
+        "too deep": (deep, z),
+        "too many features": (mlp(2, features=129), z),
+        "a hook": (hooked, z),
+        "a layer without a bias": (uneven, z),
+        "autocast": (Autocast(mlp(2)), z),
+        "another module": (ConvNet(1, 8), z),
+        "a function": (lambda x: x.sum(1), z),
+        "no device of ours": (mixture(2).to("meta"), z.to("meta")),
+    }
+    assert all(trajectory.supports(*case) for case in yes)
+    for name, (energy, states, *mask) in no.items():
+        assert not trajectory.supports(energy, states, mask=mask[0] if mask else None), name
+        if not mask:
+            with pytest.raises(ValueError, match="energy and z must be what"):
+                trajectory.run(energy, states, **SETTINGS, steps=1)
+
+    class Mine(MLP):
+        pass
+
+    assert not trajectory.supports(Mine(2).to(DEVICE), z)
+    with ops.plain():
+        assert not trajectory.supports(mixture(2), z)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert not trajectory.supports(mlp(2), z)

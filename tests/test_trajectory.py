@@ -1,0 +1,150 @@
+"""The whole-chain kernels compile for every target without a GPU, stay in registers, and refuse what they cannot do."""
+
+import math
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from bench.offline import (  # noqa: E402
+    SHARED_MEMORY,
+    TARGETS,
+    compile_mixture_trajectory,
+    compile_mlp_trajectory,
+    disassemble,
+)
+from fastanila import ops, trajectory  # noqa: E402
+from fastanila.energies import MLP, GaussianMixture  # noqa: E402
+from fastanila.kernels.mlp import mlp_constants  # noqa: E402
+
+pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter replaces the compiler")
+
+
+def opcodes(compiled) -> set[str]:
+    return {word.split(".")[0] for word in disassemble(compiled).split()}
+
+
+SPILLS = {"LDL", "STL"}
+TENSOR_CORES = {"HMMA", "QGMMA", "HGMMA", "DMMA", "UTCHMMA", "UTCQMMA"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_mixture_compiles_for_every_target(target):
+    compiled = compile_mixture_trajectory(target)
+    assert compiled.asm["ttgir"] and compiled.metadata.shared == 0, "a chain a thread exchanges nothing"
+
+
+@pytest.mark.parametrize(
+    "options", [dict(chain_norm=True), dict(frozen=True), dict(bounds=True), dict(pointers=False)], ids=str
+)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_variant_of_a_mixture_compiles(target, options):
+    assert compile_mixture_trajectory(target, dim=3, components=40, **options).asm["ttgir"]
+
+
+@pytest.mark.parametrize(("dim", "components"), [(1, 34), (2, 8), (2, 25), (4, 17), (8, 10), (2, 1000), (3, 5)])
+def test_a_mixture_stays_in_registers(dim, components):
+    found = opcodes(compile_mixture_trajectory("sm_90", dim=dim, components=components))
+    assert "MUFU" in found and not found & (SPILLS | {"BAR"})
+
+
+@pytest.mark.parametrize("features", [0, 64])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_network_compiles_for_every_target(target, features):
+    compiled = compile_mlp_trajectory(target, features=features, chains=512)
+    assert 0 < compiled.metadata.shared <= SHARED_MEMORY[target]
+    if TARGETS[target].backend == "cuda":
+        assert not opcodes(compiled) & (SPILLS | TENSOR_CORES)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(chain_norm=True), dict(frozen=True), dict(bounds=True), dict(pointers=False), dict(silu=False)],
+    ids=str,
+)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_variant_of_a_network_compiles(target, options):
+    assert compile_mlp_trajectory(target, dim=3, width=20, depth=3, features=3, chains=9, **options).asm["ttgir"]
+
+
+@pytest.mark.parametrize("chains", [64, 1024, 16384])
+@pytest.mark.parametrize("dim", [2, 8])
+@pytest.mark.parametrize("features", [0, 64])
+@pytest.mark.parametrize("width", [64, 128])
+def test_a_network_stays_on_chip(width, features, dim, chains):
+    """No spills, and products in full float32: not one instruction of a tensor core."""
+    compiled = compile_mlp_trajectory("sm_90", dim=dim, width=width, features=features, chains=chains)
+    words = [word.split(".")[0] for word in disassemble(compiled).split()]
+    assert "FFMA" in words and not set(words) & TENSOR_CORES
+    # ptxas may give up a register or four for one more program a multiprocessor
+    assert sum(word in SPILLS for word in words) <= (8 if dim == 8 else 0)
+    assert compiled.metadata.shared <= SHARED_MEMORY["sm_90"]
+    held = mlp_constants(dim, width, 2, features, chains, SHARED_MEMORY["sm_90"])[0]["HELD"]
+    assert held == {(64, 0): 2, (64, 64): 6, (128, 0): 2, (128, 64): 3}[width, features]
+
+
+@pytest.mark.parametrize(
+    ("target", "sizes"),
+    [
+        ("sm_90", dict(width=128, depth=3, features=128, dim=8)),
+        ("sm_89", dict(width=128, depth=2)),
+        ("sm_80", dict(width=128, depth=2, features=64)),
+        ("gfx942", dict(width=64, depth=3, features=64)),
+    ],
+    ids=str,
+)
+def test_networks_too_large_for_shared_memory_leave_matrices_out(target, sizes):
+    compiled = compile_mlp_trajectory(target, **sizes)
+    assert compiled.metadata.shared <= SHARED_MEMORY[target]
+    shape = (sizes.get("dim", 2), sizes["width"], sizes["depth"], sizes.get("features", 0), 1024)
+    matrices = 2 * (sizes["depth"] - 1) + 4 * bool(sizes.get("features"))
+    assert mlp_constants(*shape, SHARED_MEMORY[target])[0]["HELD"] < matrices
+
+
+def test_sizes_follow_from_shapes():
+    def rows(chains, **sizes):
+        sizes = dict(dim=2, width=64, depth=2, features=0, shared=SHARED_MEMORY["sm_90"]) | sizes
+        return mlp_constants(chains=chains, **sizes)[0]["ROWS"]
+
+    assert [rows(n) for n in (1, 64, 132, 133, 1024, 1 << 20)] == [1, 1, 1, 2, 8, 16]
+    assert rows(1 << 20, features=64) == 8 and rows(1 << 20, width=128, features=64) == 4
+    assert mlp_constants(2, 128, 2, 0, 64, SHARED_MEMORY["gfx942"]) is None
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+Z = torch.zeros(3, 2)
+GOOD = dict(threshold=1.0, step_size=0.1, noise_scale=1.0, seed=0, step=0, steps=1)
+ERRORS = {
+    "threshold": (dict(threshold=0.0), ValueError, "threshold must be positive or inf, got 0.0"),
+    "threshold vector": (dict(threshold=torch.ones(3)), TypeError, "threshold must be a number or a 0-dim floating"),
+    "step_size": (dict(step_size=math.inf), ValueError, "step_size must be positive and finite, got inf"),
+    "noise_scale": (dict(noise_scale=-1.0), ValueError, "noise_scale must be at least 0 and finite, got -1.0"),
+    "norm": (dict(norm="pixel"), ValueError, "norm must be one of element, channel, chain, got 'pixel'"),
+    "refresh": (dict(refresh="never"), ValueError, "refresh must be one of transition, update, got 'never'"),
+    "bounds": (dict(bounds=(1, -1)), ValueError, "bounds must be a pair with low < high"),
+    "seed": (dict(seed=0.5), TypeError, "seed must be an int or a 0-dim int64 tensor, got float"),
+    "step": (dict(step=-1), ValueError, "step must be at least 0 and leave room for 1 steps below 2"),
+    "last step": (dict(step=(1 << 56) - 4, steps=5), ValueError, "leave room for 5 steps"),
+    "step device": (dict(step=torch.zeros((), dtype=torch.int64, device="meta")), ValueError, "step must be on z's"),
+    "steps": (dict(steps=0), ValueError, "steps must be an integer of at least 1, got 0"),
+    "offset": (dict(offset=-1), ValueError, "offset must be an integer of at least 0, got -1"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_arguments_are_named(monkeypatch, name):
+    monkeypatch.setattr(ops, "INTERPRETED", True)  # as on a device with kernels; the checks come before any launch
+    change, error, message = ERRORS[name]
+    with pytest.raises(error, match=message):
+        trajectory.run(GaussianMixture(torch.zeros(1, 2)), Z, **GOOD | change)
+
+
+def test_without_a_kernel_nothing_is_supported():
+    """A plain CPU: `run` says so, and does not fall back."""
+    for energy in (GaussianMixture(torch.zeros(1, 2)), MLP(2)):
+        assert not trajectory.supports(energy, Z)
+        assert trajectory.refusal(energy, Z).startswith("no Triton kernel runs on z's device cpu")
+        with pytest.raises(ValueError, match="but no Triton kernel runs on z's device cpu"):
+            trajectory.run(energy, Z, **GOOD)

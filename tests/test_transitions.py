@@ -1,0 +1,176 @@
+"""How chains make their transitions: captured ones equal those made one by one, and notice whatever has changed.
+
+Without a CUDA device the record is the function itself, called again: the tensors it reads and writes, which is all
+that can go wrong on our side of a capture, are those of the real one. tests/parity/test_capture.py has the real one.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from fastanila import AniLA, Langevin, noise, transitions
+from fastanila.energies import MLP, GaussianMixture
+from fastanila.transitions import Captured, State, Stepwise, compiled_transition
+
+
+class Recorder:
+    """Stands in for a CUDA graph: the replay calls the function."""
+
+    def __init__(self):
+        self.made = 0
+
+    def __call__(self, function, device):
+        self.made += 1
+        return function
+
+
+def start(chains=9, dim=2):
+    return torch.randn(chains, dim, generator=torch.Generator().manual_seed(0))
+
+
+def both(sampler, energy, transition=transitions._plain_transition):
+    """A captured and a stepwise chain; uncompiled, where it does not matter what the energy reads."""
+    advance, recorder = transition(sampler, energy), Recorder()
+    return Captured(advance, recorder), Stepwise(advance, sparing=True), recorder
+
+
+def words(seed, step):
+    return noise.as_word64(seed), noise.as_word64(step)
+
+
+def assert_same(a, b):
+    for x, y in zip(transitions.leaves(a), transitions.leaves(b), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.fixture
+def frozen():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        AniLA(0.5, 0.1),
+        Langevin(0.1, 0.5),
+        AniLA(0.5, 0.1, norm="chain", bounds=(-1, 1)),
+        AniLA(0.5, 0.1, refresh="update"),
+    ],
+    ids=str,
+)
+def test_captured_chains_equal_chains_made_one_by_one(frozen, sampler, monkeypatch):
+    monkeypatch.setattr(transitions, "_LONGEST", 8)
+    captured, stepwise, recorder = both(sampler, GaussianMixture(torch.eye(2)))
+    numbers = sampler.numbers_on(None)
+    for count, graphs in ((1, 0), (2, 1), (9, 2), (9, 2), (20, 3)):  # 1 + 8; 1 + 3 * 6 + 1
+        got = captured(count, numbers, State(start()), *words(3, 5))
+        assert_same(got, stepwise(count, numbers, State(start()), *words(3, 5)))
+        assert recorder.made == graphs
+
+
+def test_replays_draw_new_noise_and_see_new_numbers(frozen):
+    captured, stepwise, recorder = both(AniLA(), GaussianMixture(torch.eye(2)))
+    seen = []
+    for seed, step, step_size in ((1, 0, 0.1), (1, 5, 0.1), (2, 0, 0.1), (1, 0, 0.2)):
+        numbers = AniLA(0.5, step_size).numbers_on(None)
+        state, _ = captured(5, numbers, State(start()), *words(seed, step))
+        assert_same(state, stepwise(5, numbers, State(start()), *words(seed, step))[0])
+        assert not any(torch.equal(state.z, z) for z in seen)
+        seen.append(state.z)
+    assert recorder.made == 1
+
+
+def test_a_new_shape_a_mask_and_an_offset_are_captured_anew(frozen):
+    captured, stepwise, recorder = both(AniLA(), GaussianMixture(torch.eye(2)))
+    numbers = AniLA().numbers_on(None)
+    cases = [(9, 0, None), (7, 0, None), (9, 4, None), (9, 0, torch.tensor([True, False])), (9, 0, None)]
+    for count, (chains, offset, mask) in enumerate(cases, start=1):
+        arguments = (5, numbers, State(start(chains)), *words(1, 2), offset, mask)
+        assert_same(captured(*arguments), stepwise(*arguments))
+        assert recorder.made == min(count, 4)  # the last is the first again
+
+
+def test_whatever_the_energy_reads_may_change(frozen):
+    """Parameters in place, without a new capture; anything else a graph could not see, with one."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2), requires_grad=False)
+            self.scale = 1.0
+            self.plain = torch.ones(())  # neither a parameter nor a buffer
+
+        def forward(self, x):
+            return self.scale * self.plain * (self.weight * x.square()).sum(-1)
+
+    def half_plain(energy):
+        energy.plain = torch.tensor(0.5)
+
+    changes = [
+        (lambda e: e.weight.mul_(2), 1),
+        (lambda e: setattr(e, "scale", 3.0), 2),
+        (lambda e: setattr(e, "weight", nn.Parameter(torch.full((2,), 0.3), requires_grad=False)), 3),
+        (half_plain, 4),
+    ]
+    energy = Scaled()
+    captured, _, recorder = both(AniLA(), energy, compiled_transition)
+    numbers, arguments = AniLA(5.0, 0.1).numbers_on(None), (State(start()), *words(1, 2))
+    before, _ = captured(5, numbers, *arguments)
+    keep = [energy.weight, energy.plain]  # so that no address is used again
+    for change, captures in changes:
+        change(energy)
+        keep += [energy.weight, energy.plain]
+        state, _ = captured(5, numbers, *arguments)
+        want = AniLA(5.0, 0.1).run(energy, start(), steps=5, seed=1, step=2, compile=False)
+        torch.testing.assert_close(state.z, want)
+        assert not torch.allclose(state.z, before.z)
+        assert recorder.made == captures
+        before = state
+
+
+def test_a_closure_over_another_tensor_is_noticed(frozen):
+    held = {"mean": torch.zeros(2)}
+    captured, _, recorder = both(Langevin(), lambda x: 0.5 * (x - held["mean"]).square().sum(-1), compiled_transition)
+    numbers, arguments = Langevin(0.1).numbers_on(None), (State(start()), *words(1, 2))
+    a, _ = captured(5, numbers, *arguments)
+    keep, held["mean"] = held["mean"], torch.ones(2)
+    b, _ = captured(5, numbers, *arguments)
+    assert recorder.made == 2 and not torch.allclose(a.z, b.z) and keep is not held["mean"]
+
+
+def test_what_cannot_be_captured_runs_uncaptured_and_says_so(frozen):
+    def refuse(function, device):
+        raise RuntimeError("operation not permitted when stream is capturing\nand much more")
+
+    energy = GaussianMixture(torch.eye(2))
+    advance = compiled_transition(AniLA(), energy)
+    captured, stepwise = Captured(advance, refuse), Stepwise(advance, sparing=True)
+    arguments = (7, AniLA().numbers_on(None), State(start()), *words(1, 2))
+    with pytest.warns(UserWarning, match=r"the chain runs uncaptured: operation not permitted.* capturing$"):
+        got = captured(*arguments)
+    assert_same(got, stepwise(*arguments))
+    assert_same(captured(*arguments), got)  # and says so once
+
+
+def test_few_shapes_are_held(frozen):
+    captured, _, recorder = both(AniLA(), GaussianMixture(torch.eye(2)))
+    for chains in range(1, 8):
+        captured(3, AniLA().numbers_on(None), State(start(chains)), *words(1, 2))
+    assert len(captured.held) == transitions._SHAPES and recorder.made == 7
+
+
+def test_paths():
+    z, energy = start(), MLP(2, 8)
+    assert transitions.path(AniLA(), energy, z, fused=False) == "cpu: plain definition, eager"
+    assert transitions.path(AniLA(), energy, z, fused=True) == "cpu: compiled reference"
+
+
+@pytest.mark.parametrize(
+    "steps, watched, pieces",
+    [(10, [], [10]), (10, [3], [3, 3, 3, 1]), (12, [4, 6], [2] * 6), (5, [100], [5]), (0, [3], []), (1, [1], [1])],
+)
+def test_pieces(steps, watched, pieces):
+    from fastanila.samplers import _pieces
+
+    assert _pieces(steps, watched) == pieces
