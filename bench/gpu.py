@@ -1,48 +1,89 @@
-"""Everything that needs a GPU, in one command held against a clock: `python -m bench.gpu [--out FOLDER]`.
+"""Everything that needs a GPU, against a clock: `python -m bench.gpu [--budget 540]`.
 
-The tests marked gpu, the default rings job by the fused kernel in float32 and shortened in bf16, and the benchmarks.
-Writes gpu.json (what was run where, and how it ended) and the tables to the folder; exits with 1 if a test failed.
+Runs the tests marked gpu, then the whole table, and skips the rows that are left when the budget is spent. Writes one
+JSON to bench/results/ and the table into bench/RESULTS.md; exits with 1 if a test or one of the ways failed. Without a
+GPU it makes the CPU's rows, and the tests are reported as skipped.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import re
 import subprocess
 import sys
+import tempfile
 import time
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import torch
-import triton
+
+from . import table
+
+ROOT = Path(__file__).resolve().parent.parent
+_RESERVE = 20.0  # seconds for a row that was begun when the budget ran out
+_FOR_TESTS = 0.5  # of the budget at most
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    out = parser.parse_args().out
-    if not torch.cuda.is_available():
-        sys.exit("no CUDA device: nothing to run")
-    out.mkdir(parents=True, exist_ok=True)
-    report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+def run_tests(seconds: float) -> dict:
+    """The tests marked gpu in a process of their own: how many ended how, and which failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", "tests"]
+        began = time.monotonic()
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return {"outcome": f"stopped after {seconds:.0f} s", "seconds": round(seconds, 1)}
+        found = {"exit": done.returncode, "seconds": round(time.monotonic() - began, 1)}
+        if not report.exists():
+            return found | {"outcome": "no report", "output": (done.stdout + done.stderr)[-2000:]}
+        return found | outcome(report.read_text(encoding="utf-8"), done.returncode)
 
-    def run(name: str, *command: str) -> str:
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
-        (out / f"{name}.log").write_text(done.stdout + done.stderr)
-        report[name] = {"exit": done.returncode, "seconds": round(time.perf_counter() - began, 1)}
-        print(name, report[name], *done.stdout.splitlines()[-1:], flush=True)
-        return done.stdout
 
-    run("parity", "pytest", "-q", "-m", "gpu", "tests")
-    for name, flags in (("rings", ()), ("rings-bf16", ("--precision", "bf16", "--iterations", "500"))):
-        folder = out / name
-        run(name, "fastanila.train", "--fused", "--device", "cuda", "--out", str(folder), *flags)
-        report[name] |= json.loads(run(f"{name}-evaluated", "fastanila.evaluate", str(folder)) or "{}")
-    run("benchmarks", "pytest", "-q", "bench", "--benchmark-only", f"--benchmark-json={out / 'benchmarks.json'}")
-    (out / "table.md").write_text(run("table", "bench.report", str(out / "benchmarks.json")))
-    (out / "gpu.json").write_text(json.dumps(report, indent=2) + "\n")
-    return int(any(entry["exit"] for entry in report.values() if isinstance(entry, dict)))
+def outcome(junit: str, code: int) -> dict:
+    """The counts of a JUnit report; ``code`` is pytest's exit code, of which 5 is "no test was found"."""
+    suites = list(ElementTree.fromstring(junit).iter("testsuite"))
+    counts = {k: sum(int(suite.get(k, 0)) for suite in suites) for k in ("tests", "failures", "errors", "skipped")}
+    broken = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for suite in suites
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    if broken or code not in (0, 5):
+        verdict = "failed"
+    else:
+        verdict = "passed" if counts["tests"] > counts["skipped"] else "skipped"
+    return {"outcome": verdict, **counts, "broken": broken}
+
+
+def main(argv: list[str] | None = None) -> int:
+    made = table.parser(__doc__.splitlines()[0])
+    made.add_argument("--budget", type=float, default=540.0, help="seconds for all of it")
+    made.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON")
+    made.add_argument("--results", type=Path, default=table.RESULTS, help="file whose table is replaced")
+    made.set_defaults(seconds=4.0)
+    arguments = made.parse_args(argv)
+    began = time.monotonic()
+    device = torch.device(arguments.device)
+    tests = run_tests(_FOR_TESTS * arguments.budget)
+    print(f"tests marked gpu: {json.dumps(tests)}", flush=True)
+    lines = table.table(arguments, until=began + arguments.budget - _RESERVE)
+    on = table.machine(device)
+    skipped = sorted({line.work for line in lines if line.note.startswith("skipped")})
+    seconds = round(time.monotonic() - began, 1)
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", f"{device.type} {on['device']}".lower()).strip("-")
+    report = table.as_json(lines, on) | {"tests": tests, "skipped": skipped, "seconds": seconds}
+    path = arguments.out / f"{name}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    text = table.markdown(lines, on) + f"\n\nTests marked gpu: {tests['outcome']}."
+    table.write(text, device.type, arguments.results)
+    print(text)
+    print(f"{seconds:.0f} s; {path}" + (f"; skipped, out of time: {', '.join(skipped)}" if skipped else ""))
+    return int(table.failed(lines) or tests["outcome"] not in ("passed", "skipped"))
 
 
 if __name__ == "__main__":

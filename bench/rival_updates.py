@@ -1,0 +1,85 @@
+"""One training update in other people's form: the authors' own, and a loop by hand at its best."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastanila.config import Settings
+
+from .rivals import authors_transition, move_anila
+from .workloads import Way
+
+
+def authors_update(energy: nn.Module, pool: Tensor, batch_size: int, population: int, settings: Settings) -> Way:
+    """An update in the form of the authors' training loop, on the given network and data.
+
+    The states are drawn from a persistent set by a permutation made on the host, the mean gradient is recorded at
+    every transition, and Adam is torch's default.
+    """
+    device = pool.device
+    optimizer = torch.optim.Adam(energy.parameters(), lr=settings.lr)
+    persistent = torch.rand((population, *pool.shape[1:]), device=device) * 2 - 1
+    noise_scale = settings.noise_scale * math.sqrt(settings.step_size)
+
+    def update():
+        chosen = torch.randperm(population)[:batch_size].to(device)
+        x = persistent[chosen].clone().requires_grad_()
+        for _ in range(settings.steps):
+            authors_transition(energy, x, settings.threshold, noise_scale)
+        chains = x.detach()
+        persistent[chosen] = chains
+        data = pool[torch.randint(len(pool), (batch_size,)).to(device)]
+        loss = energy(data).mean() - energy(chains).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return update
+
+
+def eager_update(energy: nn.Module, pool: Tensor, batch_size: int, population: int, settings: Settings) -> Way:
+    """The same by hand at its best: one gradient a transition, parameters frozen meanwhile, Adam fused on CUDA."""
+    device = pool.device
+    parameters = list(energy.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=settings.lr, fused=device.type == "cuda" or None)
+    persistent = torch.rand((population, *pool.shape[1:]), device=device) * 2 - 1
+    numbers = (settings.step_size, settings.threshold, settings.noise_scale)
+
+    def update():
+        chosen = torch.randint(population, (batch_size,), device=device)
+        x = persistent[chosen]
+        with _frozen(energy, parameters):
+            for _ in range(settings.steps):
+                x.requires_grad_()
+                (gradient,) = torch.autograd.grad(energy(x).sum(), x)
+                with torch.no_grad():
+                    x = move_anila(x.detach(), gradient, *numbers)
+        persistent[chosen] = x
+        data = pool[torch.randint(len(pool), (batch_size,), device=device)]
+        u = energy(torch.cat((data, x)))
+        loss = u[: len(data)].mean() - u[len(data) :].mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return update
+
+
+@contextlib.contextmanager
+def _frozen(energy: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    energy.eval()
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+        energy.train()
