@@ -246,7 +246,8 @@ def _mixture_triton(z, means, sd, log_scale, *arguments):
 def _mlp_triton(z, weights, biases, head, head_bias, projections, confinement, leak, *arguments):
     def launch(out, statistics, options):
         _mlp.launch_mlp(
-            z, [w.contiguous() for w in weights], biases, head.contiguous(), head_bias, projections.contiguous(),
+            z, [w.contiguous() for w in weights], [b.contiguous() for b in biases], head.contiguous(), head_bias,
+            projections.contiguous(),
             out, statistics, confinement=confinement, leak=leak, shared=_shared_memory(z), **options,
         )  # fmt: skip
 
