@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -30,20 +33,31 @@ def compiled(function: Callable) -> Callable:
 
 def _inductor(graph, example_inputs) -> Callable:
     """Inductor, whose compiled graphs tell `watching` what they are called with."""
-    run = torch._dynamo.lookup_backend("inductor")(graph, example_inputs)
+    with warnings.catch_warnings():
+        # that float32 products could be TF32; whoever wants them says so, see runs.matmul_precision
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+        run = torch._dynamo.lookup_backend("inductor")(graph, example_inputs)
 
     def call(*inputs):
-        if _watched is not None:
-            _watched.append((run, tuple(x.data_ptr() for x in inputs if isinstance(x, Tensor))))
+        reads = getattr(_watched, "reads", None)
+        if reads is not None:
+            reads.append((run, tuple(map(_read, inputs))))
         return run(*inputs)
 
     return call
 
 
-_watched: list | None = None
+def _read(x):
+    """Where a graph reads its input; of what it takes by value, numbers and 0-dim CPU tensors, the value."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.item() if x.device.type == "cpu" and x.dim() == 0 else x.data_ptr()
 
-#: The compiled graphs that ran, each with the addresses of all tensors that it read: arguments, parameters, closures.
-Reads = list[tuple[Callable, tuple[int, ...]]]
+
+_watched = threading.local()
+
+#: The compiled graphs that ran, each with what it read: arguments, parameters, whatever the traced code closes over.
+Reads = list[tuple[Callable, tuple]]
 
 
 @contextlib.contextmanager
@@ -53,12 +67,12 @@ def watching() -> Iterator[Reads]:
     A CUDA graph replays kernels on addresses and knows nothing of the Python that launched them. A call under this
     context passes Dynamo's guards, so that equal reads prove that a graph captured from the same call is still good.
     """
-    global _watched
-    before, _watched = _watched, []
+    before = getattr(_watched, "reads", None)
+    _watched.reads = reads = []
     try:
-        yield _watched
+        yield reads
     finally:
-        _watched = before
+        _watched.reads = before
 
 
 def cuda_graph(function: Callable[[], T], device: torch.device) -> Callable[[], T]:
@@ -70,8 +84,15 @@ def cuda_graph(function: Callable[[], T], device: torch.device) -> Callable[[], 
     the host or does anything else that a capture forbids.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = function()
+    with torch.cuda.device(device):
+        stream = _capture_stream(torch.cuda.current_device())
+        # the outer context, because torch 2.11 leaves the capture's stream current when a capture fails
+        with torch.cuda.stream(torch.cuda.current_stream()):
+            try:
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    result = function()
+            except RuntimeError as error:  # of what broke the capture, its end then says no more than that it is broken
+                raise RuntimeError(str(error.__context__ or error)) from error
 
     def replay() -> T:
         with torch.cuda.device(device):
@@ -79,6 +100,12 @@ def cuda_graph(function: Callable[[], T], device: torch.device) -> Callable[[], 
         return result
 
     return replay
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """One a device: torch's own default is a single stream, of the device that captured first."""
+    return torch.cuda.Stream(device)
 
 
 def mapped(function: Callable[[Tensor], Any], tree):

@@ -146,7 +146,7 @@ def check_finite(job: Job) -> None:
 def path(job: Job) -> str:
     """One line on the device and the implementation in use."""
     energy = runs.at_precision(job.energy, job.settings.precision)
-    return transitions.path(job.sampler, energy, job.chains, fused=job.settings.fused)
+    return transitions.path(job.sampler, energy, job.chains, fused=job.settings.fused, update=True)
 
 
 # ---------------------------------------------------------------------------------------------------- what it shows

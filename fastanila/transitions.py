@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -46,8 +47,8 @@ Chain = Callable[..., tuple[State, Info]]
 
 #: Transitions of one CUDA graph at most: longer runs replay it, and a graph's nodes take memory.
 _LONGEST = 128
-#: Captured shapes kept by a chain.
-_SHAPES = 4
+#: Captured shapes kept by a chain, and graphs by a shape.
+_SHAPES, _LENGTHS = 4, 4
 
 
 def chain_of(
@@ -75,16 +76,17 @@ def makes_whole_chains(sampler, energy, z: Tensor, mask: Tensor | None = None) -
     return sampler.is_unadjusted and energy is not None and trajectory.supports(energy, z, mask=mask)
 
 
-def path(sampler, energy, z: Tensor, *, fused: bool) -> str:
-    """One line on the device and the implementation that `chain_of` selects."""
+def path(sampler, energy, z: Tensor, *, fused: bool, update: bool = False) -> str:
+    """One line on the device and the implementation that `chain_of` selects; ``update``: within a training update."""
     if not fused:
         return f"{z.device.type}: plain definition, eager"
-    kernel = makes_whole_chains(sampler, energy, z) and "whole-chain Triton kernel"
-    if ops.fused(z, sampler.norm):
-        kernel = kernel or "fused Triton kernels"
-    if z.is_cuda and kernel:
-        return f"cuda: {kernel}, CUDA graph"
-    return f"cpu: {kernel}, interpreted" if kernel else f"{z.device.type}: compiled reference"
+    whole = makes_whole_chains(sampler, energy, z)
+    words = "compiled reference"
+    if whole or ops.fused(z, sampler.norm):
+        words = "whole-chain Triton kernel" if whole else "fused Triton kernels"
+        words += "" if z.is_cuda else ", interpreted"
+    graph = ", CUDA graph" if z.is_cuda and (update or not whole) else ""
+    return f"{z.device.type}: {words}{graph}"
 
 
 # ------------------------------------------------------------------------------------------------ one after the other
@@ -138,12 +140,18 @@ def _compiled_transition(energy, score, kind: type, static: tuple) -> Callable:
     template = kind(**dict(static))
     evaluate = evaluator(energy, score, traced=True)
 
-    def transition(numbers, state, seed, step, offset=0, mask=None, statistics=True):
+    def transition(numbers, state, seed, step, offset, mask, statistics):
         return template.with_numbers(numbers).transition(
             evaluate, state, seed=seed, step=step, offset=offset, mask=mask, statistics=statistics
         )
 
-    return compiled(transition)
+    # two functions, because Dynamo limits how many variants one may have, and energies make variants of their own
+    seeing, blind = compiled(transition), compiled(transition)
+
+    def advance(numbers, state, seed, step, offset=0, mask=None, statistics=True):
+        return (seeing if statistics else blind)(numbers, state, seed, step, offset, mask, statistics)
+
+    return advance
 
 
 class _FallingBack:
@@ -191,7 +199,7 @@ class _Held:
 
 
 class Captured:
-    """A chain whose transitions are captured as CUDA graphs, by shape and number, and replayed.
+    """A chain whose transitions are captured as CUDA graphs, by shape and number, and replayed. Threads take turns.
 
     Every call makes its first transition outside the graph. That lets Dynamo's guards see whatever Python state the
     energy depends on, and tells which tensors it reads: where either has changed, the graphs are captured anew.
@@ -203,10 +211,15 @@ class Captured:
         self.stepwise = Stepwise(advance, sparing=True)
         self.held: dict[tuple, _Held] = {}
         self.works = True
+        self.lock = threading.Lock()
 
     def __call__(self, count, numbers, state, seed, step, offset=0, mask=None):
         if count == 1 or not self.works:
             return self.stepwise(count, numbers, state, seed, step, offset, mask)
+        with self.lock:
+            return self._replayed(count, numbers, state, seed, step, offset, mask)
+
+    def _replayed(self, count, numbers, state, seed, step, offset, mask):
         with watching() as reads:
             first, info = self.advance(numbers, state, seed, step, offset, mask, False)
         held = self._held_for((numbers, first, seed, step + 1, mask), offset)
@@ -260,12 +273,16 @@ class Captured:
                 self.works = False
                 warnings.warn(f"the chain runs uncaptured: {_first_line(error)}", stacklevel=4)
                 return None
+            if len(held.graphs) > _LENGTHS:
+                held.graphs.pop(next(iter(held.graphs)))
         return held.graphs[length]
 
 
-@functools.lru_cache(maxsize=16)
 def _captured(transition: Callable) -> Captured:
-    return Captured(transition)
+    """The transition's captured chain, which lives as long as it does, so that a later run finds its graphs."""
+    if not hasattr(transition, "captured"):
+        transition.captured = Captured(transition)
+    return transition.captured
 
 
 def _beside(reads: Reads, arguments) -> Reads:

@@ -105,6 +105,7 @@ def build_update(job: Job) -> Callable[[], Update]:
             for group in job.optimizer.param_groups:
                 group["lr"].copy_(lr)
             job.optimizer.step()
+            del job.optimizer.found_inf
             if job.average is not None:
                 follow(job.average, job.energy, torch.where(job.broken, 1.0, decay))
             job.start.keep(job.made, state.z, unless=job.broken)

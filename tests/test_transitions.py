@@ -4,6 +4,8 @@ Without a CUDA device the record is the function itself, called again: the tenso
 that can go wrong on our side of a capture, are those of the real one. tests/parity/test_capture.py has the real one.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -99,19 +101,21 @@ def test_whatever_the_energy_reads_may_change(frozen):
             super().__init__()
             self.weight = nn.Parameter(torch.ones(2), requires_grad=False)
             self.scale = 1.0
-            self.plain = torch.ones(())  # neither a parameter nor a buffer
+            self.plain = torch.ones(1)  # neither a parameter nor a buffer
+            self.scalar = torch.ones(())  # on the CPU, so that a GPU takes it by value
 
         def forward(self, x):
-            return self.scale * self.plain * (self.weight * x.square()).sum(-1)
+            return self.scale * self.plain * self.scalar * (self.weight * x.square()).sum(-1)
 
     def half_plain(energy):
-        energy.plain = torch.tensor(0.5)
+        energy.plain = torch.tensor([0.5])
 
     changes = [
         (lambda e: e.weight.mul_(2), 1),
         (lambda e: setattr(e, "scale", 3.0), 2),
         (lambda e: setattr(e, "weight", nn.Parameter(torch.full((2,), 0.3), requires_grad=False)), 3),
         (half_plain, 4),
+        (lambda e: e.scalar.fill_(2.0), 5),
     ]
     energy = Scaled()
     captured, _, recorder = both(AniLA(), energy, compiled_transition)
@@ -153,11 +157,28 @@ def test_what_cannot_be_captured_runs_uncaptured_and_says_so(frozen):
     assert_same(captured(*arguments), got)  # and says so once
 
 
-def test_few_shapes_are_held(frozen):
+def test_few_shapes_and_lengths_are_held(frozen):
     captured, _, recorder = both(AniLA(), GaussianMixture(torch.eye(2)))
     for chains in range(1, 8):
         captured(3, AniLA().numbers_on(None), State(start(chains)), *words(1, 2))
     assert len(captured.held) == transitions._SHAPES and recorder.made == 7
+    for count in range(2, 10):
+        captured(count, AniLA().numbers_on(None), State(start()), *words(1, 2))
+    assert max(len(held.graphs) for held in captured.held.values()) == transitions._LENGTHS
+
+
+def test_threads_take_turns(frozen):
+    captured, stepwise, _ = both(AniLA(), GaussianMixture(torch.eye(2)))
+    numbers = AniLA().numbers_on(None)
+
+    def run(chain, seed):
+        with torch.no_grad():
+            return chain(20, numbers, State(start()), *words(seed, 0))[0].z
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda seed: run(captured, seed), range(24)))
+    for seed, z in enumerate(together):
+        assert torch.equal(z, run(stepwise, seed))
 
 
 def test_paths():
