@@ -110,10 +110,11 @@ def compile_mixture_trajectory(
 
 def compile_mlp_trajectory(
     target: str, *, dim=2, width=64, depth=2, features=0, chains=1024, silu=True, chain_norm=False, frozen=False,
-    bounds=False, pointers=True,
+    bounds=False, pointers=True, shared=None,
 ) -> CompiledKernel:  # fmt: skip
-    """The whole-chain kernel of an MLP energy as launched for that many chains on that target."""
-    constants, warps = mlp.mlp_constants(dim, width, depth, features, chains, SHARED_MEMORY[target])
+    """The whole-chain kernel of an MLP energy as launched for that many chains on that target, given ``shared`` bytes
+    of shared memory, or all of the target's."""
+    constants, warps = mlp.mlp_constants(dim, width, depth, features, chains, shared or SHARED_MEMORY[target])
     absent = [f"{kind}{layer}_ptr" for layer in range(depth, 3) for kind in "wb"]
     constants |= dict(SILU=silu, **{name: None for name in absent})
     if not features:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -44,22 +43,28 @@ def authors_update(energy: nn.Module, pool: Tensor, batch_size: int, population:
 
 
 def eager_update(energy: nn.Module, pool: Tensor, batch_size: int, population: int, settings: Settings) -> Way:
-    """The same by hand at its best: one gradient a transition, parameters frozen meanwhile, Adam fused on CUDA."""
+    """The same by hand at its best: one gradient a transition, of a frozen copy of the energy whose weights are in the
+    precision of its products, and Adam fused on CUDA."""
     device = pool.device
     parameters = list(energy.parameters())
     optimizer = torch.optim.Adam(parameters, lr=settings.lr, fused=device.type == "cuda" or None)
     persistent = torch.rand((population, *pool.shape[1:]), device=device) * 2 - 1
     numbers = (settings.step_size, settings.threshold, settings.noise_scale)
+    still = copy.deepcopy(energy).eval().requires_grad_(False)
+    if settings.precision == "bf16":
+        still.net.to(torch.bfloat16)
+    copies = list(still.parameters())
 
     def update():
         chosen = torch.randint(population, (batch_size,), device=device)
         x = persistent[chosen]
-        with _frozen(energy, parameters):
-            for _ in range(settings.steps):
-                x.requires_grad_()
-                (gradient,) = torch.autograd.grad(energy(x).sum(), x)
-                with torch.no_grad():
-                    x = move_anila(x.detach(), gradient, *numbers)
+        with torch.no_grad():
+            torch._foreach_copy_(copies, parameters)
+        for _ in range(settings.steps):
+            x.requires_grad_()
+            (gradient,) = torch.autograd.grad(still(x).sum(), x)
+            with torch.no_grad():
+                x = move_anila(x.detach(), gradient, *numbers)
         persistent[chosen] = x
         data = pool[torch.randint(len(pool), (batch_size,), device=device)]
         u = energy(torch.cat((data, x)))
@@ -70,16 +75,3 @@ def eager_update(energy: nn.Module, pool: Tensor, batch_size: int, population: i
         return loss
 
     return update
-
-
-@contextlib.contextmanager
-def _frozen(energy: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    energy.eval()
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
-        energy.train()

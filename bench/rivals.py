@@ -182,7 +182,7 @@ def convolutions_alone(chains: Chains, device: torch.device) -> Way:
     layers: list[tuple[nn.Conv2d, Tensor, Tensor]] = []
 
     def note(layer, inputs, output):
-        layers.append((layer.to(dtype), inputs[0].detach().to(dtype), torch.ones_like(output, dtype=dtype)))
+        layers.append((layer.to(dtype), inputs[0].detach().to(dtype), torch.randn_like(output, dtype=dtype)))
 
     hooks = [m.register_forward_hook(note) for m in energy.modules() if isinstance(m, nn.Conv2d)]
     energy(start(chains, device, channels_last=True))
@@ -208,7 +208,11 @@ def convolutions_alone(chains: Chains, device: torch.device) -> Way:
 
 
 def frozen(chains: Chains, device: torch.device, channels_last: bool) -> nn.Module:
+    """The energy as a loop at its best has it. In bf16 its weights are cast here, once: autocast, which keeps the casts
+    of weights that are trained, would cast frozen ones in every call."""
     energy = chains.ordinary_energy(device).eval().requires_grad_(False)
+    if chains.precision == "bf16":
+        energy.net.to(torch.bfloat16)
     return energy.to(memory_format=torch.channels_last) if channels_last else energy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -12,6 +13,7 @@ import torch
 
 _SAMPLE = 2e-3  # seconds: a sample of a quick work makes it several times over
 _MOST_CALLS = 1000
+_MOST_QUEUED = 100  # of up to eight launches each: beyond some 1,000 that wait, a launch holds the host up
 
 
 class Timing(NamedTuple):
@@ -31,36 +33,53 @@ def measure(
     least: int = 3,
     seconds: float = 10.0,
     host: bool = False,
+    queued: bool = False,
     once: bool = False,
+    until: float = math.inf,
 ) -> dict[str, Timing]:
     """Time the ways in turn, round after round, and take each one's median and quartiles over the rounds.
 
     Every way has been called before, so that it is compiled. Makes ``rounds`` rounds, or fewer once ``seconds`` have
-    passed, but ``least``. ``host``: the time a call takes to return, its work on the device perhaps still ahead.
+    passed, but ``least``; after ``until`` of ``time.monotonic()`` no other round begins, though there be one only.
+    ``host``: the time a call takes to return, its work on the device perhaps still ahead. ``queued``: on CUDA the
+    device begins when the host has made all calls of a sample, so that it never waits for the host.
     ``once``: a sample is one call, however quick.
     """
-    calls = {name: 1 if once else _calls_a_sample(_sample(way, 1, device, host)) for name, way in ways.items()}
+    queued = queued and device.type == "cuda"
+    most = _MOST_QUEUED if queued else _MOST_CALLS
+    calls = {
+        name: 1 if once else _calls_a_sample(_sample(way, 1, device, host, 1e-3 * queued), most)
+        for name, way in ways.items()
+    }
+    ahead = {name: 1.5 * _enqueuing(way, calls[name], device) if queued else 0.0 for name, way in ways.items()}
     samples: dict[str, list[float]] = {name: [] for name in ways}
     began = time.perf_counter()
     for done in range(rounds):
         if done >= least and time.perf_counter() - began > seconds:
             break
+        if done and time.monotonic() > until:
+            break
         for name, way in ways.items():
-            samples[name].append(_sample(way, calls[name], device, host))
+            samples[name].append(_sample(way, calls[name], device, host, ahead[name]))
     return {name: _timing(found) for name, found in samples.items()}
 
 
-def _calls_a_sample(seconds: float) -> int:
-    return max(1, min(_MOST_CALLS, math.ceil(_SAMPLE / seconds)))
+def _calls_a_sample(seconds: float, most: int) -> int:
+    return max(1, min(most, math.ceil(_SAMPLE / seconds)))
 
 
-def _sample(way: Callable[[], object], calls: int, device: torch.device, host: bool) -> float:
-    """Seconds a call over so many: on CUDA by events, which the device stamps, unless the host's time is wanted."""
+def _sample(way: Callable[[], object], calls: int, device: torch.device, host: bool, ahead: float = 0.0) -> float:
+    """Seconds a call over so many: on CUDA by events, which the device stamps, unless the host's time is wanted.
+
+    The device idles for ``ahead`` seconds before its first stamp, while the host makes the calls.
+    """
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)
     if cuda and not host:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if ahead:
+            torch.cuda._sleep(int(ahead * _cycles_a_second(device)))
         begin.record()
         for _ in range(calls):
             way()
@@ -71,6 +90,32 @@ def _sample(way: Callable[[], object], calls: int, device: torch.device, host: b
     for _ in range(calls):
         way()
     return (time.perf_counter() - began) / calls
+
+
+def _enqueuing(way: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Seconds the host takes to make the calls: the longer of two trials."""
+    trials = []
+    for _ in range(2):
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        for _ in range(calls):
+            way()
+        trials.append(time.perf_counter() - began)
+    torch.cuda.synchronize(device)
+    return max(trials)
+
+
+@functools.cache
+def _cycles_a_second(device: torch.device) -> float:
+    """The clock by which torch.cuda._sleep counts."""
+    cycles = 20_000_000
+    for _ in range(2):  # the first raises the clock
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        torch.cuda.synchronize(device)
+    return cycles / (begin.elapsed_time(end) / 1e3)
 
 
 def _timing(samples: list[float]) -> Timing:

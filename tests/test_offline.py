@@ -4,8 +4,12 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES  # noqa: E402
+
 from bench.offline import TARGETS, compile_rows, compile_step, disassemble, resources  # noqa: E402
 from fastanila import ops  # noqa: E402
+from fastanila.kernels import rows  # noqa: E402
+from fastanila.reference import NORMS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter replaces the compiler")
 
@@ -94,6 +98,60 @@ def test_rows_spill_nothing(name, dtype):
     if name not in ("quads straddle rows", "small chains", "the most channels"):
         sass = disassemble(compiled)
         assert "LDG.E.128" in sass and "STG.E.128" in sass
+
+
+# ------------------------------------------------------------------------- what the parity tests run, compiled for it
+
+
+STEPS = [  # beside those above
+    ("fp32", dict(lane=2)),
+    ("bf16", dict(lane=1)),
+    ("fp16", dict(lane=3)),
+    ("bf16", dict(bounds=True)),
+    ("fp16", dict(bounds=True)),
+    ("fp16", dict(mask=True, gamma=True)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "options"), STEPS, ids=str)
+def test_the_steps_of_the_parity_tests_compile(dtype, options):
+    assert disassemble(compile_step("sm_90", dtype, pointers=False, **options))
+
+
+def views(shapes, norms=NORMS) -> list[rows.View]:
+    return sorted({rows.view(shape, norm) for shape in shapes for norm in norms if norm != "channel" or len(shape) > 1})
+
+
+def kind_of(view: rows.View) -> tuple:
+    """What two views have in common whose kernels differ in the tile's extents only."""
+    tile = rows.tile_of(view.channels, view.size, view.norm)
+    constants = rows.constants(tile, view.size, view.norm)
+    return tuple(x for name, x in constants.items() if name not in ("ROWS", "COLS"))
+
+
+ROW_VIEWS = {
+    kind_of(view): view
+    for view in (*views([*SHAPES, *LAUNCHED]), *(rows.view(shape, norm) for norm, shape in LARGE.items()))
+}
+
+
+@pytest.mark.parametrize("view", ROW_VIEWS.values(), ids=lambda view: "-".join(map(str, view)))
+def test_the_rows_of_the_parity_tests_compile_in_half_precision(view):
+    """In the other types the cases above stand for them."""
+    norm, channels, size = view
+    options = dict(norm=norm, channels=channels, size=size, statistics=True, pointers=False)
+    assert resources(compile_rows("sm_90", "fp16", **options)).local_bytes == 0
+
+
+@pytest.mark.parametrize("view", views(OUTGROWN), ids=lambda view: "-".join(map(str, view)))
+def test_the_small_tiles_of_the_parity_tests_compile(view, monkeypatch):
+    for name, elements in SMALL_TILES.items():
+        monkeypatch.setattr(rows, name, elements)
+    norm, channels, size = view
+    assert size > rows.tile_of(channels, size, norm).cols
+    assert disassemble(
+        compile_rows("sm_90", "bf16", norm=norm, channels=channels, size=size, statistics=True, pointers=False)
+    )
 
 
 def test_a_chain_in_one_tile_reads_its_score_once():

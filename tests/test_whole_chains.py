@@ -7,6 +7,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from cases import BATCHES, DIMS, MIXTURES, NETWORKS, SAMPLERS, SHARED_MEMORIES, SQUEEZED  # noqa: E402
+
 from bench.offline import (  # noqa: E402
     SHARED_MEMORY,
     TARGETS,
@@ -16,6 +18,7 @@ from bench.offline import (  # noqa: E402
 )
 from fastanila import ops, trajectory  # noqa: E402
 from fastanila.energies import MLP, GaussianMixture  # noqa: E402
+from fastanila.kernels import mlp  # noqa: E402
 from fastanila.kernels.mlp import mlp_constants  # noqa: E402
 
 pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter replaces the compiler")
@@ -100,6 +103,48 @@ def test_networks_too_large_for_shared_memory_leave_matrices_out(target, sizes):
     shape = (sizes.get("dim", 2), sizes["width"], sizes["depth"], sizes.get("features", 0), 1024)
     matrices = 2 * (sizes["depth"] - 1) + 4 * bool(sizes.get("features"))
     assert mlp_constants(*shape, SHARED_MEMORY[target])[0]["HELD"] < matrices
+
+
+# ------------------------------------------------------------------------- what the parity tests run, compiled for it
+
+
+@pytest.mark.parametrize(("dim", "components"), sorted({*MIXTURES, (5, 3)}))
+def test_the_mixtures_of_the_parity_tests_compile(dim, components):
+    assert not opcodes(compile_mixture_trajectory("sm_90", dim=dim, components=components, pointers=False)) & SPILLS
+
+
+@pytest.mark.parametrize(("count", "rows"), BATCHES)
+@pytest.mark.parametrize(("dim", "width", "depth", "features", "activation"), NETWORKS)
+def test_the_networks_of_the_parity_tests_compile(monkeypatch, dim, width, depth, features, activation, count, rows):
+    monkeypatch.setattr(mlp, "PROGRAMS", -(-count // rows))
+    compiled = compile_mlp_trajectory(
+        "sm_90", dim=dim, width=width, depth=depth, features=features, chains=count, silu=activation == "silu",
+        pointers=False,
+    )  # fmt: skip
+    assert compiled.metadata.shared <= SHARED_MEMORY["sm_90"] and not opcodes(compiled) & TENSOR_CORES
+
+
+@pytest.mark.parametrize("dim", sorted({*DIMS} - {2, 3, 8}))  # which the networks above have
+def test_the_networks_of_every_dimension_compile(monkeypatch, dim):
+    monkeypatch.setattr(mlp, "PROGRAMS", 2)
+    assert opcodes(compile_mlp_trajectory("sm_90", dim=dim, width=20, chains=3, pointers=False))
+
+
+@pytest.mark.parametrize(("norm", "refresh", "bounds"), SAMPLERS)
+def test_the_samplers_of_the_parity_tests_compile(monkeypatch, norm, refresh, bounds):
+    monkeypatch.setattr(mlp, "PROGRAMS", 2)
+    options = dict(chain_norm=norm != "element", frozen=refresh == "update", bounds=bounds is not None, pointers=False)
+    assert opcodes(compile_mixture_trajectory("sm_90", dim=3, components=3, **options))
+    assert opcodes(compile_mlp_trajectory("sm_90", dim=3, width=20, chains=5, **options))
+
+
+@pytest.mark.parametrize("shared", SHARED_MEMORIES[::2])
+def test_a_network_squeezed_compiles(shared):
+    dim, width, depth, features = SQUEEZED
+    compiled = compile_mlp_trajectory(
+        "sm_90", dim=dim, width=width, depth=depth, features=features, chains=3, pointers=False, shared=shared
+    )
+    assert compiled.metadata.shared <= SHARED_MEMORY["sm_90"] and opcodes(compiled)
 
 
 def test_sizes_follow_from_shapes():

@@ -42,8 +42,9 @@ def assert_equal_to_rounding(out, want, dtype):
         error = np.abs(got - want)[~inf & ~np.isnan(want)]
         size = np.abs(want)[~inf & ~np.isnan(want)]
     if dtype == torch.float32:
-        # fast logarithms lose digits near u = 1, on a GPU only
-        assert (error <= 1e-5 * np.maximum(1, size)).mean() >= 0.9999 if DEVICE == "cuda" else True
+        # fast logarithms lose digits near u = 1, on a GPU only: seldom, but a case of few elements may have one or two
+        misses = (error > 1e-5 * np.maximum(1, size)).sum()
+        assert DEVICE == "cpu" or misses <= max(2, 1e-4 * error.size)
         assert (error <= (3e-3 if DEVICE == "cuda" else 3e-6) * np.maximum(1, size)).all()
     else:
         ulp = 2.0 ** np.floor(np.log2(np.maximum(size, 2.0**-14))) * torch.finfo(dtype).eps

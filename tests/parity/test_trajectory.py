@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from cases import BATCHES, DIMS, MIXTURES, NETWORKS, SAMPLERS, SHARED_MEMORIES, SQUEEZED
 from torch._dynamo.testing import CompileCounter
 
 from fastanila import noise, ops, reference, trajectory
@@ -87,9 +88,7 @@ def few_programs(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 3, 33])
-@pytest.mark.parametrize(
-    ("dim", "components"), [(1, 1), (1, 36), (2, 3), (2, 27), (3, 3), (4, 2), (6, 1), (8, 3), (8, 13)]
-)
+@pytest.mark.parametrize(("dim", "components"), MIXTURES)
 def test_a_mixture(poisoned, dim, components, count):
     energy, z = mixture(dim, components), chains(count, dim)
     before = z.clone()
@@ -98,20 +97,7 @@ def test_a_mixture(poisoned, dim, components, count):
     assert torch.equal(z, before)
 
 
-NETWORKS = [  # dim, width, depth, features, activation
-    (1, 5, 1, 0, "silu"),
-    (2, 5, 2, 3, "leaky-relu"),
-    (3, 64, 1, 64, "silu"),
-    (8, 64, 2, 0, "silu"),
-    (2, 64, 2, 64, "silu"),
-    (8, 100, 3, 0, "leaky-relu"),
-    (2, 100, 2, 3, "silu"),
-    (5, 128, 2, 0, "silu"),
-    (2, 128, 3, 64, "silu"),
-]
-
-
-@pytest.mark.parametrize(("count", "rows"), [(1, 1), (33, 16)])
+@pytest.mark.parametrize(("count", "rows"), BATCHES)
 @pytest.mark.parametrize(("dim", "width", "depth", "features", "activation"), NETWORKS)
 def test_a_network(poisoned, monkeypatch, dim, width, depth, features, activation, count, rows):
     monkeypatch.setattr("fastanila.kernels.mlp.PROGRAMS", -(-count // rows))
@@ -123,15 +109,6 @@ def test_a_network(poisoned, monkeypatch, dim, width, depth, features, activatio
 
 
 ENERGIES = {"mixture": lambda dim: mixture(dim), "mlp": lambda dim: mlp(dim, 20, 2)}
-
-
-SAMPLERS = [  # norm, refresh, bounds
-    ("element", "transition", (-0.7, 1.2)),
-    ("element", "update", None),
-    ("channel", "transition", None),
-    ("chain", "transition", None),
-    ("chain", "update", (-0.7, 1.2)),
-]
 
 
 @pytest.mark.parametrize(("norm", "refresh", "bounds"), SAMPLERS)
@@ -158,7 +135,7 @@ def test_plain_langevin(few_programs, kind):
     assert (out.gamma_mean == 1).all() and not out.clip_fraction.any()
 
 
-@pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("kind", ENERGIES)
 def test_noise_is_the_stream(few_programs, kind, dim):
     """Whatever lanes a chain's elements take, at any offset, step and seed."""
@@ -209,15 +186,17 @@ def test_numbers_and_tensors(few_programs, kind):
 
 
 def test_matrices_that_do_not_fit_are_read_at_every_transition(monkeypatch):
-    """The same numbers, however many matrices stay on chip."""
-    energy, z = mlp(2, 32, 3, features=20), chains(3, 2)
+    """The same numbers to rounding, however many matrices stay on chip."""
+    dim, width, depth, features = SQUEEZED
+    energy, z = mlp(dim, width, depth, features=features), chains(3, dim)
     from fastanila.kernels.mlp import mlp_constants
 
     held, want = set(), trajectory.run(energy, z, **SETTINGS, steps=3)
-    for shared in range(14000, 48000, 4096):
+    for shared in SHARED_MEMORIES:
         monkeypatch.setattr(trajectory, "_shared_memory", lambda z, shared=shared: shared)
-        held.add(mlp_constants(2, 32, 3, 20, 3, shared)[0]["HELD"])
-        assert torch.equal(trajectory.run(energy, z, **SETTINGS, steps=3).z, want.z)
+        held.add(mlp_constants(*SQUEEZED, len(z), shared)[0]["HELD"])
+        got = trajectory.run(energy, z, **SETTINGS, steps=3)
+        torch.testing.assert_close(got.z, want.z, rtol=1e-5, atol=1e-5)
     assert held == {0, 1, 2, 3, 4, 5, 6, 8}  # seven and room for the eighth hold eight
     monkeypatch.setattr(trajectory, "_shared_memory", lambda z: 9000)
     assert "shared memory" in trajectory.refusal(energy, z)

@@ -1,0 +1,181 @@
+"""The rows of whole runs: chains of every network, and updates of the parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from fastanila import updates
+
+from . import rival_updates, rivals, workloads
+from .row import CAPTURED, OURS, Builders, Row
+from .workloads import Chains, Way
+
+MIXTURE = Chains("mixture", (10_000, 2), 100)
+MLP_SHAPES = (((64, 8), 50), ((1024, 2), 100), ((16384, 2), 100), ((1024, 128), 200))
+MLPS = {
+    (network, shape): Chains(network, shape, steps) for network in ("mlp-64", "mlp-128") for shape, steps in MLP_SHAPES
+}
+IMAGES = {p: Chains("convnet-32", (64, 3, 32, 32), 100, p) for p in ("float32", "tf32", "bf16")}
+
+#: Works that are also compiled with Inductor's CUDA graphs: on the others that would cost time and say nothing new.
+_REDUCE_OVERHEAD = (
+    MLPS["mlp-64", (1024, 2)],
+    MLPS["mlp-64", (1024, 128)],
+    MLPS["mlp-128", (1024, 128)],
+    IMAGES["bf16"],
+)
+
+
+def chain_rows(device_type: str, quick: bool) -> list[Row]:
+    if quick:
+        works = [Chains("mixture", (64, 2), 5)]
+    elif device_type == "cpu":
+        works = [MIXTURE, MLPS["mlp-64", (1024, 2)], dataclasses.replace(IMAGES["float32"], steps=10)]
+    else:
+        works = [MIXTURE, *MLPS.values(), *IMAGES.values()]
+    return [chain_row(device_type, work, quick) for work in works]
+
+
+def chain_row(device_type: str, chains: Chains, quick: bool) -> Row:
+    def build(device, closing) -> Builders:
+        return chain_ways(chains, device, quick)
+
+    goals = cuda_chain_goals(chains) if device_type == "cuda" else {OURS: cpu_chain_goals(chains)}
+    group = "convnet" if chains.is_image else "chains"
+    return Row(group, chains.title, chains.shape, chains.precision, build, goals)
+
+
+# ------------------------------------------------------------------------------------------------ the ways of a chain
+
+
+def chain_ways(chains: Chains, device: torch.device, quick: bool) -> Builders:
+    ways: Builders = {OURS: lambda: chains.ours("AniLA", device)}
+    if device.type == "cuda" and in_one_kernel(chains) and chains.network != "mixture":
+        ways[CAPTURED] = lambda: chains.ours_captured("AniLA", device)
+    if has_our_langevin(chains):
+        ways["fastanila, Langevin"] = lambda: chains.ours("Langevin", device)
+    ways |= {
+        "torchebm": lambda: rivals.torchebm_langevin(chains, device),
+        "ebmkit": lambda: rivals.ebmkit_langevin(chains, device),
+        "eager loop": lambda: rivals.eager_loop(chains, "AniLA", device),
+        "eager loop, Langevin": lambda: rivals.eager_loop(chains, "Langevin", device),
+        "the authors' form": lambda: rivals.authors_loop(chains, device),
+    }
+    if chains.is_image:
+        ways["eager loop, channels_last"] = lambda: rivals.eager_loop(chains, "AniLA", device, channels_last=True)
+        ways["its convolutions alone"] = lambda: rivals.convolutions_alone(chains, device)
+    if chains.precision == "bf16":
+        float32 = dataclasses.replace(chains, precision="float32")
+        ways["eager loop in float32"] = lambda: rivals.eager_loop(float32, "AniLA", device)
+    return ways if quick else ways | compiled_ways(chains, device)
+
+
+def compiled_ways(chains: Chains, device: torch.device) -> Builders:
+    """The loop through torch.compile, in its forms: those captured by hand last."""
+
+    @functools.cache
+    def step(kind: str, **options):
+        return rivals.compiled_step(chains, kind, device, **options)
+
+    ways: Builders = {"torch.compile": lambda: rivals.compiled_loop(chains, step("AniLA"), device)}
+    if device.type != "cuda":
+        return ways
+    if chains in _REDUCE_OVERHEAD:
+        ways["torch.compile, reduce-overhead"] = lambda: rivals.reduce_overhead_loop(
+            chains, step("AniLA", cudagraphs=True), device
+        )
+    if chains == MLPS["mlp-64", (1024, 2)]:
+        ways["torch.compile, rand4x"] = lambda: rivals.compiled_loop(chains, step("AniLA", rand4x=True), device)
+        ways["torch.compile, reduce-overhead, rand4x"] = lambda: rivals.reduce_overhead_loop(
+            chains, step("AniLA", cudagraphs=True, rand4x=True), device
+        )
+    ways[_BY_HAND] = lambda: rivals.captured_loop(chains, step("AniLA"), device)
+    return ways
+
+
+_BY_HAND = "torch.compile, captured by hand"
+
+
+def in_one_kernel(chains: Chains) -> bool:
+    """Whether fastanila makes all transitions in one kernel, on CUDA."""
+    return not chains.is_image and chains.shape[1] <= 8
+
+
+def has_our_langevin(chains: Chains) -> bool:
+    return not chains.is_image or chains.precision == "float32"
+
+
+# ---------------------------------------------------------------------------------------------------------- the goals
+
+
+def cuda_chain_goals(chains: Chains) -> dict[str, dict[str, float]]:
+    """By which of our ways they are held against: captured chains and whole-chain kernels have goals of their own."""
+    goals = {"eager loop": 1.0}
+    if has_our_langevin(chains):
+        goals["fastanila, Langevin"] = 1 / 1.01
+    if chains.is_image:
+        goals |= {
+            "float32": {"its convolutions alone": 1 / 1.1},
+            "tf32": {"eager loop": 2.5, "eager loop, channels_last": 2.5},
+            "bf16": {"eager loop": 3.0, "eager loop, channels_last": 3.0, "eager loop in float32": 5.0},
+        }[chains.precision]
+        return {OURS: goals}
+    compiled = list(compiled_ways(chains, torch.device("cuda")))
+    loops = ("torchebm", "eager loop", "eager loop, Langevin")
+    captured = dict.fromkeys(loops, 20.0) | dict.fromkeys((way for way in compiled if way != _BY_HAND), 3.0)
+    if not in_one_kernel(chains):
+        return {OURS: goals | captured}
+    goals |= dict.fromkeys(compiled, 10.0)
+    if chains.shape in ((64, 8), (1024, 2)):
+        goals |= dict.fromkeys(loops, 100.0)
+    return {OURS: goals} if chains.network == "mixture" else {OURS: goals, CAPTURED: captured}
+
+
+def cpu_chain_goals(chains: Chains) -> dict[str, float]:
+    if chains.network == "mixture":
+        return dict.fromkeys(("torchebm", "ebmkit", "eager loop", "eager loop, Langevin"), 3.0)
+    loops = ["torchebm", "eager loop", "eager loop, Langevin"]
+    return dict.fromkeys([*loops, "eager loop, channels_last"], 1.3) if chains.is_image else dict.fromkeys(loops, 1.0)
+
+
+# -------------------------------------------------------------------------------------------------------- updates
+
+
+def update_rows(device_type: str, quick: bool) -> list[Row]:
+    steps = 2 if quick else 60
+    cuda = device_type == "cuda"
+    rings = update_row(f"one update, rings, K={steps}", (512, 2), "float32", workloads.rings_settings, steps)
+    goals = {"the authors' form": 40.0 if cuda else 1.0, "eager": 1.0}
+    found = [dataclasses.replace(rings, at_least={OURS: goals})]
+    if cuda and not quick:
+        images = update_row(
+            f"one update, 64 x 3x32x32, K={steps}, bf16", (64, 3, 32, 32), "bf16",
+            functools.partial(workloads.image_settings, precision="bf16"), steps,
+        )  # fmt: skip
+        found.append(dataclasses.replace(images, at_least={OURS: {"eager": 1.0}}))
+    return found
+
+
+def update_row(work: str, shape: tuple[int, ...], dtype: str, settings_of, steps: int) -> Row:
+    def build(device, closing) -> Builders:
+        @functools.cache
+        def prepared() -> tuple[updates.Job, Way]:
+            return workloads.our_update(closing.enter_context(settings_of(device, steps=steps)))
+
+        def of(form) -> Way:
+            job, _ = prepared()
+            energy = workloads.Ordinary(job.energy, dtype).to(device)
+            pool = job.data.draw(4096, seed=0, step=0, device=device)
+            update = form(energy, pool, job.settings.batch_size, job.settings.chains, job.settings)
+            return workloads.in_precision(update, dtype)
+
+        return {
+            OURS: lambda: prepared()[1],
+            "eager": lambda: of(rival_updates.eager_update),
+            "the authors' form": lambda: of(rival_updates.authors_update),
+        }
+
+    return Row("update", work, shape, dtype, build)

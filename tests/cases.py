@@ -1,0 +1,37 @@
+"""Sizes and options that the parity tests run on a GPU, and that tests without one compile for it."""
+
+#: Batches for the norms and statistics: (B, ...).
+SHAPES = [
+    (1,), (3,), (5, 1), (2, 1023), (1, 4097), (33, 31), (3, 3, 2, 2), (2, 5, 3, 3), (3, 1, 4, 4), (5, 4, 2), (2, 2),
+    (1, 3, 257), (300, 8),
+]  # fmt: skip
+LAUNCHED = [(9, 3, 5), (2, 3, 3000)]  #: whose launches are counted
+#: Chains that outgrow the largest tile: with channels, and without.
+LARGE = {"channel": (1, 2, 4104), "element": (1, 8200), "chain": (1, 8200)}
+#: Tiles of fastanila.kernels.rows that short chains outgrow, and batches of such chains.
+SMALL_TILES = {"SMALL": 8, "CHUNK": 16, "LARGEST": 32}
+OUTGROWN = [(3, 50), (5, 48), (3, 3, 40), (3, 5, 7, 3), (1, 16, 6)]
+
+MIXTURES = [(1, 1), (1, 36), (2, 3), (2, 27), (3, 3), (4, 2), (6, 1), (8, 3), (8, 13)]  # dim, components
+NETWORKS = [  # dim, width, depth, features, activation
+    (1, 5, 1, 0, "silu"),
+    (2, 5, 2, 3, "leaky-relu"),
+    (3, 64, 1, 64, "silu"),
+    (8, 64, 2, 0, "silu"),
+    (2, 64, 2, 64, "silu"),
+    (8, 100, 3, 0, "leaky-relu"),
+    (2, 100, 2, 3, "silu"),
+    (5, 128, 2, 0, "silu"),
+    (2, 128, 3, 64, "silu"),
+]
+BATCHES = [(1, 1), (33, 16)]  # chains, and rows of a program that they are given where its matrices allow
+SAMPLERS = [  # norm, refresh, bounds
+    ("element", "transition", (-0.7, 1.2)),
+    ("element", "update", None),
+    ("channel", "transition", None),
+    ("chain", "transition", None),
+    ("chain", "update", (-0.7, 1.2)),
+]
+DIMS = [1, 2, 3, 4, 5, 8]  # of every chain's noise
+#: dim, width, depth, features of a network of which fewer and fewer matrices fit, and the shared memory it is given.
+SQUEEZED, SHARED_MEMORIES = (2, 32, 3, 20), range(14000, 48000, 4096)

@@ -1,0 +1,153 @@
+"""The rivals of the table do the work that they are said to do, in their own laws and at their best."""
+
+import contextlib
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from bench import rival_updates, rivals, workloads
+from fastanila import ops, reference
+from fastanila.energies import MLP, ConvNet
+
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter has rows of its own")
+
+CHAINS = workloads.Chains("mixture", (2000, 2), 10)  # few transitions: their law still depends on the step size
+
+
+def mean_energy(way) -> float:
+    z = way()
+    assert z.shape == CHAINS.shape and torch.isfinite(z).all() and not z.requires_grad
+    return CHAINS.energy(CPU)(z).mean().item()
+
+
+def plain_chain() -> float:
+    sampler = CHAINS.sampler("Langevin")
+    return mean_energy(lambda: sampler.run(CHAINS.energy(CPU), CHAINS.start(CPU), steps=10, seed=0, compile=False))
+
+
+@pytest.mark.parametrize("kind", ["AniLA", "Langevin"])
+def test_our_captured_way_makes_the_public_faces_chain(kind):
+    chains = workloads.Chains("mlp-64", (20, 2), 4)
+    torch.testing.assert_close(chains.ours_captured(kind, CPU)(), chains.ours(kind, CPU)())
+
+
+def test_frozen_weights_are_cast_once_and_change_no_number():
+    chains = workloads.Chains("convnet-32", (2, 3, 8, 8), 1, "bf16")
+    energy, z = rivals.frozen(chains, CPU, False), chains.start(CPU)
+    assert {p.dtype for p in energy.parameters()} == {torch.bfloat16}
+    assert torch.equal(energy(z), chains.ordinary_energy(CPU)(z))
+
+
+# Means over 2,000 chains of an energy whose standard deviation is 3.8, from equal starts: two of them differ by more
+# than 0.75, six standard deviations, once in 1e9 if the laws are equal.
+@pytest.mark.parametrize(
+    "build", [rivals.torchebm_langevin, rivals.ebmkit_langevin, lambda c, d: rivals.eager_loop(c, "Langevin", d)]
+)
+def test_plain_rivals_run_the_same_chain(build):
+    torch.manual_seed(0)
+    try:
+        way = build(CHAINS, CPU)
+    except rivals.NotInstalled as missing:
+        pytest.skip(str(missing))
+    assert mean_energy(way) == pytest.approx(plain_chain(), abs=0.75)
+
+
+def test_a_rival_that_moves_twice_as_far_would_be_noticed():
+    torch.manual_seed(0)
+    longer = dataclasses.replace(CHAINS, steps=20)
+    assert abs(mean_energy(rivals.eager_loop(longer, "Langevin", CPU)) - plain_chain()) > 2
+
+
+@pytest.mark.parametrize("network", [MLP(2, 16), MLP(2, 16, features=8, confinement=0.5), ConvNet(3, 8, 4)])
+def test_the_rivals_network_is_the_same_function(network):
+    shape = (3, 8, 8) if isinstance(network, ConvNet) else (2,)
+    z = torch.randn(5, *shape)
+    torch.testing.assert_close(workloads.Ordinary(network, "float32")(z), network(z))
+    ordinary = workloads.Ordinary(network, "bf16")
+    torch.testing.assert_close(ordinary(z), network(z), rtol=0.05, atol=0.05)
+    assert len(list(ordinary.parameters())) == len(list(network.parameters()))
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+@pytest.mark.parametrize("step", [rivals.eager_step, rivals.plain_step])
+def test_the_steps_by_hand_are_the_definition(step, noise, monkeypatch):
+    monkeypatch.setattr(torch, "randn_like", lambda z: torch.full_like(z, noise))
+    arguments = workloads.step_arguments(4096, "float32", CPU)
+    z, score = arguments["z"], 3 * arguments["score"]
+    expected = reference.anisotropic_step(
+        z, score, workloads.STEP_THRESHOLD, step_size=workloads.STEP_SIZE, noise=torch.full_like(z, noise)
+    )
+    torch.testing.assert_close(step(z, score), expected)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["AniLA", "Langevin"])
+def test_a_loop_by_hand_makes_the_definitions_transitions(kind, noise, monkeypatch):
+    chains = workloads.Chains("mixture", (50, 2), 3)
+    monkeypatch.setattr(torch, "randn_like", lambda z: torch.full_like(z, noise))
+    final = rivals.eager_loop(chains, kind, CPU)()
+    z, energy = chains.start(CPU), chains.energy(CPU)
+    for _ in range(3):
+        score = -torch.func.grad(lambda x: energy(x).sum())(z)
+        threshold = chains.threshold if kind == "AniLA" else math.inf
+        z = reference.anisotropic_step(z, score, threshold, step_size=chains.step_size, noise=torch.full_like(z, noise))
+    torch.testing.assert_close(final, z)
+
+
+def test_the_authors_form_scales_by_the_norm_over_dim_1(monkeypatch):
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    x = torch.tensor([[3.0, 4.0], [0.3, 0.4]], requires_grad=True)
+    rivals.authors_transition(lambda x: 0.5 * x.square().sum(1), x, threshold=1.0, noise_scale=0.1)
+    gamma = torch.tensor([[0.2], [1.0]])
+    expected = torch.tensor([[3.0, 4.0], [0.3, 0.4]]) * (1 - gamma) + 0.1 * gamma
+    torch.testing.assert_close(x.detach(), expected)
+
+
+def test_the_eager_update_samples_with_the_weights_of_the_update_before():
+    """In bf16 its chains run on a copy of the network."""
+    torch.manual_seed(0)
+    energy = workloads.Ordinary(ConvNet(3, 8, 4), "bf16")
+    settings = workloads.Settings(steps=2, lr=0.1, threshold=1.0, step_size=0.01, noise_scale=1.0, precision="bf16")
+    seen, first = [], next(energy.parameters())
+    forward = workloads.Ordinary.forward
+
+    def noted(module, x):
+        seen.append((module is energy, next(module.parameters()).detach().float().clone(), first.detach().clone()))
+        return forward(module, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workloads.Ordinary, "forward", noted)
+        update = rival_updates.eager_update(energy, torch.rand(16, 3, 8, 8), 4, 8, settings)
+        for _ in range(2):
+            update()
+    assert [own for own, *_ in seen] == [False, False, True] * 2
+    for _, used, trained in seen:
+        torch.testing.assert_close(used, trained, rtol=0.01, atol=1e-6)
+    assert not torch.allclose(seen[0][1], seen[3][1], rtol=0.01)
+
+
+@pytest.mark.parametrize("form", [rival_updates.authors_update, rival_updates.eager_update])
+def test_an_update_by_hand_moves_the_parameters_and_leaves_them_trainable(form):
+    energy, pool = MLP(2, 16), torch.randn(64, 2)
+    before = [p.detach().clone() for p in energy.parameters()]
+    settings = workloads.Settings(steps=2, lr=1e-3, threshold=1.0, step_size=0.01, noise_scale=1.0)
+    update = form(energy, pool, 16, 32, settings)
+    assert torch.isfinite(update())
+    assert all(p.requires_grad for p in energy.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, energy.parameters(), strict=True))
+
+
+def test_the_convolutions_alone_are_the_networks():
+    chains = workloads.Chains("convnet-32", (2, 3, 8, 8), 1)
+    seen = []
+    run = rivals.convolutions_alone(chains, CPU)
+    with contextlib.ExitStack() as closing:
+        patch = closing.enter_context(pytest.MonkeyPatch.context())
+        conv2d = torch.nn.functional.conv2d
+        patch.setattr(torch.nn.functional, "conv2d", lambda x, *a: seen.append(tuple(x.shape)) or conv2d(x, *a))
+        run()
+    assert seen == [(2, 3, 8, 8), (2, 32, 8, 8), (2, 64, 4, 4), (2, 128, 2, 2), (2, 256, 1, 1)]
