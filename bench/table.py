@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 
 from . import report, rows
 from .report import Goal, Line
@@ -138,6 +139,11 @@ def table(arguments, until: float = math.inf, keep: Callable[[list[Line]], None]
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit(f"device is cuda, but torch {torch.__version__} sees no CUDA device here")
+
+    if (
+        device.type == "cpu"
+    ):  # a pool of compilers would start up beside the first rows, on the cores that they are timed on
+        torch._inductor.config.compile_threads = 1
 
     def chosen(kind: str) -> list[Row]:
         return [row for row in rows.rows(kind, arguments.quick) if row.group in arguments.rows]
