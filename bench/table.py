@@ -140,10 +140,8 @@ def table(arguments, until: float = math.inf, keep: Callable[[list[Line]], None]
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit(f"device is cuda, but torch {torch.__version__} sees no CUDA device here")
 
-    if (
-        device.type == "cpu"
-    ):  # a pool of compilers would start up beside the first rows, on the cores that they are timed on
-        torch._inductor.config.compile_threads = 1
+    if device.type == "cpu":
+        torch._inductor.config.compile_threads = 1  # a pool would start up beside the first rows, on their cores
 
     def chosen(kind: str) -> list[Row]:
         return [row for row in rows.rows(kind, arguments.quick) if row.group in arguments.rows]
