@@ -188,7 +188,7 @@ def startup_row(device_type: str, quick: bool) -> Row:
             return ways
         ways["from fastanila import AniLA"] = lambda: functools.partial(python, "-c", "from fastanila import AniLA")
         ways["train --help"] = train_help
-        if device.type == "cpu":  # a GPU is lent for too short a time to wait for compilers
+        if device.type == "cpu":  # not on a GPU, whose time is dearer
             ways["first compiled step, empty caches"] = lambda: cold
             ways["first compiled step, full caches"] = lambda: functools.partial(python, "-c", _FIRST_STEP, cache=warm)
         return ways
