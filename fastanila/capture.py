@@ -128,3 +128,8 @@ def copy(target, source) -> None:
     """Write the tensors of one tree into those of another of the same form."""
     for into, value in zip(leaves(target), leaves(source), strict=True):
         into.copy_(value)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, for a message of one line."""
+    return str(error).strip().split("\n", 1)[0]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 NORMS = ("element", "channel", "chain")
+#: When the gain is taken: from every transition's score, or once, where a chain starts.
+REFRESHES = ("transition", "update")
 
 
 class Statistics(NamedTuple):

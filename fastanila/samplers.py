@@ -246,8 +246,8 @@ class AniLA(Unadjusted):
         super().__post_init__()
         if self.norm not in reference.NORMS:
             raise ValueError(f"norm must be one of {', '.join(reference.NORMS)}, got {self.norm!r}")
-        if self.refresh not in ("transition", "update"):
-            raise ValueError(f"refresh must be transition or update, got {self.refresh!r}")
+        if self.refresh not in reference.REFRESHES:
+            raise ValueError(f"refresh must be one of {', '.join(reference.REFRESHES)}, got {self.refresh!r}")
 
 
 SAMPLERS: dict[str, type[Sampler]] = {"langevin": Langevin, "anila": AniLA}

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         parse(argv)  # exits; ahead of the imports, which take torch seconds
     import torch
 
-    from . import checkpoint, training
+    from . import capture, checkpoint, training
 
     try:
         settings, resume, dry_run = parse(argv)
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {stop}", file=sys.stderr)
         return DIVERGED
     except torch._dynamo.exc.BackendCompilerFailed as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = capture.first_line(error)
         print(f"error: compiling failed; --no-fused runs without a compiler ({reason})", file=sys.stderr)
         return BAD_ARGUMENTS
     except training.Interrupted as stop:

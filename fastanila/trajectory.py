@@ -21,7 +21,6 @@ if ops._kernel is not None:
 
 #: Limits of the kernels: elements of a state, units of a layer, hidden layers, Fourier features.
 MAX_DIM, MAX_WIDTH, MAX_DEPTH, MAX_FEATURES = 8, 128, 3, 128
-REFRESHES = ("transition", "update")
 
 _INTERPRETERS_SHARED_MEMORY = 232448  # an H100's, in bytes
 
@@ -76,6 +75,8 @@ def run(
     threshold, step_size, noise_scale (floating) and seed, step (int64) may each be a 0-dim tensor on z's device, which
     a captured graph's replays read anew. Values inside tensors are not checked.
 
+    Law and source: those of `samplers.AniLA` (STANLEY, Algorithm 1), or of `samplers.Langevin` where b = inf.
+
     Returns:
         A Trajectory of new, detached tensors. A NaN score gives NaN; infinite ones move an element by eps * b / 2.
 
@@ -87,8 +88,8 @@ def run(
         raise ValueError(f"energy and z must be what fastanila.trajectory supports, but {reason}")
     if norm not in reference.NORMS:
         raise ValueError(f"norm must be one of {', '.join(reference.NORMS)}, got {norm!r}")
-    if refresh not in REFRESHES:
-        raise ValueError(f"refresh must be one of {', '.join(REFRESHES)}, got {refresh!r}")
+    if refresh not in reference.REFRESHES:
+        raise ValueError(f"refresh must be one of {', '.join(reference.REFRESHES)}, got {refresh!r}")
     if bounds is not None:
         bounds = checks.bounds("bounds", bounds)
     numbers = _numbers(z, threshold, step_size, noise_scale, seed, step, steps, offset)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import ops, trajectory
-from .capture import Reads, compiled, copy, cuda_graph, leaves, mapped, watching
+from .capture import Reads, compiled, copy, cuda_graph, first_line, leaves, mapped, watching
 from .energies import evaluator
 
 
@@ -167,15 +167,11 @@ class _FallingBack:
             except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
                 self.works = False
                 warnings.warn(
-                    f"the energy does not compile as one graph and runs eagerly ({_first_line(error)}); compile=False "
+                    f"the energy does not compile as one graph and runs eagerly ({first_line(error)}); compile=False "
                     "says so",
                     stacklevel=3,
                 )
         return self.plain(*arguments)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
 
 
 # -------------------------------------------------------------------------------------------- replayed from CUDA graphs
@@ -271,7 +267,7 @@ class Captured:
                 held.graphs[length] = self.record(transitions, held.seed.device)
             except RuntimeError as error:
                 self.works = False
-                warnings.warn(f"the chain runs uncaptured: {_first_line(error)}", stacklevel=4)
+                warnings.warn(f"the chain runs uncaptured: {first_line(error)}", stacklevel=4)
                 return None
             if len(held.graphs) > _LENGTHS:
                 held.graphs.pop(next(iter(held.graphs)))

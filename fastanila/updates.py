@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import data, noise, runs, samplers
-from .capture import compiled, cuda_graph
+from .capture import compiled, cuda_graph, first_line
 from .config import Settings
 from .energies import sampling
 from .noise import Stream
@@ -127,8 +127,7 @@ def _captured(update: Callable[[], Update], device: torch.device) -> Callable[[]
             try:
                 replay = cuda_graph(update, device)
             except RuntimeError as error:
-                reason = str(error).strip().split("\n", 1)[0]
-                warnings.warn(f"the update runs uncaptured: {reason}", stacklevel=2)
+                warnings.warn(f"the update runs uncaptured: {first_line(error)}", stacklevel=2)
         if replay is not None:
             return replay()
         if calls > _WARM_UP:

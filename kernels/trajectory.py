@@ -14,19 +14,10 @@ The last transition also writes what it saw of each chain: energy, mean gamma, R
 import triton
 import triton.language as tl
 
+from .anisotropic import LANGEVIN_STREAM, scalar
 from .philox import box_muller, element_normals, joined_normals, words
 
-LANGEVIN_STREAM = tl.constexpr(0)
 LARGEST = tl.constexpr(3.4028234663852886e38)
-
-
-@triton.jit
-def scalar(x, IS_POINTER: tl.constexpr, dtype: tl.constexpr):
-    """A number of the launch, or a pointer to one, which a captured graph may change."""
-    if IS_POINTER:
-        return tl.load(x).to(dtype)
-    else:
-        return tl.full((), x, dtype)
 
 
 # ------------------------------------------------------------------------------------------------------- a transition

@@ -52,6 +52,25 @@ def test_run_is_the_step_repeated(sampler):
     torch.testing.assert_close(by_score, want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm", ["element", "chain"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_refresh_update_freezes_the_gain_of_the_start(norm, compile):
+    z = want = 3 * start()
+    size = z.abs() if norm == "element" else z.norm(dim=1, keepdim=True)
+    gamma = (0.7 / size.clamp(min=0.7)).expand_as(z)
+    assert (gamma < 1).any()
+    for t in range(5, 12):
+        want = ops.anisotropic_step(want, -want, None, gamma=gamma, step_size=0.1, seed=3, step=t)
+    sampler = AniLA(0.7, 0.1, norm=norm, refresh="update")
+    got = sampler.run(quadratic, z, steps=7, seed=3, step=5, compile=compile)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    # seen in pieces it is the same gain, and a run of its own takes another
+    kept = sampler.run(quadratic, z, steps=7, seed=3, step=5, keep_every=1, compile=compile)
+    torch.testing.assert_close(kept[-1], want, rtol=1e-5, atol=1e-5)
+    again = sampler.run(quadratic, kept[3], steps=3, seed=3, step=9, compile=compile)
+    assert not torch.allclose(again, want, atol=1e-3)
+
+
 def test_compiled_and_eager_agree_and_there_is_one_graph():
     energy = MLP(2, width=16, features=8, confinement=0.1)
     counters.clear()
@@ -195,6 +214,7 @@ def test_bad_arguments_of_run(arguments, message):
         (lambda: AniLA(step_size=-1), "step_size must be positive and finite, got -1"),
         (lambda: Langevin(noise_scale=math.nan), "noise_scale must be at least 0 and finite, got nan"),
         (lambda: AniLA(norm="pixel"), "norm must be one of element, channel, chain, got 'pixel'"),
+        (lambda: AniLA(refresh="never"), "refresh must be one of transition, update, got 'never'"),
         (lambda: Langevin(bounds=(1, 0)), "bounds must be a pair with low < high"),
     ],
 )

@@ -216,7 +216,7 @@ def test_phases_far_from_zero(few_programs):
 # ---------------------------------------------------------------------------------------------- what is not finite
 
 
-@pytest.mark.parametrize("refresh", trajectory.REFRESHES)
+@pytest.mark.parametrize("refresh", reference.REFRESHES)
 @pytest.mark.parametrize("norm", ["element", "chain"])
 def test_nan_stays_in_its_chain_and_shows(few_programs, norm, refresh):
     for energy in (mixture(3), mlp(3, 20, 2)):
