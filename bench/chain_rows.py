@@ -36,7 +36,11 @@ def chain_rows(device_type: str, quick: bool) -> list[Row]:
         works = [MIXTURE, MLPS["mlp-64", (1024, 2)], dataclasses.replace(IMAGES["float32"], steps=10)]
     else:
         works = [MIXTURE, *MLPS.values(), *IMAGES.values()]
-    return [chain_row(device_type, work, quick) for work in works]
+    found = [chain_row(device_type, work, quick) for work in works]
+    if quick:
+        return found
+    images = dataclasses.replace(IMAGES["float32"], steps=10 if device_type == "cpu" else 100)
+    return found + [adjusted_row(images, norm) for norm in ("chain", "element")]
 
 
 def chain_row(device_type: str, chains: Chains, quick: bool) -> Row:
@@ -46,6 +50,22 @@ def chain_row(device_type: str, chains: Chains, quick: bool) -> Row:
     goals = cuda_chain_goals(chains) if device_type == "cuda" else {OURS: cpu_chain_goals(chains)}
     group = "convnet" if chains.is_image else "chains"
     return Row(group, chains.title, chains.shape, chains.precision, build, goals)
+
+
+UNADJUSTED = "fastanila, unadjusted"
+
+
+def adjusted_row(chains: Chains, norm: str) -> Row:
+    """What the Metropolis correction costs: transitions of adjusted AniLA, beside those of AniLA."""
+
+    def build(device, closing) -> Builders:
+        return {
+            OURS: lambda: chains.transitions(chains.with_norm(norm, adjusted=True), device),
+            UNADJUSTED: lambda: chains.transitions(chains.with_norm(norm, adjusted=False), device),
+        }
+
+    work = f"adjusted, a gain per {norm}: {chains.title}"
+    return Row("convnet", work, chains.shape, chains.precision, build, {OURS: {UNADJUSTED: 1 / 1.1}})
 
 
 # ------------------------------------------------------------------------------------------------ the ways of a chain

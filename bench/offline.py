@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from fastanila.kernels import anisotropic, mlp, rows, trajectory
+from fastanila.kernels import anisotropic, metropolis, mlp, rows, trajectory
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -90,6 +90,38 @@ def compile_rows(
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
         if signature[name].startswith("*") and (aligned or name in ("threshold", "step_size", "noise_scale"))
+    }
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=TARGETS[target],
+        options={"num_warps": tile.num_warps, "enable_fp_fusion": True},
+    )
+
+
+def compile_metropolis(
+    target: str, dtype: str = "fp32", *, norm="element", channels=1, size=3072, mask=False, pointers=True, aligned=True
+) -> CompiledKernel:
+    """Accept or reject and propose, for chains of (channels, size), as `metropolis.launch` launches it."""
+    kernel = metropolis.metropolis_kernel
+    tile = metropolis.tile_of(channels, size, norm)
+    constants = dict(
+        **{name: pointers for name in ("THRESHOLD_PTR", "STEP_SIZE_PTR", "SEED_PTR", "STEP_PTR")},
+        HAS_MASK=mask, FAST=TARGETS[target].backend == "cuda", **rows.constants(tile, size, norm),
+    )  # fmt: skip
+    number, word = ("*fp32", "*i64") if pointers else ("fp32", "i64")
+    states = ("z", "score", "proposal", "proposal_score", "z_out", "score_out", "next")
+    types = {f"{name}_ptr": f"*{dtype}" for name in states}
+    types |= {f"{name}_ptr": "*fp32" for name in ("energy", "proposal_energy", "energy_out", "acceptance")}
+    types |= dict(
+        mask_ptr="*i1" if mask else None, chains="i64", channels="i64", units="i64", offset="i64",
+        threshold=number, step_size=number, seed=word, step=word,
+    )  # fmt: skip
+    constants |= {name: None for name, kind in types.items() if kind is None}
+    signature = {name: types.get(name) or "constexpr" for name in kernel.arg_names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") and (aligned or name in ("threshold", "step_size"))
     }
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 import triton
 from triton.compiler import CompiledKernel
 
-from fastanila.kernels import anisotropic, mlp, rows, trajectory
+from fastanila.kernels import anisotropic, metropolis, mlp, rows, trajectory
 
 from . import disassembly, offline
 from .disassembly import CLASSES, Instruction
@@ -77,6 +77,21 @@ def _rows(norm: str, channels: int, size: int, **variant) -> Kernel:
     )
 
 
+def _metropolis(norm: str, channels: int, size: int, **variant) -> Kernel:
+    tile = metropolis.tile_of(channels, size, norm)
+    single = size <= tile.cols
+    return Kernel(
+        name="metropolis_kernel",
+        compile=lambda architecture, dtype: offline.compile_metropolis(
+            architecture, dtype, norm=norm, channels=channels, size=size, **variant
+        ),
+        elements=tile.rows * channels * (size if single else tile.cols) / (32 * tile.num_warps),
+        reads=(None,) * 4,
+        writes=(None,) * 3,
+        counted="kernel" if single else "loops",
+    )
+
+
 def _mixture(**sizes) -> Kernel:
     constants = trajectory.mixture_constants(sizes["dim"], sizes["components"])
     return Kernel(
@@ -114,6 +129,11 @@ KERNELS: dict[str, Kernel] = {
     "rows-channel-3x1024": _rows("channel", 3, 1024),
     "rows-element-3072-statistics": _rows("element", 1, 3072, statistics=True),
     "rows-element-2-statistics": _rows("element", 1, 2, statistics=True),
+    "metropolis-element-3072": _metropolis("element", 1, 3072),
+    "metropolis-chain-3072": _metropolis("chain", 1, 3072),
+    "metropolis-chain-65536": _metropolis("chain", 1, 65536),
+    "metropolis-channel-3x1024": _metropolis("channel", 3, 1024),
+    "metropolis-element-2": _metropolis("element", 1, 2),
     "mixture-8-2d": _mixture(dim=2, components=8),
     "mixture-8-8d": _mixture(dim=8, components=8),
     "mlp-64-2d-1024": _mlp(dim=2, width=64, chains=1024),

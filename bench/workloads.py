@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastanila import AniLA, Langevin, noise, ops, training, updates
+from fastanila import AdjustedAniLA, AniLA, Langevin, noise, ops, training, updates
+from fastanila.base import Sampler
 from fastanila.config import Settings
-from fastanila.energies import MLP, ConvNet, GaussianMixture, sampling
+from fastanila.energies import MLP, ConvNet, GaussianMixture, Tempered, sampling
 from fastanila.runs import at_precision, matmul_precision
 from fastanila.transitions import State, chain_of
 
@@ -145,6 +146,32 @@ class Chains:
                 return chain(self.steps, numbers, state, seed, step)[0].z
 
         return self.at_precision(run)
+
+    def transitions(self, sampler: Sampler, device: torch.device, compile: bool = True) -> Way:
+        """``steps`` transitions a call, each call from where the last one ended, so that none pays for a start: an
+        adjusted chain takes a gradient more there."""
+        energy = self.energy(device)
+        if sampler.is_exact:  # as a model trained at this temperature is given to it
+            energy = Tempered(energy, self.noise_scale**2)
+        numbers, seed = sampler.numbers_on(device), noise.as_word64(0, device)
+        chain = chain_of(sampler, energy, z=self.start(device), compile=compile)
+        state, step = State(self.start(device)), noise.as_word64(0, device)
+
+        def run():
+            nonlocal state, step
+            with torch.no_grad(), sampling(energy):
+                state, _ = chain(self.steps, numbers, state, seed, step)
+            step = step + self.steps
+            return state.z
+
+        return self.at_precision(run)
+
+    def with_norm(self, norm: str, adjusted: bool) -> Sampler:
+        """AniLA, or the adjusted one for the same law at the same steps: eps and b as `config.defaults` turns them."""
+        if not adjusted:
+            return AniLA(self.threshold, self.step_size, self.noise_scale, norm=norm)
+        heat = self.noise_scale**2
+        return AdjustedAniLA(self.threshold / heat, self.step_size * heat, norm=norm)
 
     def at_precision(self, way: Way) -> Way:
         return in_precision(way, self.precision)

@@ -1,19 +1,23 @@
 """fastanila: energy-based models with the anisotropic Langevin sampler, fused.
 
-The step for your own loop is `fastanila.ops.anisotropic_step`; the samplers are `AniLA` and `Langevin`; `load` reads
-a trained run back; `python -m fastanila.train --fused` trains one.
+The step for your own loop is `fastanila.ops.anisotropic_step`; the samplers are `AniLA`, `Langevin` and others, some
+exact; `load` reads a trained run back; `python -m fastanila.train --fused` trains one.
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .adjusted import HMC, MALA, AdjustedAniLA
+    from .calibration import calibrate
     from .runs import load
-    from .samplers import AniLA, Langevin, calibrate
+    from .samplers import AniLA, GradientDescent, Langevin, TamedLangevin
 
-__all__ = ["AniLA", "Langevin", "calibrate", "load"]
+__all__ = [
+    "HMC", "MALA", "AdjustedAniLA", "AniLA", "GradientDescent", "Langevin", "TamedLangevin", "calibrate", "load",
+]  # fmt: skip
 __version__ = "0.1.0"
 
-_HOME = {"AniLA": "samplers", "Langevin": "samplers", "calibrate": "samplers", "load": "runs"}
+_HOME = {name: "samplers" for name in __all__} | {"calibrate": "calibration", "load": "runs"}
 
 
 def __getattr__(name: str):

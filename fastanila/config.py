@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -43,18 +45,23 @@ class Settings:
     )
     confinement: float | None = setting(None, "c of the energy's term c/2 |x|^2, 1 / squared unit of data.")
 
-    sampler: Literal["anila", "langevin"] = setting(
-        "anila", "Sampler of the chains: anila (anisotropic) or langevin (plain, no threshold)."
+    sampler: Literal["anila", "anila-mh", "langevin", "mala", "tamed", "hmc", "gd"] = setting(
+        "anila",
+        "Sampler of the chains: anila (anisotropic), langevin (plain), tamed (clipped drift, plain noise), gd "
+        "(gradient descent); exact by a Metropolis correction: anila-mh, mala, hmc.",
     )
     threshold: float | None = setting(
         None,
         "AniLA's b, 1 / unit of data: a score beyond it is clipped and its noise shrunk; inf is plain "
-        "Langevin. The sampler's bias grows with the fraction clipped: watch clip_fraction, and keep it "
-        "near a tenth or below.",
+        "Langevin. Without a correction the sampler's bias grows with the fraction clipped: watch clip_fraction, and "
+        "keep it near a tenth or below. Of tamed: b without unit, in halves of the noise's standard deviation.",
     )
-    step_size: float | None = setting(None, "Langevin step size eps, squared units of data.")
+    step_size: float | None = setting(
+        None, "Step size eps, squared units of data; of hmc the square of its leapfrog step."
+    )
+    leapfrog_steps: int = setting(10, "Leapfrog steps, each with a gradient, of one transition of hmc.")
     noise_scale: float | None = setting(
-        None, "Langevin noise scale sigma; below 1 the chains run at the temperature sigma^2."
+        None, "Langevin noise scale sigma; below 1 the chains run at the temperature sigma^2. Exact samplers have none."
     )
     norm: Literal["element", "channel", "chain"] = setting(
         "element", "Whose magnitude the threshold bounds: each element, a pixel's channels, the whole chain."
@@ -136,22 +143,44 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": _DIGITS,
 }
 
+#: Samplers with a Metropolis correction.
+EXACT = ("anila-mh", "mala", "hmc")
+
 #: What may differ when a run is resumed. Of these only iterations changes numbers: it stretches a linear lr decay.
 RESUMABLE = frozenset(
     {"data_dir", "download", "iterations", "device", "fused", "log_every", "sample_every", "save_every", "tensorboard"}
 )  # fmt: skip
 
 
-def defaults(name: str) -> dict[str, Any]:
+def defaults(name: str, sampler: str = "anila") -> dict[str, Any]:
     """The data set's defaults, less the number of chains, which follows batch size and init; {} if there is none."""
-    return {k: v for k, v in DEFAULTS.get(name, {}).items() if k != "chains"}
+    own = {k: v for k, v in DEFAULTS.get(name, {}).items() if k != "chains"}
+    return own | translated(own, "anila", sampler) if own else {}
+
+
+def translated(values: Mapping[str, Any], before: str, after: str) -> dict[str, Any]:
+    """threshold, step_size, noise_scale and clamp of one sampler as those of another that moves alike.
+
+    Exact samplers have no noise scale sigma: U at temperature sigma**2 with step eps and threshold b is U / sigma**2
+    with eps sigma**2 and b / sigma**2. The tamed sampler's threshold is in units of its step's noise.
+    """
+    threshold, step_size, noise_scale = (values[k] for k in ("threshold", "step_size", "noise_scale"))
+    clamp = values["clamp"]
+    if before == "tamed":
+        threshold /= math.sqrt(step_size)
+    if after in EXACT:
+        heat = noise_scale**2
+        threshold, step_size, noise_scale, clamp = threshold / heat, step_size * heat, 1.0, False
+    if after == "tamed":
+        threshold *= math.sqrt(step_size)
+    return dict(threshold=threshold, step_size=step_size, noise_scale=noise_scale, clamp=clamp)
 
 
 def resolve(settings: Settings) -> Settings:
     """The settings with every default of the data set filled in, checked. Raises ValueError naming the setting."""
     if settings.data not in DEFAULTS:
         raise ValueError(f"data must be one of {', '.join(DEFAULTS)}, got {settings.data!r}")
-    missing = {k: v for k, v in defaults(settings.data).items() if getattr(settings, k) is None}
+    missing = {k: v for k, v in defaults(settings.data, settings.sampler).items() if getattr(settings, k) is None}
     settings = dataclasses.replace(settings, **missing)
     if settings.chains is None:
         batches = DEFAULTS[settings.data]["chains"] // settings.batch_size if settings.init == "persistent" else 1
@@ -166,7 +195,9 @@ def check(settings: Settings) -> None:
 
     for name, hint in get_type_hints(Settings).items():
         _check_type(name, getattr(settings, name), hint)
-    for name in ("image_size", "channels", "width", "steps", "batch_size", "iterations", "log_every", "save_every"):
+    for name in ("image_size", "channels", "width", "steps", "leapfrog_steps", "batch_size", "iterations"):
+        checks.count(name, getattr(settings, name))
+    for name in ("log_every", "save_every"):
         checks.count(name, getattr(settings, name))
     checks.count("chains", settings.chains)
     for name in ("depth", "features", "sample_every", "seed"):
@@ -181,6 +212,8 @@ def check(settings: Settings) -> None:
     for name in ("reinit", "ema"):
         if not 0 <= getattr(settings, name) <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {getattr(settings, name)}")
+    if settings.sampler in EXACT:
+        _check_exact(settings)
     persistent = settings.init == "persistent"
     if settings.chains % settings.batch_size or not (persistent or settings.chains == settings.batch_size):
         wanted = "a multiple of" if persistent else f"with init={settings.init} equal to"
@@ -188,6 +221,21 @@ def check(settings: Settings) -> None:
     if (settings.energy == "convnet") != (settings.data in IMAGES):
         wanted = DEFAULTS[settings.data]["energy"]
         raise ValueError(f"energy must be {wanted} for {settings.data}, got {settings.energy}")
+
+
+def _check_exact(settings: Settings) -> None:
+    from .adjusted import REFUSALS
+
+    refused = (("noise_scale", "noise_scale", 1.0), ("clamp", "bounds", False), ("refresh", "refresh", "transition"))
+    for name, why, needed in refused:
+        got = getattr(settings, name)
+        if got != needed:
+            raise ValueError(f"{name} must be {needed} with sampler={settings.sampler}, got {got}: {REFUSALS[why]}")
+
+
+def names_of(setting: str) -> tuple[str, ...]:
+    """The values that a setting chooses from."""
+    return get_args(without_none(get_type_hints(Settings)[setting]))
 
 
 def without_none(hint: Any) -> Any:

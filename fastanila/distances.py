@@ -100,14 +100,14 @@ def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 128, seed: int =
     shape = (projections, a.shape[1])
     directions = noise.normal(shape, seed=seed, step=0, stream=noise.Stream.BASELINE, device=a.device).double()
     directions = directions / directions.norm(dim=1, keepdim=True)
-    lines_a, lines_b = ((x.double() @ directions.T).sort(0).values for x in (a, b))
+    lines_a, lines_b = ((directions @ x.double().T).sort(1).values for x in (a, b))
     # Both quantile functions are constant between multiples of 1/n and 1/m; in units of 1/(n m) those are integers.
     n, m = len(a), len(b)
     steps = torch.arange(1, n + 1, device=a.device) * m, torch.arange(1, m + 1, device=a.device) * n
     ends = torch.cat(steps).unique()
     widths = ends.diff(prepend=ends.new_zeros(1))
     starts = ends - widths
-    squares = (lines_a[starts // m] - lines_b[starts // n]).square().mean(1)
+    squares = (lines_a[:, starts // m] - lines_b[:, starts // n]).square().mean(0)
     return (squares @ widths.double() / (n * m)).sqrt().item()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from . import noise
+from . import checks, noise
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
@@ -112,6 +112,19 @@ class Autocast(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, self.dtype):
             return self.energy(x)
+
+
+class Tempered(nn.Module):
+    """An energy at a temperature: U / temperature, which is what a sampler without a noise scale needs to have the law
+    exp(-U / temperature)."""
+
+    def __init__(self, energy: nn.Module, temperature: float):
+        super().__init__()
+        checks.positive("temperature", temperature, finite=True)
+        self.energy, self.temperature = energy, temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.energy(x) / self.temperature
 
 
 class GaussianMixture(nn.Module):

@@ -2,8 +2,9 @@
 
 Integrals are midpoint sums over the n * n cells of a square, in float64. For a density that is smooth over a few
 cells and vanishes towards the border the error falls faster than any power of n; at a kink (a ReLU) or a jump (a
-uniform's edge) it falls as 1 / n**2 or 1 / n. Everything outside the square counts as nothing; `evaluate` reports
-the model's mass at its border. Log densities are in nats, (n*n,) float64, and normalised on the grid.
+uniform's edge) it falls as 1 / n**2 or 1 / n. Everything outside the square counts as nothing. `evaluate` reports
+how far its numbers move on coarser cells of a larger square, and the model's mass at its border. Log densities are in
+nats, (n*n,) float64, and normalised on the grid.
 
 A ``density`` is one of fastanila.data's: ``box`` = (low, high) of a square, ``log_density`` ((N, 2) -> (N,), or
 None), ``entropy`` (float or None) and ``draw(count, *, seed, step, purpose, offset, device)`` -> (count, 2).
@@ -18,9 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_WIDEN = 1.25
+from . import distances, noise
+
+_WIDEN, _WIDEN_MORE = 1.25, 1.5  # the squares that `evaluate` integrates over, times the data's box
 _DRAW = 500_000  # rows drawn at a time
-_FLOOR_DRAWS = 8
+_FLOOR_DRAWS = 8  # sets of exact draws whose distance is the floor
+_REFERENCE = 10_000  # exact draws to which sliced distances are taken
+_PROJECTIONS = 32  # directions of a sliced distance, plenty in a plane
+_MMD_ROWS = 1000  # the most that are compared pairwise
 
 
 class Grid(NamedTuple):
@@ -125,26 +131,61 @@ def histogram_tv(a: Tensor, b: Tensor) -> float:
     return 0.5 * ((a - b).abs().sum() + (a.sum() - b.sum()).abs()).item()
 
 
-def chains_tv(chains: Tensor, density, bins: int = 24, seed: int = 0) -> dict[str, float]:
-    """How far the chains' (N, 2) histogram over the data's box is from the data's own, and what chance gives.
+def bin_masses(log_p: Tensor, grid: Grid, box: tuple[float, float], bins: int) -> Tensor:
+    """The masses of ``bins`` * ``bins`` cells of a box under a density on the grid, (bins, bins) float64.
 
-    ``tv_chains`` is the total variation to the data's cell masses (by quadrature, or 4 million draws where there is
-    no closed form), and ``tv_chains_floor`` the mean of the same number for N exact draws in place of the chains:
-    where the two agree, the chains are as good as independent draws at this N and these bins.
+    The density counts as constant over a grid cell, which a bin's edge may cut; error O(1 / n**2) where it is smooth.
     """
-    device = chains.device
-    if density.log_density is not None:
-        parts = math.ceil(400 / bins)  # cells of the quadrature a side of a bin
-        fine = grid(density.box, bins * parts, device)
-        mass = data_log_density(density, fine).exp() * fine.cell_area
-        truth = mass.reshape(bins, parts, bins, parts).sum((1, 3))
-    else:
-        truth = histogram(torch.cat(list(_held_out(density, 4_000_000, seed, device))), density.box, bins)
-    exact = density.draw(_FLOOR_DRAWS * len(chains), seed=seed, step=1, purpose="held-out", device=device)
-    floors = [histogram_tv(histogram(part, density.box, bins), truth) for part in exact.chunk(_FLOOR_DRAWS)]
+    edges = torch.linspace(*grid.box, grid.n + 1, dtype=torch.float64, device=log_p.device)
+    cuts = torch.linspace(*box, bins + 1, dtype=torch.float64, device=log_p.device)[:, None]
+    overlap = torch.minimum(cuts[1:], edges[1:]) - torch.maximum(cuts[:-1], edges[:-1])  # (bins, n)
+    share = overlap.clamp(min=0) / math.sqrt(grid.cell_area)
+    return share @ (log_p.exp().view(grid.n, grid.n) * grid.cell_area) @ share.T
+
+
+def draw(log_p: Tensor, grid: Grid, count: int, *, seed: int, step: int) -> Tensor:
+    """``count`` draws (count, 2), float32, of a density on the grid: its cells by the inverse of their distribution
+    function, a uniform place within the cell; NaN where the density is not finite. A function of (seed, step).
+    """
+    mass = log_p.exp().cumsum(0)
+    if not torch.isfinite(mass[-1]):
+        return torch.full((count, 2), math.nan, device=log_p.device)
+    # float64 of whole words: a float32 uniform near 1 has steps of 6e-8, a hundredth of a cell's mass
+    stream = noise.Stream.EVALUATION
+    words = noise.words(3 * count, seed=seed, step=step, stream=stream, device=log_p.device).view(count, 3)
+    which, *place = ((words.double() + 0.5) / 2**32).unbind(1)
+    cell = torch.searchsorted(mass, which * mass[-1])
+    return (grid.points[cell] + (torch.stack(place, 1) - 0.5) * math.sqrt(grid.cell_area)).float()
+
+
+class Distance(NamedTuple):
+    value: float  #: of the chains
+    floor: float  #: the same for as many exact draws in place of the chains: what chance alone gives
+
+
+def chain_distances(
+    chains: Tensor, log_p: Tensor, grid: Grid, draws: Callable[[int], Tensor], *, box: tuple[float, float], bins: int
+) -> dict[str, Distance]:
+    """How far chains (N, 2), N >= 2, are from a law, given on the grid and by ``draws``: count -> (count, 2) of it.
+
+    tv: the total variation between the chains' histogram, ``bins`` * ``bins`` cells of the box and one for what is
+    outside, and the law's masses. sw: `distances.sliced_wasserstein` to 10,000 draws of the law, in the plane's unit.
+    mmd: `distances.mmd` of at most 1000 evenly spaced chains to as many draws, which is squared and unbiased: about 0.
+    Each floor is the mean of the same number over 8 sets of N exact draws (mmd: the root mean square, the mean being
+    0): where value and floor agree, the chains are as good as independent draws, as far as N of them can tell.
+    """
+    count = len(chains)
+    *exact, reference = draws(_FLOOR_DRAWS * count + _REFERENCE).split([count] * _FLOOR_DRAWS + [_REFERENCE])
+    truth = bin_masses(log_p, grid, box, bins)
+    few = _spaced(reference, _MMD_ROWS)
+    sets = (chains, *exact)
+    tv, *tv_floors = (histogram_tv(histogram(x, box, bins), truth) for x in sets)
+    sw, *sw_floors = (distances.sliced_wasserstein(x, reference, _PROJECTIONS) for x in sets)
+    mmd, *mmd_floors = (distances.mmd(_spaced(x, _MMD_ROWS), few) for x in sets)
     return {
-        "tv_chains": histogram_tv(histogram(chains, density.box, bins), truth),
-        "tv_chains_floor": sum(floors) / len(floors),
+        "tv": Distance(tv, sum(tv_floors) / _FLOOR_DRAWS),
+        "sw": Distance(sw, sum(sw_floors) / _FLOOR_DRAWS),
+        "mmd": Distance(mmd, math.hypot(*mmd_floors) / math.sqrt(_FLOOR_DRAWS)),
     }
 
 
@@ -161,31 +202,66 @@ def evaluate(
     """A model against the data it was trained on; all numbers are floats, in nats or total variation.
 
     nll (the data's, under the model), entropy (the data's, the least nll there is), gap = nll - entropy, kl (the gap
-    by one quadrature), tv, boundary_mass; with ``chains`` (N, 2) also what `chains_tv` gives.
+    by one quadrature), tv, boundary_mass, quadrature_error.
+
+    With ``chains`` (N, 2), N >= 2, also `chain_distances`: tv_chains, sw_chains, mmd_chains to the data, and
+    tv_chains_model, sw_chains_model, mmd_chains_model to the model, exp(-U) / Z, each with its _floor. The second
+    three show what the sampler did, whatever the model is; the first three what both did.
 
     The model is normalised on the data's box widened by a quarter. What it puts outside is not counted; the mass in
-    the outermost ring of cells, boundary_mass, shows whether there can be any. ``device`` is the energy's, by
+    the outermost ring of cells, boundary_mass, shows whether there can be any. quadrature_error is the most that log Z,
+    nll, entropy, kl and tv move (log Z and nll, where the data's density has to be estimated) with cells twice as
+    wide, on the box widened by a half: larger than the error of a sum that converges. ``device`` is the energy's, by
     default the chains'.
     """
-    low, high = density.box
-    margin = (_WIDEN - 1) * (high - low) / 2
     if device is None and chains is not None:
         device = chains.device
-    cells = grid((low - margin, high + margin), resolution, device)
-    log_p, log_q = data_log_density(density, cells, seed=seed), model_log_density(energy, cells)
-    nll = cross_entropy(log_p, log_q, cells)
-    least = entropy(log_p, cells) if density.entropy is None else float(density.entropy)
+    cells = grid(_widened(density.box, _WIDEN), resolution, device)
+    coarse = grid(_widened(density.box, _WIDEN_MORE), math.ceil(resolution * _WIDEN_MORE / _WIDEN / 2), device)
+    log_p, log_q, log_z, report = _by_quadrature(energy, density, cells, seed)
+    _, _, coarse_log_z, other = _by_quadrature(energy, density, coarse, seed)
+    compared = ("nll",) if density.log_density is None else ("nll", "entropy", "kl", "tv")
+    # log Z too, because nll is it plus E[U], and the errors of the two can cancel
+    moved = torch.tensor([log_z - coarse_log_z, *(report[key] - other[key] for key in compared)], dtype=torch.float64)
     border = log_q.exp().reshape(cells.n, cells.n) * cells.cell_area
     border[1:-1, 1:-1] = 0
-    report = {
-        "nll": nll,
-        "entropy": least,
-        "gap": nll - least,
-        "kl": kl(log_p, log_q, cells),
-        "tv": total_variation(log_p, log_q, cells),
-        "boundary_mass": border.sum().item(),
-    }
-    return report if chains is None else report | chains_tv(chains, density, bins, seed)
+    # a tensor's maximum, because Python's forgets a NaN
+    report |= {"boundary_mass": border.sum().item(), "quadrature_error": moved.abs().max().item()}
+    if chains is None:
+        return report
+
+    def data_draws(count: int) -> Tensor:
+        return density.draw(count, seed=seed, step=1, purpose="held-out", device=device)
+
+    def model_draws(count: int) -> Tensor:
+        return draw(log_q, cells, count, seed=seed, step=2)
+
+    for of, log_density, draws in (("", log_p, data_draws), ("_model", log_q, model_draws)):
+        for name, found in chain_distances(chains, log_density, cells, draws, box=density.box, bins=bins).items():
+            report |= {f"{name}_chains{of}": found.value, f"{name}_chains{of}_floor": found.floor}
+    return report
+
+
+def _by_quadrature(energy, density, cells: Grid, seed: int) -> tuple[Tensor, Tensor, float, dict[str, float]]:
+    """log p of the data, log q of the model, the model's log Z, and what the two say of each other."""
+    u = energy_on_grid(energy, cells)
+    log_p, log_q = data_log_density(density, cells, seed=seed), _normalised(-u, cells)
+    log_z = (torch.logsumexp(-u, 0) + math.log(cells.cell_area)).item()
+    nll = cross_entropy(log_p, log_q, cells)
+    least = entropy(log_p, cells) if density.entropy is None else float(density.entropy)
+    kl_, tv = kl(log_p, log_q, cells), total_variation(log_p, log_q, cells)
+    return log_p, log_q, log_z, {"nll": nll, "entropy": least, "gap": nll - least, "kl": kl_, "tv": tv}
+
+
+def _widened(box: tuple[float, float], factor: float) -> tuple[float, float]:
+    low, high = box
+    margin = (factor - 1) * (high - low) / 2
+    return low - margin, high + margin
+
+
+def _spaced(rows: Tensor, most: int) -> Tensor:
+    count = min(len(rows), most)
+    return rows[torch.arange(count, device=rows.device) * len(rows) // count]
 
 
 def _normalised(log_p: Tensor, grid: Grid) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import numbers
 import os
 from collections.abc import Iterator
 
@@ -16,6 +15,19 @@ import torch
 from torch import Tensor
 
 from . import checks, noise, reference
+from .arguments import (
+    as_noise_scale,
+    as_seed,
+    as_step,
+    as_step_size,
+    as_threshold,
+    check_alike,
+    check_broadcast,
+    check_chains,
+    check_mask,
+    check_norm,
+    check_offset,
+)
 from .reference import Statistics
 
 try:
@@ -28,8 +40,6 @@ except ModuleNotFoundError as error:  # no triton on macOS and Windows: the CPU 
 
 #: Triton's interpreter runs kernels on CPU tensors, slowly; with it on, CPU tensors take the kernel too.
 INTERPRETED = _kernel is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # A number becomes a constant of a compiled graph, a 0-dim tensor stays free to change: hence the pairs.
 _ARGUMENTS = (
@@ -354,118 +364,29 @@ def _(z, *arguments):
 
 def _prepare(z, score, threshold, step_size, noise_scale, norm, seed, step, offset, gamma, mask, bounds):
     """Check every argument and lay them out as the operators take them, detached; returns (z, the rest)."""
-    _check_tensor("z", z)
-    _check_tensor("score", score)
-    if z.dtype not in _DTYPES:
-        raise TypeError(f"z must be float32, bfloat16 or float16, got {z.dtype}")
-    if z.dim() == 0:
-        raise ValueError("z must have a dimension of chains, (B, ...), got a 0-dim tensor")
-    if score.dtype != z.dtype:
-        raise TypeError(f"score must have z's dtype {z.dtype}, got {score.dtype}")
-    if score.shape != z.shape:
-        raise ValueError(f"score must have z's shape {tuple(z.shape)}, got {tuple(score.shape)}")
-    if score.device != z.device:
-        raise ValueError(f"score must be on z's device {z.device}, got {score.device}")
-    if norm not in reference.NORMS:
-        raise ValueError(f"norm must be one of {', '.join(reference.NORMS)}, got {norm!r}")
-    if norm == "channel" and z.dim() < 2:
-        raise ValueError(f"norm='channel' needs z of at least two dimensions, got shape {tuple(z.shape)}")
-
+    check_chains(z)
+    check_alike("score", score, z)
+    check_norm(norm, z)
     if gamma is not None:
         if threshold is not None:
             raise ValueError(f"threshold must be None when gamma is given, got {threshold}")
-        _check_broadcast("gamma", gamma, z)
+        check_broadcast("gamma", gamma, z)
         if not gamma.is_floating_point():
             raise TypeError(f"gamma must be of a floating dtype, got {gamma.dtype}")
         threshold, norm = math.inf, "element"  # unused
     elif threshold is None:
         raise ValueError("threshold must be a positive number, inf or a 0-dim tensor unless gamma is given, got None")
-    if mask is not None:
-        _check_broadcast("mask", mask, z)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
+    check_mask(mask, z)
     if bounds is not None:
         bounds = checks.bounds("bounds", bounds)
-
-    threshold, threshold_t = _number("threshold", threshold, z)
-    if threshold_t is None:
-        checks.positive("threshold", threshold)
-    step_size, step_size_t = _number("step_size", step_size, z)
-    if step_size_t is None:
-        checks.positive("step_size", step_size, finite=True)
-    noise_scale, noise_scale_t = _number("noise_scale", noise_scale, z)
-    if noise_scale_t is None:
-        checks.nonnegative("noise_scale", noise_scale)
-
     if (seed is None) != (step is None):
         given, missing = ("step", "seed") if seed is None else ("seed", "step")
         raise ValueError(f"seed and step name the noise together: {given} was given, {missing} was not")
     if seed is None:
         seed, step = torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=z.device), 0
-    seed, seed_t = _integer("seed", seed, z)
-    step, step_t = _integer("step", step, z)
-    if step_t is None and not 0 <= step < noise.MAX_STEP:
-        raise ValueError(f"step must be in [0, 2**56), got {step}")
-    if isinstance(offset, Tensor) or not isinstance(offset, (int, torch.SymInt)):
-        raise TypeError(f"offset must be an int, got {type(offset).__name__}")
-    if offset < 0:
-        raise ValueError(f"offset must be at least 0, got {offset}")
-    if seed_t is None and (seed >= 1 << 63 or seed < -(1 << 63)):  # mod 2**64, as the schema's signed integer
-        seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
-
+    check_offset(offset)
     return z.detach(), (
-        score.detach(), threshold, threshold_t, step_size, step_size_t, noise_scale, noise_scale_t, norm,
-        seed, seed_t, step, step_t, offset, None if gamma is None else gamma.detach(), mask, bounds,
+        score.detach(), *as_threshold(threshold, z), *as_step_size(step_size, z),
+        *as_noise_scale(noise_scale, z), norm, *as_seed(seed, z), *as_step(step, z), offset,
+        None if gamma is None else gamma.detach(), mask, bounds,
     )  # fmt: skip
-
-
-def _check_tensor(name: str, value) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-
-
-def _check_broadcast(name: str, value, z: Tensor) -> None:
-    _check_tensor(name, value)
-    if value.device != z.device:
-        raise ValueError(f"{name} must be on z's device {z.device}, got {value.device}")
-    fits = value.dim() <= z.dim() and all(
-        have in (1, want) for have, want in zip(value.shape[::-1], z.shape[::-1], strict=False)
-    )
-    if not fits:
-        raise ValueError(f"{name} must broadcast to z's shape {tuple(z.shape)}, got {tuple(value.shape)}")
-
-
-def _number(name: str, value, z: Tensor) -> tuple[float, Tensor | None]:
-    """A float argument as the pair (number, tensor) of the schema."""
-    if isinstance(value, Tensor):
-        if value.dim() != 0 or not value.is_floating_point():
-            raise TypeError(f"{name} must be a number or a 0-dim floating tensor, got {_describe(value)}")
-        _check_device(name, value, z)
-        return 1.0, value.detach()
-    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
-        return value, None
-    if isinstance(value, numbers.Real):
-        return float(value), None
-    raise TypeError(f"{name} must be a number or a 0-dim floating tensor, got {type(value).__name__}")
-
-
-def _integer(name: str, value, z: Tensor) -> tuple[int, Tensor | None]:
-    if isinstance(value, Tensor):
-        if value.dim() != 0 or value.dtype != torch.int64:
-            raise TypeError(f"{name} must be an int or a 0-dim int64 tensor, got {_describe(value)}")
-        _check_device(name, value, z)
-        return 0, value
-    if isinstance(value, (int, torch.SymInt)):
-        return value, None
-    if isinstance(value, numbers.Integral):
-        return int(value), None
-    raise TypeError(f"{name} must be an int or a 0-dim int64 tensor, got {type(value).__name__}")
-
-
-def _check_device(name: str, value: Tensor, z: Tensor) -> None:
-    if value.device != z.device:
-        raise ValueError(f"{name} must be on z's device {z.device}, got {value.device}")
-
-
-def _describe(value: Tensor) -> str:
-    return f"a {value.dtype} tensor of shape {tuple(value.shape)}"

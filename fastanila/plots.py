@@ -1,9 +1,10 @@
-"""Pictures, written atomically: sample grids for images; data, chains and learned density for two dimensions."""
+"""Pictures, written atomically: sample grids for images; data, chains and learned density for two dimensions; how
+chains mix."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,56 @@ def save_plane(path: str | Path, energy: Callable[[Tensor], Tensor], density, ch
         axis.set(xlim=(low, high), ylim=(low, high), aspect="equal", xticks=[], yticks=[])
     if title:
         figure.suptitle(title)
+    save_figure(path, figure)
+
+
+def save_chains(path: str | Path, rho: Tensor, states: Tensor, names: Sequence[str], title: str = "") -> None:
+    """The autocorrelation ``rho`` (lags, S), and the traces of the first of the summaries (draws, chains, S): of eight
+    chains, and the mean and the middle nine tenths of all.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for curve, name in zip(rho.T.numpy(), names, strict=True):
+        left.plot(curve, label=name, linewidth=1)
+    left.axhline(0, color="black", linewidth=0.5)
+    left.set(xlabel="lag (transitions)", ylabel="autocorrelation", title="all chains")
+    left.legend(fontsize="small")
+    first = states[..., 0]
+    draws = range(1, len(first) + 1)
+    low, high = np.quantile(first.numpy(), [0.05, 0.95], axis=1)
+    right.fill_between(draws, low, high, color="black", alpha=0.1, linewidth=0)
+    right.plot(draws, first[:, :8].numpy(), linewidth=0.5)
+    right.plot(draws, first.mean(1).numpy(), color="black", linewidth=1.5)
+    right.set(xlabel="transitions", title=f"{names[0]}: 8 chains; mean and 5 % to 95 % of {first.shape[1]}")
+    if title:
+        figure.suptitle(title)
+    save_figure(path, figure)
+
+
+def save_comparison(path: str | Path, rows: Sequence[dict]) -> None:
+    """Each sampler's number in `compare.summary` against the threshold: a point a seed, a line through the means."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for number, sampler in enumerate(dict.fromkeys(row["sampler"] for row in rows)):
+        own = [row for row in rows if row["sampler"] == sampler and row["each"]]
+        color = f"C{number}"
+        levels = [row["threshold"] for row in own]
+        for row in own:
+            if row["threshold"] is None:
+                label = f"{sampler} (no threshold)"
+                axis.axhline(row[row["of"]], color=color, linewidth=1, linestyle="--", label=label)
+            else:
+                axis.scatter([row["threshold"]] * len(row["each"]), row["each"], color=color, s=10)
+        if own and levels[0] is not None:
+            axis.plot(levels, [row[row["of"]] for row in own], color=color, linewidth=1, label=sampler)
+            axis.set_xscale("log")
+    of = {row["of"] for row in rows if row["each"]}
+    axis.set(xlabel="threshold", ylabel="NLL - entropy, nats" if of == {"gap"} else "Frechet distance", yscale="log")
+    axis.legend(fontsize="small")
     save_figure(path, figure)
 
 

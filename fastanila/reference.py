@@ -61,6 +61,124 @@ def anisotropic_step(
     return moved.to(z.dtype)
 
 
+class Proposal(NamedTuple):
+    """What a transition draws from ahead of any correction: independent normals, by element of the state."""
+
+    mean: Tensor  #: of z's shape
+    sd: Tensor  #: of z's shape; 0 is a point mass
+
+
+def proposal(
+    z: Tensor,
+    score: Tensor,
+    threshold: float | Tensor,
+    *,
+    step_size: float | Tensor = 1.0,
+    noise_scale: float | Tensor = 1.0,
+    norm: str = "element",
+) -> Proposal:
+    """The law of `anisotropic_step` at z: mean z + eps/2 gamma s, standard deviation sigma sqrt(eps gamma)."""
+    displacement, sd = _move(_wide(score), threshold, step_size, norm)
+    return Proposal(_wide(z) + displacement, _tensor(noise_scale, sd) * sd)
+
+
+def log_q(y: Tensor, given: Proposal, mask: Tensor | None = None) -> Tensor:
+    """log q(y | x) in nats, (B,), where ``given`` is the proposal at x: the sum over a chain's elements of the log
+    density of N(mean_i, sd_i**2). With ``mask`` it is over the elements that move."""
+    x = _wide(y)
+    terms = -0.5 * ((x - given.mean) / given.sd).square() - given.sd.log() - 0.5 * math.log(2 * math.pi)
+    return _chain_sum(terms, mask)
+
+
+def log_accept(
+    z: Tensor,
+    score: Tensor,
+    energy: Tensor,
+    proposal_: Tensor,
+    proposal_score: Tensor,
+    proposal_energy: Tensor,
+    threshold: float | Tensor,
+    *,
+    step_size: float | Tensor,
+    norm: str = "element",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The log of the Metropolis-Hastings ratio of moving from z to ``proposal_``, (B,), not cut at 0:
+
+        log alpha = U(z) - U(z') + log q(z | z') - log q(z' | z)
+
+    (Metropolis et al. 1953, Hastings 1970), q as in `log_q`, but with the two densities' difference summed element by
+    element: each sum is of the order of the chain's size, and their difference of order one.
+    """
+    moved = _wide(proposal_) - _wide(z)  # exact for neighbours, where a rounded mean of either would cost digits
+    displacement, sd = _move(_wide(score), threshold, step_size, norm)
+    displacement_back, sd_back = _move(_wide(proposal_score), threshold, step_size, norm)
+    forth, back = (moved - displacement) / sd, (-moved - displacement_back) / sd_back
+    terms = 0.5 * (forth - back) * (forth + back) + (sd / sd_back).log()
+    return (energy - proposal_energy).to(terms.dtype) + _chain_sum(terms, mask)
+
+
+class Judgement(NamedTuple):
+    accepted: Tensor  #: (B,) bool
+    acceptance: Tensor  #: (B,), min(1, alpha)
+
+    def pick(self, new: Tensor, old: Tensor) -> Tensor:
+        """The new (B, ...) where a chain's proposal was accepted, else the old."""
+        return torch.where(self.accepted.reshape(-1, *[1] * (old.dim() - 1)), new, old)
+
+
+def judge(log_alpha: Tensor, uniform: Tensor) -> Judgement:
+    """Accept with probability min(1, alpha), by a uniform on (0, 1]: both (B,). Not finite rejects."""
+    finite = torch.isfinite(log_alpha)
+    accepted = finite & (uniform.to(log_alpha.dtype).log() < log_alpha)
+    return Judgement(accepted, torch.where(finite, log_alpha.clamp(max=0.0).exp(), 0.0))
+
+
+class Metropolis(NamedTuple):
+    """A Metropolis transition: the state it leaves, the next proposal, and how likely the last was to be accepted."""
+
+    z: Tensor  #: (B, ...)
+    score: Tensor  #: (B, ...), at z
+    energy: Tensor  #: (B,), at z
+    proposal: Tensor  #: (B, ...), for the next transition
+    acceptance: Tensor  #: (B,), min(1, alpha) of the proposal that was judged
+
+
+def metropolis_step(
+    z: Tensor,
+    score: Tensor,
+    energy: Tensor,
+    proposal_: Tensor,
+    proposal_score: Tensor,
+    proposal_energy: Tensor,
+    threshold: float | Tensor,
+    *,
+    step_size: float | Tensor,
+    norm: str = "element",
+    mask: Tensor | None = None,
+    uniform: Tensor,
+    noise: Tensor,
+) -> Metropolis:
+    """Accept or reject a proposal, and make the next, with the randomness given.
+
+    ``uniform`` (B,) on (0, 1] decides: a chain moves where log u < log alpha (`log_accept`), and stays where log alpha
+    is not finite. ``noise``, of z's shape, makes the next proposal: `anisotropic_step` from where the chain then is.
+    """
+    log_alpha = log_accept(
+        z, score, energy, proposal_, proposal_score, proposal_energy, threshold, step_size=step_size, norm=norm,
+        mask=mask,
+    )  # fmt: skip
+    judged = judge(log_alpha, uniform)
+    z, score = judged.pick(proposal_, z), judged.pick(proposal_score, score)
+    return Metropolis(
+        z,
+        score,
+        judged.pick(proposal_energy, energy),
+        anisotropic_step(z, score, threshold, step_size=step_size, norm=norm, mask=mask, noise=noise),
+        judged.acceptance,
+    )
+
+
 def clipped(score: Tensor, threshold: float | Tensor, norm: str = "element") -> tuple[Tensor, Tensor]:
     """(gamma, gamma * score), gamma in [0, 1] of a shape that broadcasts to the score's.
 
@@ -112,8 +230,23 @@ def magnitude(score: Tensor, norm: str) -> Tensor:
     return scale * unit.square().sum(_dims(score, norm), keepdim=True).sqrt()
 
 
+def _move(score: Tensor, threshold, step_size, norm: str) -> tuple[Tensor, Tensor]:
+    """(eps/2 gamma s, sqrt(eps gamma)): where a step of scale 1 leads on average, and how wide it spreads."""
+    gamma, drift = clipped(score, threshold, norm)
+    eps = _tensor(step_size, score)
+    return 0.5 * eps * drift, torch.sqrt(eps * gamma).expand_as(score)
+
+
+def _chain_sum(terms: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        terms = torch.where(mask, terms, 0.0)
+    return terms.flatten(1).sum(1) if terms.dim() > 1 else terms
+
+
 def _dims(score: Tensor, norm: str) -> tuple[int, ...]:
-    """The dimensions over which the norm runs; none where each element stands for itself."""
+    """The dimensions over which the norm runs; none where each element stands for itself, or there is none."""
+    if score.numel() == 0:
+        return ()
     return {"element": (), "channel": (1,), "chain": tuple(range(1, score.dim()))}[norm]
 
 

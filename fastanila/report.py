@@ -84,7 +84,9 @@ class Progress:
     def show(self, row: dict) -> None:
         shown = (
             f"energy data {row['energy_data']:.3f} chains {row['energy_chains']:.3f} gap {row['energy_gap']:+.3f} "
-            f"clipped {row['clip_fraction']:.1%}" + (f" nll {row['nll']:.3f}" if "nll" in row else "")
+            f"clipped {row['clip_fraction']:.1%}"
+            + (f" accepted {row['acceptance']:.1%}" if row["acceptance"] < 1 else "")
+            + (f" nll {row['nll']:.3f}" if "nll" in row else "")
         )
         if self.bar is not None:
             self.bar.set_postfix_str(shown, refresh=False)

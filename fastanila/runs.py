@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import chains as starts
 from . import checkpoint, config, data, noise
 from .config import Settings
-from .energies import MLP, Autocast, ConvNet
+from .energies import MLP, Autocast, ConvNet, Tempered
 from .samplers import SAMPLERS, Sampler
 
 
@@ -43,6 +43,24 @@ def load(directory: str | Path, device: str = "auto") -> Run:
     energy = at_precision(energy, settings.precision).eval()
     box = data.box_of(settings.data)
     return Run(energy, build_sampler(settings, box), chains, settings, state["iteration"])
+
+
+def with_sampler(run: Run, sampler: str, **changes: Any) -> Run:
+    """The run with another sampler for its model, by the name that the commands know it by.
+
+    Threshold and step size are translated (`config.translated`) unless ``changes`` (threshold, step_size, norm,
+    leapfrog_steps) gives them. A model that was trained at a temperature sigma**2 is given to an exact sampler, which
+    has no noise scale, as U / sigma**2. Raises ValueError for an unknown name or a setting that cannot be.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    before = run.settings
+    own = config.translated(vars(before), before.sampler, sampler) | changes
+    settings = dataclasses.replace(before, sampler=sampler, refresh="transition", **own)
+    config.check(settings)
+    heated = sampler in config.EXACT and before.noise_scale != 1.0
+    energy = Tempered(run.energy, before.noise_scale**2).eval() if heated else run.energy
+    return run._replace(energy=energy, sampler=build_sampler(settings, data.box_of(before.data)), settings=settings)
 
 
 def last_chains(tensors: dict[str, Tensor]) -> Tensor:

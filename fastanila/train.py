@@ -23,7 +23,7 @@ def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool]:
     import argparse
 
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", "resume", "data"):
+    for name in ("config", "resume", "data", "sampler"):
         ahead.add_argument(f"--{name}")
     files, _ = ahead.parse_known_args(argv)
     if files.config is not None and files.resume is not None:
@@ -38,13 +38,14 @@ def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool]:
 
         under = dataclasses.asdict(runs.read_settings(files.resume))
     dataset = files.data if files.data is not None else under.get("data", Settings.data)
-    values = vars(cli(argv, config.defaults(dataset) | under))
+    sampler = files.sampler if files.sampler is not None else under.get("sampler", Settings.sampler)
+    values = vars(cli(argv, config.defaults(dataset, sampler) | under))
     resume, dry_run, _ = values.pop("resume"), values.pop("dry_run"), values.pop("config")
     return Settings(**values), resume, dry_run
 
 
 def cli(argv: list[str] | None, defaults: dict[str, Any]):
-    """The flags, one a setting, whose --help shows the defaults of the data set that is asked for."""
+    """The flags, one a setting, whose --help shows the defaults of the data set and sampler that are asked for."""
     from typing import Annotated, get_type_hints
 
     import tyro

@@ -163,6 +163,7 @@ def summary(job: Job, made: Update) -> dict[str, float | int]:
         "score_rms": made.info.score_rms.square().mean().sqrt().item(),
         "clip_fraction": made.info.clip_fraction.mean().item(),
         "gamma_mean": made.info.gamma_mean.mean().item(),
+        "acceptance": made.info.acceptance.mean().item(),
         "grad_norm": made.grad_norm.item(),
         "lr": learning_rate(job.settings, job.iteration - 1),
         "seconds": job.seconds,

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checks, noise, ops, reference
+from . import checks, ops, reference
+from .arguments import as_noise_scale, as_seed, as_step, as_step_size, as_threshold
 from .energies import MLP, GaussianMixture
 
 if ops._kernel is not None:
@@ -196,26 +197,11 @@ def _shared_memory(z: Tensor) -> int:
 
 def _numbers(z, threshold, step_size, noise_scale, seed, step, steps, offset) -> tuple:
     """The number-valued arguments, checked, as the operators take them."""
-    threshold, threshold_t = ops._number("threshold", threshold, z)
-    if threshold_t is None:
-        checks.positive("threshold", threshold)
-    step_size, step_size_t = ops._number("step_size", step_size, z)
-    if step_size_t is None:
-        checks.positive("step_size", step_size, finite=True)
-    noise_scale, noise_scale_t = ops._number("noise_scale", noise_scale, z)
-    if noise_scale_t is None:
-        checks.nonnegative("noise_scale", noise_scale)
-    seed, seed_t = ops._integer("seed", seed, z)
-    if seed_t is None and (seed >= 1 << 63 or seed < -(1 << 63)):  # mod 2**64, as the schema's signed integer
-        seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
-    step, step_t = ops._integer("step", step, z)
     checks.count("steps", steps)
-    if step_t is None and not 0 <= step <= noise.MAX_STEP - steps:
-        raise ValueError(f"step must be at least 0 and leave room for {steps} steps below 2**56, got {step}")
     checks.count("offset", offset, least=0)
     return (
-        threshold, threshold_t, step_size, step_size_t, noise_scale, noise_scale_t, seed, seed_t, step, step_t, steps,
-        offset,
+        *as_threshold(threshold, z), *as_step_size(step_size, z), *as_noise_scale(noise_scale, z),
+        *as_seed(seed, z), *as_step(step, z, steps), steps, offset,
     )  # fmt: skip
 
 

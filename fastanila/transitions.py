@@ -24,13 +24,17 @@ from torch import Tensor
 from . import ops, trajectory
 from .capture import Reads, compiled, copy, cuda_graph, first_line, leaves, mapped, watching
 from .energies import evaluator
+from .reference import Statistics
 
 
 class State(NamedTuple):
-    """What a chain carries from transition to transition."""
+    """What a chain carries from transition to transition; all but z are None where a chain starts, or has no use."""
 
     z: Tensor  #: (B, ...)
     gamma: Tensor | None = None  #: the frozen gain, of z's shape, for refresh="update"
+    energy: Tensor | None = None  #: (B,) float32, at z, of samplers that judge proposals; so are the next two
+    score: Tensor | None = None  #: (B, ...), at z
+    proposal: Tensor | None = None  #: (B, ...), for the next transition to judge
 
 
 class Info(NamedTuple):
@@ -41,6 +45,13 @@ class Info(NamedTuple):
     clip_fraction: Tensor  #: fraction of elements whose gain is below 1: |s| exceeds the threshold
     gamma_mean: Tensor  #: mean of the gain over the elements, in (0, 1]
     acceptance: Tensor  #: probability of acceptance; 1 for samplers without correction
+
+    @classmethod
+    def of(cls, energy: Tensor | None, seen: Statistics, acceptance: Tensor | None = None) -> Info:
+        if acceptance is None:
+            acceptance = torch.ones_like(seen.score_rms)
+        energy = None if energy is None else energy.float()
+        return cls(energy, seen.score_rms, seen.clip_fraction, seen.gamma_mean, acceptance)
 
 
 Chain = Callable[..., tuple[State, Info]]
@@ -73,7 +84,7 @@ def chain_of(
 
 def makes_whole_chains(sampler, energy, z: Tensor, mask: Tensor | None = None) -> bool:
     """Whether a single kernel can make the chain's transitions: see `fastanila.trajectory`."""
-    return sampler.is_unadjusted and energy is not None and trajectory.supports(energy, z, mask=mask)
+    return sampler.is_one_step and energy is not None and trajectory.supports(energy, z, mask=mask)
 
 
 def path(sampler, energy, z: Tensor, *, fused: bool, update: bool = False) -> str:
@@ -113,8 +124,10 @@ def _times(step: Tensor, count: int) -> tuple[Tensor, ...]:
 
 
 def _plain_transition(sampler, energy, score=None) -> Callable:
-    evaluate = evaluator(energy, score)
+    return _plain_of(sampler, evaluator(energy, score))
 
+
+def _plain_of(sampler, evaluate) -> Callable:
     def transition(numbers, state, seed, step, offset=0, mask=None, statistics=True):
         return sampler.with_numbers(numbers).transition(
             evaluate, state, seed=seed, step=step, offset=offset, mask=mask, statistics=statistics
@@ -139,6 +152,8 @@ def compiled_transition(sampler, energy, score=None) -> Callable:
 def _compiled_transition(energy, score, kind: type, static: tuple) -> Callable:
     template = kind(**dict(static))
     evaluate = evaluator(energy, score, traced=True)
+    if not kind.is_one_graph:
+        return _plain_of(template, compiled(evaluate))
 
     def transition(numbers, state, seed, step, offset, mask, statistics):
         return template.with_numbers(numbers).transition(
@@ -241,7 +256,8 @@ class Captured:
     def _held_for(self, inputs, offset: int) -> _Held:
         """The tensors for inputs of these shapes, holding these values."""
         tensors = tuple((x.shape, x.dtype, x.device) for x in leaves(inputs))
-        key = (tensors, inputs[1].gamma is None, inputs[4] is None, offset, *_arithmetic())
+        absent = tuple(part is None for part in (*inputs[1], inputs[4]))
+        key = (tensors, absent, offset, *_arithmetic())
         held = self.held.pop(key, None)
         if held is None:
             held = _Held(*mapped(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), inputs))

@@ -107,3 +107,12 @@ def element_normals(seed, step, stream: tl.constexpr, k, FAST: tl.constexpr):
     second = (k & 2) != 0
     even, odd = box_muller(tl.where(second, r2, r0), tl.where(second, r3, r1), FAST)
     return tl.where((k & 1) != 0, odd, even)
+
+
+@triton.jit
+def element_uniforms(seed, step, stream: tl.constexpr, k, FAST: tl.constexpr):
+    """The uniforms on (0, 1] of elements k, int64 of any shape -> float32, at one Philox call an element."""
+    r0, r1, r2, r3 = words(seed, step, stream, k >> 2, FAST)
+    second, odd = (k & 2) != 0, (k & 1) != 0
+    word = tl.where(odd, tl.where(second, r3, r1), tl.where(second, r2, r0))
+    return tl.fma(word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)  # (r + 0.5) / 2**32

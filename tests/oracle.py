@@ -80,3 +80,56 @@ def step(
         if bounds is not None:
             out = np.clip(out, *bounds)
     return out if mask is None else np.where(np.broadcast_to(mask, z.shape), out, z)
+
+
+def uniforms(elements: np.ndarray, seed: int, step: int, stream: int) -> np.ndarray:
+    """(N,) float64 uniforms on (0, 1] of the elements, as float32 has them."""
+    lanes, which = words(elements, seed, step, stream)
+    chosen = lanes[np.arange(len(which)), which].astype(np.float32)
+    return ((chosen + np.float32(0.5)) * np.float32(2.0**-32)).astype(np.float64)
+
+
+def log_accept(
+    z, score, energy, proposal, proposal_score, proposal_energy, threshold, *, step_size=1.0, norm="element", mask=None
+):
+    """log of the Metropolis-Hastings ratio of each chain in float64 numpy, (B,): of the two densities as they stand."""
+    z, score, energy, proposal, proposal_score, proposal_energy = (
+        np.asarray(a, dtype=np.float64) for a in (z, score, energy, proposal, proposal_score, proposal_energy)
+    )
+    moves = np.ones(z.shape, dtype=bool) if mask is None else np.broadcast_to(mask, z.shape)
+
+    def log_density(y, x, score_at_x):
+        gamma, drift = gain(score_at_x, threshold, norm)
+        variance = step_size * gamma
+        terms = -((y - x - step_size / 2 * drift) ** 2) / (2 * variance) - np.log(variance) / 2
+        return np.where(moves, terms, 0.0).reshape(len(z), -1).sum(1)
+
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        return energy - proposal_energy + (log_density(z, proposal, proposal_score) - log_density(proposal, z, score))
+
+
+def leapfrog(z, momentum, score_of, step_size, steps, mask=None):
+    """(z, momentum) after ``steps`` leapfrog steps of length sqrt(step_size) with unit mass, in float64 numpy: kicks by
+    half steps of the score, drifts by whole ones; elements outside ``mask`` are held."""
+    z, p = np.asarray(z, dtype=np.float64), np.asarray(momentum, dtype=np.float64)
+    moves = np.ones(z.shape) if mask is None else np.broadcast_to(mask, z.shape).astype(np.float64)
+    length, p = np.sqrt(step_size), p * moves
+    for _ in range(steps):
+        half = p + length / 2 * moves * score_of(z)
+        z = z + length * half
+        p = half + length / 2 * moves * score_of(z)
+    return z, p
+
+
+def dual_averaging(acceptances, target, step_size, *, shrinkage=0.05, delay=10, decay=0.75):
+    """Hoffman and Gelman (2014), algorithm 5, of h = sqrt(step_size): (step sizes tried, the step size to keep)."""
+    mu, h_bar = np.log(10 * np.sqrt(step_size)), 0.0
+    log_eps, log_eps_bar = np.log(np.sqrt(step_size)), 0.0
+    tried = []
+    for m, alpha in enumerate(acceptances, start=1):
+        tried.append(np.exp(log_eps) ** 2)
+        h_bar = (1 - 1 / (m + delay)) * h_bar + (target - alpha) / (m + delay)
+        log_eps = mu - np.sqrt(m) / shrinkage * h_bar
+        eta = m**-decay
+        log_eps_bar = eta * log_eps + (1 - eta) * log_eps_bar
+    return np.array(tried), np.exp(log_eps_bar) ** 2

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import scipy.linalg
+import scipy.optimize
 import torch
 
 from fastanila import distances, noise
@@ -156,6 +157,18 @@ def test_sliced_wasserstein_in_one_dimension_is_the_sorted_difference():
     c = randn(12, 1, seed=2)
     true = distances.sliced_wasserstein(a.repeat(2, 1), c.repeat(5, 1))
     assert distances.sliced_wasserstein(a, c) == pytest.approx(true, rel=1e-12)
+
+
+def test_sliced_wasserstein_by_its_definition():
+    # in each direction the cheapest assignment of 12 rows to 12, of rows repeated where there are fewer
+    a, b = randn(6, 3), 2 * randn(4, 3, seed=1) + 1
+    directions = noise.normal((10, 3), seed=5, step=0, stream=noise.Stream.BASELINE).double()
+    costs = []
+    for w in directions / directions.norm(dim=1, keepdim=True):
+        cost = ((a @ w).repeat(2)[:, None] - (b @ w).repeat(3)).square().numpy()
+        costs.append(cost[scipy.optimize.linear_sum_assignment(cost)].mean())
+    found = distances.sliced_wasserstein(a, b, projections=10, seed=5)
+    assert found == pytest.approx(math.sqrt(sum(costs) / 10), rel=1e-10)
 
 
 def test_sliced_wasserstein_is_a_distance():

@@ -6,9 +6,9 @@ triton = pytest.importorskip("triton")
 
 from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES  # noqa: E402
 
-from bench.offline import TARGETS, compile_rows, compile_step, disassemble, resources  # noqa: E402
+from bench.offline import TARGETS, compile_metropolis, compile_rows, compile_step, disassemble, resources  # noqa: E402
 from fastanila import ops  # noqa: E402
-from fastanila.kernels import rows  # noqa: E402
+from fastanila.kernels import metropolis, rows  # noqa: E402
 from fastanila.reference import NORMS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter replaces the compiler")
@@ -100,6 +100,52 @@ def test_rows_spill_nothing(name, dtype):
         assert "LDG.E.128" in sass and "STG.E.128" in sass
 
 
+METROPOLIS = {
+    "element": dict(),
+    "channel": dict(norm="channel", channels=3, size=1024),
+    "chain": dict(norm="chain"),
+    "chain, three passes": dict(norm="chain", size=100_000),
+}
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize("name", METROPOLIS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_metropolis_compiles_for_every_target(target, name, aligned):
+    compiled = compile_metropolis(target, "fp32" if aligned else "bf16", aligned=aligned, **METROPOLIS[name])
+    assert compiled.asm["ttgir"]
+    if target != "gfx942" and aligned:
+        assert resources(compiled).local_bytes == 0
+
+
+METROPOLIS_VARIANTS = {
+    "one tile, the largest": dict(norm="chain", size=4096),
+    "two passes": dict(size=100_000),
+    "quads straddle rows": dict(norm="chain", size=4001),
+    "small chains": dict(norm="chain", size=2),
+    "many channels": dict(norm="channel", channels=64, size=64),
+    "many channels, two passes": dict(norm="channel", channels=64, size=4096),
+    "mask": dict(norm="chain", mask=True),
+    "mask, two passes": dict(size=100_000, mask=True),
+    "numbers": dict(norm="chain", pointers=False),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", METROPOLIS_VARIANTS)
+def test_metropolis_spills_nothing(name, dtype):
+    compiled = compile_metropolis("sm_90", dtype, **METROPOLIS_VARIANTS[name])
+    assert resources(compiled).local_bytes == 0
+    if name not in ("quads straddle rows", "small chains"):
+        sass = disassemble(compiled)
+        assert "LDG.E.128" in sass and "STG.E.128" in sass
+
+
+def test_metropolis_in_one_tile_reads_its_tensors_once():
+    sass = disassemble(compile_metropolis("sm_90", "fp32", norm="chain", size=4096))
+    assert sass.count("LDG.E.128") == 4 * 2 and sass.count("STG.E.128") == 3 * 2  # 8 elements a thread
+
+
 # ------------------------------------------------------------------------- what the parity tests run, compiled for it
 
 
@@ -143,15 +189,22 @@ def test_the_rows_of_the_parity_tests_compile_in_half_precision(view):
     assert resources(compile_rows("sm_90", "fp16", **options)).local_bytes == 0
 
 
+@pytest.mark.parametrize("view", ROW_VIEWS.values(), ids=lambda view: "-".join(map(str, view)))
+def test_the_metropolis_transitions_of_the_parity_tests_compile_in_half_precision(view):
+    norm, channels, size = view
+    compiled = compile_metropolis("sm_90", "fp16", norm=norm, channels=channels, size=size, pointers=False)
+    assert resources(compiled).local_bytes == 0
+
+
 @pytest.mark.parametrize("view", views(OUTGROWN), ids=lambda view: "-".join(map(str, view)))
 def test_the_small_tiles_of_the_parity_tests_compile(view, monkeypatch):
     for name, elements in SMALL_TILES.items():
         monkeypatch.setattr(rows, name, elements)
     norm, channels, size = view
-    assert size > rows.tile_of(channels, size, norm).cols
-    assert disassemble(
-        compile_rows("sm_90", "bf16", norm=norm, channels=channels, size=size, statistics=True, pointers=False)
-    )
+    assert size > rows.tile_of(channels, size, norm).cols and size > metropolis.tile_of(channels, size, norm).cols
+    options = dict(norm=norm, channels=channels, size=size, pointers=False)
+    assert disassemble(compile_rows("sm_90", "bf16", statistics=True, **options))
+    assert disassemble(compile_metropolis("sm_90", "bf16", **options))
 
 
 def test_a_chain_in_one_tile_reads_its_score_once():

@@ -1,20 +1,21 @@
-"""Samplers: settings, the loop, what they leave behind, and the laws they claim. Statistical false alarms: 1e-6."""
+"""Samplers: settings, the loop, what they leave behind. Their laws: tests/test_laws.py and tests/test_adjusted.py."""
 
 import dataclasses
 import math
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
 import fastanila
-from fastanila import AniLA, Langevin, calibrate, ops
-from fastanila.energies import MLP, GaussianMixture
-
-FALSE_ALARM = 1e-6
+import oracle
+from fastanila import HMC, MALA, AdjustedAniLA, AniLA, GradientDescent, Langevin, TamedLangevin, calibrate, noise, ops
+from fastanila import transitions as chains_
+from fastanila.energies import MLP, GaussianMixture, evaluator
+from fastanila.samplers import SAMPLERS
+from fastanila.transitions import Captured, State, Stepwise
 
 
 def quadratic(x):
@@ -28,28 +29,167 @@ def start(chains=64, dim=2):
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
-@pytest.mark.parametrize(
-    "sampler", [AniLA(0.5, 0.1), AniLA(0.5, 0.1, norm="chain"), Langevin(0.1), AniLA(0.5, bounds=(-1, 1))]
-)
-def test_run_is_the_step_repeated(sampler):
-    z = want = start()
+ADJUSTED = [MALA(1.0), AdjustedAniLA(0.7, 1.0), AdjustedAniLA(1.0, 1.0, "chain"), HMC(0.5, 3)]
+UNADJUSTED = [
+    Langevin(0.1, 0.7), Langevin(0.1, bounds=(-1, 1)), AniLA(0.5, 0.1), AniLA(0.5, 0.1, 0.7, "chain"),
+    TamedLangevin(0.2, 0.1), TamedLangevin(0.3, 0.1, 0.7, "chain", (-1, 1)), GradientDescent(0.1),
+]  # fmt: skip
+ALL = [*UNADJUSTED, *ADJUSTED]
+every_sampler = pytest.mark.parametrize("sampler", ALL, ids=str)
+
+
+def test_all_are_known_by_name():
+    assert {type(s) for s in ALL} == set(SAMPLERS.values())
+    assert [*SAMPLERS] == ["langevin", "anila", "tamed", "gd", "mala", "anila-mh", "hmc"]
+    assert all(getattr(fastanila, kind.__name__) is kind for kind in SAMPLERS.values())
+    assert [s.gradients for s in ALL] == [1] * 10 + [3]
+    assert all(s.is_exact == (s in ADJUSTED) for s in ALL)
+
+
+@every_sampler
+def test_run_is_the_transition_repeated(sampler):
+    state, z = State(start()), start()
     for t in range(5, 12):
-        want = ops.anisotropic_step(
-            want,
-            -want,
-            getattr(sampler, "threshold", math.inf),
-            step_size=sampler.step_size,
-            noise_scale=sampler.noise_scale,
-            norm=getattr(sampler, "norm", "element"),
-            bounds=sampler.bounds,
-            seed=3,
-            step=t,
-        )
+        state, _ = sampler.transition(evaluator(quadratic), state, seed=3, step=t)
     got = sampler.run(quadratic, z, steps=7, seed=3, step=5, compile=False)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got, state.z, rtol=0, atol=1e-6)
     assert torch.equal(z, start())  # not changed
-    by_score = sampler.run(None, z, score=lambda x: -x, steps=7, seed=3, step=5, compile=False)
-    torch.testing.assert_close(by_score, want, rtol=0, atol=1e-6)
+    assert not torch.allclose(got, sampler.run(quadratic, z, steps=7, seed=4, step=5, compile=False)) or isinstance(
+        sampler, GradientDescent
+    )
+
+
+@pytest.mark.parametrize("sampler", UNADJUSTED, ids=str)
+def test_a_score_is_enough_for_the_unadjusted(sampler):
+    settings = dict(steps=7, seed=3, step=5, compile=False)
+    by_score, by_energy = (sampler.run(*given, start(), **settings, **more) for given, more in (
+        ((None,), dict(score=torch.neg)), ((quadratic,), {})))  # fmt: skip
+    torch.testing.assert_close(by_score, by_energy, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ADJUSTED, ids=str)
+def test_a_score_is_not_enough_for_the_adjusted(sampler):
+    with pytest.raises(ValueError, match=f"energy must be given, for {type(sampler).__name__} compares energies"):
+        sampler.run(None, start(), score=torch.neg, steps=1, seed=0, compile=False)
+
+
+# ---------------------------------------------------------------------------------- one transition against the formula
+
+
+def bumpy(x):
+    return x.square().square().flatten(1).sum(1) / 4 + x.flatten(1).sum(1).square() / 2
+
+
+def bumpy_energy(x):
+    return (x**4).reshape(len(x), -1).sum(1) / 4 + x.reshape(len(x), -1).sum(1) ** 2 / 2
+
+
+def bumpy_score(x):
+    return -(x**3) - x.sum((1, 2), keepdims=True)
+
+
+def lattice(chains=200):
+    return 0.8 * torch.randn(chains, 2, 3, generator=torch.Generator().manual_seed(0))
+
+
+MASKS = [None, torch.tensor([True, False, True]), torch.arange(200).view(-1, 1, 1) % 2 == 0]
+masks = pytest.mark.parametrize("mask", MASKS, ids=["", "masked", "masked by chain"])
+
+
+def drawn(z, seed, step):
+    return oracle.normals(np.arange(z.numel(), dtype=object), seed, step).reshape(z.shape)
+
+
+@masks
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Langevin(0.4, 0.7, (-0.5, 1.0)),
+        *(AniLA(1.2, 0.4, 0.7, norm) for norm in ("element", "channel", "chain")),
+        *(TamedLangevin(0.9, 0.4, 0.7, norm, (-1.5, 1.5)) for norm in ("element", "channel", "chain")),
+        GradientDescent(0.1, (-0.5, 1.0)),
+    ],
+    ids=str,
+)
+def test_an_unadjusted_transition_equals_the_formula(sampler, mask):
+    z, s = lattice(), bumpy_score(lattice().double().numpy())
+    after, _ = sampler.transition(evaluator(bumpy), State(z), seed=7, step=5, mask=mask)
+    law = sampler.proposal(z, torch.from_numpy(s).float())
+
+    def want(eps=sampler.step_size, **settings):
+        b, score = sampler.threshold, s
+        if isinstance(sampler, TamedLangevin):
+            b, score = math.inf, oracle.gain(s, sampler.threshold / math.sqrt(eps), sampler.norm)[1]
+        settings = dict(norm=sampler.norm, noise_scale=sampler.noise_scale) | settings
+        return oracle.step(z, score, b, drawn(z, 7, 5), step_size=eps, **settings)
+
+    clamped = dict(bounds=sampler.bounds, mask=None if mask is None else mask.numpy())
+    np.testing.assert_allclose(after.z, want(**clamped), rtol=2e-5, atol=1e-5)
+    assert not np.allclose(after.z, want(eps=1.01 * sampler.step_size, **clamped), rtol=2e-5, atol=1e-5)
+    # mean and deviation, ahead of clamping
+    np.testing.assert_allclose(law.mean, want(noise_scale=0.0), rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(law.mean + law.sd * torch.from_numpy(drawn(z, 7, 5)), want(), rtol=2e-5, atol=1e-5)
+
+
+def uniforms(z, seed, step):
+    return oracle.uniforms(np.arange(len(z), dtype=object), seed, step, stream=1)
+
+
+@masks
+@pytest.mark.parametrize(
+    "sampler", [MALA(0.4), *(AdjustedAniLA(1.2, 0.4, norm) for norm in ("element", "channel", "chain"))], ids=str
+)
+def test_adjusted_transitions_equal_the_formula(sampler, mask):
+    """Three in a row, each from the state the last one left: who is accepted, how likely, and the next proposal."""
+    settings = dict(step_size=sampler.step_size, norm=sampler.norm, mask=None if mask is None else mask.numpy())
+    state, at = State(lattice()), lattice().double().numpy()
+    proposal, b = (
+        oracle.step(at, bumpy_score(at), sampler.threshold, drawn(state.z, 7, 5), **settings),
+        sampler.threshold,
+    )
+    for t in (5, 6, 7):
+        state, info = sampler.transition(evaluator(bumpy), state, seed=7, step=t, mask=mask)
+        scores, energies = ([f(x) for x in (at, proposal)] for f in (bumpy_score, bumpy_energy))
+        log_alpha = oracle.log_accept(at, scores[0], energies[0], proposal, scores[1], energies[1], b, **settings)
+        alpha = np.minimum(1, np.exp(log_alpha))
+        np.testing.assert_allclose(info.acceptance, alpha, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(info.energy, energies[0], rtol=1e-5, atol=1e-5)
+        moved = uniforms(at, 7, t) < alpha
+        assert 10 < moved.sum() < 190
+        at = np.where(moved[:, None, None], proposal, at)
+        np.testing.assert_allclose(state.z, at, rtol=2e-5, atol=2e-5)
+        at = state.z.double().numpy()  # as it was rounded
+        proposal = oracle.step(at, bumpy_score(at), b, drawn(state.z, 7, t + 1), **settings)
+        np.testing.assert_allclose(state.proposal, proposal, rtol=2e-5, atol=2e-5)
+        off = oracle.step(at, bumpy_score(at), b, drawn(state.z, 7, t + 1), **settings | dict(step_size=0.404))
+        assert not np.allclose(state.proposal, off, rtol=2e-5, atol=2e-5)
+        proposal = state.proposal.double().numpy()
+
+
+@masks
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_hamiltonian_transition_equals_the_formula(steps, mask):
+    z, eps, held = lattice(), 0.25, None if mask is None else mask.numpy()
+    start_, momentum = z.double().numpy(), drawn(z, 7, 5)
+    state, info = HMC(eps, steps).transition(evaluator(bumpy), State(z), seed=7, step=5, mask=mask)
+
+    def want(step_size):
+        end, p = oracle.leapfrog(start_, momentum, bumpy_score, step_size, steps, held)
+        kinetic = (np.broadcast_to(True if held is None else held, z.shape) * (momentum**2 - p**2)).sum((1, 2)) / 2
+        alpha = np.minimum(1, np.exp(bumpy_energy(start_) - bumpy_energy(end) + kinetic))
+        moved = uniforms(z, 7, 5) < alpha
+        return alpha, np.where(moved[:, None, None], end, start_)
+
+    alpha, end = want(eps)
+    np.testing.assert_allclose(info.acceptance, alpha, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(state.z, end, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(state.energy, bumpy_energy(end), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(state.score, bumpy_score(end), rtol=1e-4, atol=1e-4)
+    assert 0.3 < alpha.mean() < 0.999
+    assert not np.allclose(info.acceptance, want(1.01 * eps)[0], rtol=0, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------- the loop, again
 
 
 @pytest.mark.parametrize("norm", ["element", "chain"])
@@ -83,16 +223,56 @@ def test_compiled_and_eager_agree_and_there_is_one_graph():
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_later_call_goes_on():
-    whole = AniLA().run(quadratic, start(), steps=10, seed=1, compile=False)
-    half = AniLA().run(quadratic, start(), steps=4, seed=1, compile=False)
-    assert torch.equal(AniLA().run(quadratic, half, steps=6, seed=1, step=4, compile=False), whole)
+@every_sampler
+def test_a_later_call_goes_on(sampler):
+    whole = sampler.run(quadratic, start(), steps=10, seed=1, compile=False)
+    half = sampler.run(quadratic, start(), steps=4, seed=1, compile=False)
+    assert torch.equal(sampler.run(quadratic, half, steps=6, seed=1, step=4, compile=False), whole)
 
 
-def test_a_chain_alone_equals_the_same_chain_in_a_batch():
-    whole = AniLA().run(quadratic, start(), steps=10, seed=1, compile=False)
-    alone = AniLA().run(quadratic, start()[5:6], steps=10, seed=1, offset=5, compile=False)
+@every_sampler
+def test_a_chain_alone_equals_the_same_chain_in_a_batch(sampler):
+    whole = sampler.run(quadratic, start(), steps=10, seed=1, compile=False)
+    alone = sampler.run(quadratic, start()[5:6], steps=10, seed=1, offset=5, compile=False)
     assert torch.equal(alone[0], whole[5])
+
+
+COMPILED = [AdjustedAniLA(0.5, 0.5), HMC(0.1, 2)]
+
+
+@pytest.mark.parametrize("sampler", COMPILED, ids=str)
+def test_adjusted_samplers_compile_to_what_they_are_uncompiled(sampler):
+    energy, infos = MLP(2, width=16, features=8, confinement=0.5), ([], [])
+    counters.clear()
+    ends = [
+        sampler.run(energy, start(), steps=12, seed=1, callback=seen.append, compile=compile)
+        for seen, compile in zip(infos, (True, False), strict=True)
+    ]
+    assert not counters["graph_break"]
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-4)
+    for fused, plain in zip(*infos, strict=True):
+        torch.testing.assert_close(tuple(fused), tuple(plain), rtol=1e-3, atol=1e-3)
+    assert 0.1 < (torch.stack([i.acceptance for i in infos[0]])).mean() < 0.999
+
+
+@pytest.mark.parametrize("sampler", [TamedLangevin(0.2, 0.1), GradientDescent(0.1), *ADJUSTED], ids=str)
+def test_captured_chains_equal_those_made_one_by_one(sampler):
+    """With a stand-in for the graph, which calls again what it would replay: what it reads and writes is the same."""
+    energy = GaussianMixture(torch.eye(2))
+    advance, recorded = chains_._plain_transition(sampler, energy), []
+
+    def record(function, device):
+        recorded.append(function)
+        return function
+
+    captured, stepwise = Captured(advance, record), Stepwise(advance, sparing=True)
+    with torch.no_grad():
+        for step in (5, 14):
+            arguments = 9, sampler.numbers_on(None), State(start()), noise.as_word64(3), noise.as_word64(step)
+            got, want = captured(*arguments), stepwise(*arguments)
+            for a, b in zip(chains_.leaves(got), chains_.leaves(want), strict=True):
+                assert torch.equal(a, b)
+    assert len(recorded) == 1  # the second call replays the first one's
 
 
 def test_callback_thinning_and_info():
@@ -119,10 +299,78 @@ def test_clip_fraction_by_norm():
     assert [i.clip_fraction.tolist() for i in infos] == [[0.5, 0.0], [1.0, 0.0], [1.0, 0.0]]
 
 
-def test_mask_keeps_elements():
+@pytest.mark.parametrize("sampler", ADJUSTED, ids=str)
+def test_info_of_the_adjusted(sampler):
+    infos = []
+    kept = sampler.run(
+        quadratic, start(), steps=9, seed=1, keep_every=2, callback=infos.append, callback_every=3, compile=False
+    )
+    assert kept.shape == (4, 64, 2) and len(infos) == 3
+    z = sampler.run(quadratic, start(), steps=2, seed=1, compile=False)  # what the third transition saw
+    assert torch.equal(kept[0], z)
+    torch.testing.assert_close(infos[0].energy, quadratic(z))
+    torch.testing.assert_close(infos[0].score_rms, z.square().mean(1).sqrt())
+    size = z.norm(dim=1, keepdim=True) if sampler.norm == "chain" else z.abs()
+    clips = (size > sampler.threshold).float().expand_as(z).mean(1)
+    torch.testing.assert_close(infos[0].clip_fraction, clips)
+    assert ((infos[0].acceptance >= 0) & (infos[0].acceptance <= 1)).all() and infos[0].acceptance.std() > 0
+    after = sampler.run(quadratic, start(), steps=3, seed=1, compile=False)
+    moved = (after != z).any(1)
+    assert moved[infos[0].acceptance > 1 - 1e-6].all() and 0 < moved.float().mean() < 1
+
+
+@every_sampler
+def test_mask_keeps_elements(sampler):
     mask = torch.tensor([True, False])
-    z = AniLA().run(quadratic, start(), steps=5, seed=0, mask=mask, compile=False)
-    assert torch.equal(z[:, 1], start()[:, 1]) and not torch.isclose(z[:, 0], start()[:, 0]).any()
+    z = sampler.run(quadratic, start().clamp(-1, 1), steps=20, seed=0, mask=mask, compile=False)
+    assert torch.equal(z[:, 1], start().clamp(-1, 1)[:, 1])
+    assert torch.isclose(z[:, 0], start().clamp(-1, 1)[:, 0]).float().mean() < 0.2
+
+
+@every_sampler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_states_keep_their_dtype(sampler, dtype):
+    infos = []
+    z = sampler.run(quadratic, start().to(dtype), steps=5, seed=0, callback=infos.append, compile=False)
+    assert z.dtype == dtype and z.isfinite().all()
+    assert all(x.dtype == torch.float32 for x in infos[-1])
+
+
+@every_sampler
+def test_chains_without_number_or_elements(sampler):
+    for shape in ((0, 2), (3, 0)):
+        assert sampler.run(quadratic, torch.zeros(shape), steps=3, seed=0, compile=False).shape == shape
+
+
+# ------------------------------------------------------------------------------------- energies that are not finite
+
+
+def walled(value):
+    """N(0, 1) to the right of 0, and nowhere to the left."""
+    return lambda x: torch.where(x[:, 0] > 0, quadratic(x), value + 0 * quadratic(x))
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("sampler", ADJUSTED, ids=str)
+def test_adjusted_chains_never_enter_where_the_energy_is_not_finite(sampler, value):
+    infos, z = [], start().abs()
+    kept = sampler.run(walled(value), z, steps=40, seed=0, keep_every=1, callback=infos.append, compile=False)
+    assert (kept[..., 0] > 0).all() and not torch.isclose(kept[-1], z).all(1).any()
+    acceptance = torch.stack([i.acceptance for i in infos])
+    assert acceptance.isfinite().all() and (acceptance == 0).any()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("sampler", ADJUSTED, ids=str)
+def test_adjusted_chains_that_start_where_it_is_not_finite_stay_and_disturb_no_other(sampler, value):
+    infos, z = [], start()
+    z[:, 0] = z[:, 0].abs()
+    z[::2, 0] *= -1
+    after = sampler.run(walled(value), z, steps=10, seed=0, callback=infos.append, compile=False)
+    assert torch.equal(after[::2], z[::2]) and all((i.acceptance[::2] == 0).all() for i in infos)
+    others = z.clone()
+    others[::2, 0] *= -1
+    assert torch.equal(sampler.run(walled(value), others, steps=10, seed=0, compile=False)[1::2], after[1::2])
 
 
 # ---------------------------------------------------------------------------------------- what sampling leaves behind
@@ -216,6 +464,16 @@ def test_bad_arguments_of_run(arguments, message):
         (lambda: AniLA(norm="pixel"), "norm must be one of element, channel, chain, got 'pixel'"),
         (lambda: AniLA(refresh="never"), "refresh must be one of transition, update, got 'never'"),
         (lambda: Langevin(bounds=(1, 0)), "bounds must be a pair with low < high"),
+        (lambda: TamedLangevin(bounds=(1, 0)), "bounds must be a pair with low < high"),
+        (lambda: TamedLangevin(threshold=-1), "threshold must be positive or inf, got -1"),
+        (lambda: TamedLangevin(norm="pixel"), "norm must be one of element, channel, chain, got 'pixel'"),
+        (lambda: GradientDescent(math.inf), "step_size must be positive and finite, got inf"),
+        (lambda: MALA(0), "step_size must be positive and finite, got 0"),
+        (lambda: AdjustedAniLA(threshold=math.nan), "threshold must be positive or inf, got nan"),
+        (lambda: AdjustedAniLA(norm="pixel"), "norm must be one of element, channel, chain, got 'pixel'"),
+        (lambda: HMC(-1.0), "step_size must be positive and finite, got -1"),
+        (lambda: HMC(leapfrog_steps=0), "leapfrog_steps must be an integer of at least 1, got 0"),
+        (lambda: HMC(leapfrog_steps=1.5), "leapfrog_steps must be an integer of at least 1, got 1.5"),
     ],
 )
 def test_bad_settings(make, message):
@@ -223,88 +481,31 @@ def test_bad_settings(make, message):
         make()
 
 
-# ---------------------------------------------------------------------------------------------------------------- laws
+@pytest.mark.parametrize("kind", [MALA, AdjustedAniLA, HMC])
+@pytest.mark.parametrize(
+    "setting, reason",
+    [
+        (dict(noise_scale=0.5), "noise_scale must be left out of {}, got 0.5: .*give the energy U / T"),
+        (dict(bounds=(-1, 1)), r"bounds must be left out of {}, got \(-1, 1\): .*has no density"),
+        (dict(refresh="update"), "refresh must be left out of {}, got 'update': .*reverse move"),
+    ],
+    ids=str,
+)
+def test_adjusted_samplers_refuse_what_would_break_them_with_the_reason(kind, setting, reason):
+    with pytest.raises(ValueError, match=reason.format(kind.__name__)):
+        kind(**setting)
+    neutral = {"noise_scale": 1, "bounds": None, "refresh": "transition"}
+    assert kind(**{name: neutral[name] for name in setting}) == kind()
 
 
-def stationary_law(step_size, threshold, noise_scale=1.0, score=lambda x: -x, half_width=8.0, n=1201):
-    """The chain's own stationary law in one dimension, by powers of its transition matrix on a grid: (x, cdf)."""
-    x = np.linspace(-half_width, half_width, n)
-    s = score(x)
-    gamma = np.ones_like(x) if math.isinf(threshold) else threshold / np.maximum(threshold, np.abs(s))
-    kernel = scipy.stats.norm.pdf(x[None, :], (x + step_size / 2 * gamma * s)[:, None],
-                                  (noise_scale * np.sqrt(step_size * gamma))[:, None])  # fmt: skip
-    kernel /= kernel.sum(1, keepdims=True)
-    for _ in range(14):  # 2^14 transitions
-        kernel = kernel @ kernel
-    density = kernel[n // 2]
-    return x, (density.cumsum() - density / 2) / density.sum()
-
-
-def distance(z, x, cdf):
-    """Kolmogorov-Smirnov p-value of the chains z (N, 1) against a gridded law."""
-    return scipy.stats.kstest(z.flatten().double().numpy(), lambda v: np.interp(v, x, cdf)).pvalue
-
-
-LAWS = [
-    # step size, threshold, noise scale, transitions
-    (1.0, 1.0, 1.0, 60),
-    (1.0, 0.3, 1.0, 200),
-    (0.5, math.inf, 1.0, 80),
-    (0.5, 1.0, 0.6, 150),
-]
-
-
-@pytest.mark.parametrize("step_size, threshold, noise_scale, steps", LAWS)
-def test_one_dimension_own_law(step_size, threshold, noise_scale, steps):
-    z = GaussianMixture(torch.zeros(1, 1)).sample(100_000, seed=1)
-    z = AniLA(threshold, step_size, noise_scale).run(None, z, score=torch.neg, steps=steps, seed=2, compile=False)
-    assert distance(z, *stationary_law(step_size, threshold, noise_scale)) > FALSE_ALARM
-    # teeth: the laws of wrong samplers are refused at this number of chains
-    wrong = [
-        stationary_law(step_size, threshold, 1.1 * noise_scale),
-        stationary_law(step_size, threshold, noise_scale, lambda x: -1.2 * x),
-    ]
-    if math.isfinite(threshold):
-        wrong.append(stationary_law(step_size, math.inf, noise_scale))
-    for law in wrong:
-        assert distance(z, *law) < FALSE_ALARM
-
-
-def test_small_step_law_of_anila():
-    """N(0, 1), b = 1: exp(f) max(1, |s|/b), variance 1.418, and not the target, as the docstring warns."""
-    x = np.linspace(-8, 8, 4001)
-    density = np.exp(-(x**2) / 2) * np.maximum(1, np.abs(x))
-    density /= density.sum()
-    assert (density * x**2).sum() == pytest.approx(1.4148, abs=1e-4)
-    law = x, density.cumsum() - density / 2
-    z = torch.from_numpy(np.interp(np.random.default_rng(0).random(40_000), law[1], x)).float()[:, None]
-    z = AniLA(1.0, 0.02).run(None, z, score=torch.neg, steps=400, seed=3, compile=False)
-    assert distance(z, *law) > FALSE_ALARM
-    assert scipy.stats.kstest(z.flatten().numpy(), "norm").pvalue < FALSE_ALARM
-    assert not AniLA.is_exact and not Langevin.is_exact
-
-
-def test_residuals_of_one_step():
-    """The drift's slope and the noise's variance, with the kernel's own noise: 0.51 for 1/2 and 1.003 are seen."""
-    z = torch.randn(1024, 3072, generator=torch.Generator().manual_seed(1))
-    score = 2 * torch.randn(1024, 3072, generator=torch.Generator().manual_seed(2))
-    bound = scipy.stats.norm.isf(FALSE_ALARM / 4)
-
-    def statistics(out):
-        root = (1 / (score.abs() / 1.5).clamp(min=1)).sqrt().double()
-        residual, regressor = (out - z).double() / root, root * score.double()
-        slope = (residual * regressor).sum() / regressor.square().sum()
-        noise = residual - 0.5 * regressor
-        return (
-            ((slope - 0.5) * regressor.square().sum().sqrt()).item(),
-            ((noise.square().mean() - 1) * math.sqrt(noise.numel() / 2)).item(),
-        )
-
-    out = ops.anisotropic_step(z, score, 1.5, seed=1, step=1)
-    assert max(map(abs, statistics(out))) < bound
-    drift = score.clamp(-1.5, 1.5)
-    assert abs(statistics(out + 0.01 * drift)[0]) > bound
-    assert abs(statistics(z + 0.5 * drift + 1.003 * (out - z - 0.5 * drift))[1]) > bound
+@every_sampler
+def test_settings_are_frozen_and_may_be_tensors(sampler):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        sampler.step_size = 1.0
+    as_tensors = sampler.with_numbers(sampler.numbers_on("cpu"))
+    assert isinstance(as_tensors.step_size, torch.Tensor)
+    got, want = (s.run(quadratic, start(), steps=3, seed=1, compile=False) for s in (as_tensors, sampler))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------- calibration
@@ -329,6 +530,23 @@ def test_calibrate():
         calibrate(energy, z, clip_fraction=1.0)
     with pytest.raises(ValueError, match="scores at z must be finite"):
         calibrate(energy, z * math.nan)
+
+
+@every_sampler
+def test_every_sampler_can_be_calibrated(sampler):
+    energy = GaussianMixture(torch.zeros(1, 4), sd=0.5)
+    z = energy.sample(2000, seed=0)
+    found = sampler.calibrate(energy, z, clip_fraction=0.1)
+    sigma, has_threshold = float(sampler.noise_scale), "threshold" in sampler.numbers
+    scale = sigma if sigma else 1.0
+    want = calibrate(energy, z, clip_fraction=0.1, norm=sampler.norm, noise_scale=scale)
+    assert found.step_size == pytest.approx(want.step_size)
+    if has_threshold:
+        infos = []
+        found.run(energy, z, steps=1, seed=0, callback=infos.append, compile=False)
+        assert infos[0].clip_fraction.mean().item() == pytest.approx(0.1, abs=0.01)
+    numbers = {"step_size": sampler.step_size} | ({"threshold": sampler.threshold} if has_threshold else {})
+    assert dataclasses.replace(found, **numbers) == sampler  # the rest is as it was
 
 
 def test_the_public_face():

@@ -39,6 +39,11 @@ BUDGETS = {
     "rows-channel-3x1024": 63.5,
     "rows-element-3072-statistics": 98.0,
     "rows-element-2-statistics": 130.0,
+    "metropolis-element-3072": 115.0,
+    "metropolis-chain-3072": 161.0,
+    "metropolis-chain-65536": 103.0,
+    "metropolis-channel-3x1024": 157.0,
+    "metropolis-element-2": 156.0,
     "mixture-8-2d": 106.0,
     "mixture-8-8d": 77.5,
     "mlp-64-2d-1024": 8300.0,
@@ -74,6 +79,16 @@ def test_the_flat_kernel_moves_sixteen_bytes_at_a_time_and_keeps_to_its_register
         # a mask has one byte an element, of which a thread holds eight in a row at most
         assert count.access_bits == 128 or (kernel == "step-mask" and count.access_bits >= 32), count
         assert count.spill_bytes == 0 and count.shared_bytes == 0 and count.barriers == 0, count
+
+
+@compiles
+@pytest.mark.parametrize("architecture", sass.ARCHITECTURES)
+@pytest.mark.parametrize("kernel", ["metropolis-element-3072", "metropolis-chain-3072", "metropolis-channel-3x1024"])
+def test_the_metropolis_transition_reads_and_writes_once_sixteen_bytes_at_a_time(kernel, architecture):
+    for dtype in ("fp32", "bf16"):
+        count = sass.count(kernel, dtype, architecture)
+        assert count.access_bits == 128 and count.spill_bytes == 0, count
+        assert count.ceiling_gel_s > count.roof_gel_s or dtype == "bf16", count  # memory bound
 
 
 def test_every_kernel_has_an_entry():

@@ -101,6 +101,12 @@ def test_learning_rate_and_average():
         dict(init="data", batch_size=32),
         dict(init="noise", batch_size=32),
         dict(sampler="langevin"),
+        dict(sampler="mala"),
+        dict(sampler="anila-mh", threshold=1.0, norm="chain"),
+        dict(sampler="hmc", leapfrog_steps=2),
+        dict(sampler="tamed"),
+        dict(sampler="gd"),
+        dict(sampler="anila-mh", data="digits", energy="convnet", width=4, chains=32, batch_size=16, features=0),
         dict(threshold=math.inf, norm="chain"),
         dict(threshold=1.0, refresh="update"),
         dict(precision="bf16"),
@@ -117,6 +123,8 @@ def test_every_option_trains(tmp_path, options):
     run = quiet(Settings(**chosen))
     assert run.chains.isfinite().all() and run.iteration == 3
     assert len(rows(tmp_path / "run")) == 3
+    accepted = rows(tmp_path / "run")[-1]["acceptance"]
+    assert 0.3 < accepted < 1 if run.sampler.is_exact else accepted == 1
     if options.get("clamp"):
         assert run.chains.abs().max() <= 4
 

@@ -192,6 +192,6 @@ def test_paths():
     [(10, [], [10]), (10, [3], [3, 3, 3, 1]), (12, [4, 6], [2] * 6), (5, [100], [5]), (0, [3], []), (1, [1], [1])],
 )
 def test_pieces(steps, watched, pieces):
-    from fastanila.samplers import _pieces
+    from fastanila.base import _pieces
 
     assert _pieces(steps, watched) == pieces

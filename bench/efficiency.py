@@ -1,0 +1,265 @@
+"""Effective samples per gradient, beside the error of the law they are of: `python -m bench.efficiency [--write]`.
+
+An effective sample size is of the chain's own law. An unadjusted sampler's law is not the target's, so its number means
+little without the error next to it. How each is measured is in `ABOUT`, which stands above the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastanila import (
+    HMC,
+    MALA,
+    AdjustedAniLA,
+    AniLA,
+    Langevin,
+    TamedLangevin,
+    data,
+    diagnostics,
+    exact,
+    targets,
+    training,
+)
+from fastanila.base import Sampler
+from fastanila.calibration import calibrate
+from fastanila.config import Settings
+from fastanila.energies import sampling
+from fastanila.runs import Run, load
+
+from . import report
+
+CLIPPED = 0.1  #: fraction of exact draws' scores beyond the threshold
+STABILITIES = (0.1, 0.01)  #: of `calibrate`, for the unadjusted samplers
+LONGEST = 50  #: leapfrog steps
+_DIM, _FUNNEL_DIM, _FUNNEL_SD = 50, 10, 3.0
+_REFERENCE = 100_000  #: exact draws that the chains are compared with
+_COMPARED = 20_000  #: states, about, evenly spaced in time, that are compared with them
+
+ABOUT = (
+    "{chains} chains start at exact draws and make transitions of {gradients:,} gradients each, of which the first "
+    "fifth is left out (hmc counts its leapfrog steps; the one gradient at an adjusted chain's start is not counted)."
+    " ESS: rank-normalised bulk effective sample size of all chains together (arviz), the least over the coordinates "
+    "and the energy, per 1,000 gradients of one chain; near {floor:.2g} it counts the independent starts only. "
+    "Variance: the largest relative error of a coordinate's variance. KS: the largest Kolmogorov-Smirnov distance of "
+    "a coordinate or the energy from 100,000 exact draws. What the exact samplers show there is chance. Thresholds "
+    "let a tenth of the scores of exact draws clip. Step sizes: exact samplers by adapt to an acceptance of 0.574 "
+    "(hmc 0.8, with leapfrog steps that cover pi / 2 times the widest coordinate's spread, up to 50); the others by "
+    "calibrate at stability 0.1 and 0.01, which is in brackets. A coordinate that needs more transitions than these "
+    "to forget its start shows part of its bias only."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    name: str
+    energy: Callable[[Tensor], Tensor]
+    draws: Tensor  #: (N, D) exact
+    variance: Tensor  #: (D,) exact, or of the draws; NaN where it is not compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    target: str
+    sampler: str
+    step_size: float
+    threshold: float
+    acceptance: float
+    ess: float  #: per 1,000 gradients
+    variance: float  #: the largest relative error
+    ks: float
+
+
+# --------------------------------------------------------------------------------------------------------- targets
+
+
+def gaussian(condition: float, dim: int = _DIM) -> Target:
+    """Independent normals whose variances go from 1 / condition to 1, evenly in their logarithms."""
+    variance = torch.logspace(-math.log10(condition), 0, dim)
+    name = f"Gaussian, {dim}-D, condition {condition:g}"
+    return Target(name, lambda x: 0.5 * (x.square() / variance).sum(1), variance.sqrt() * _normals(dim), variance)
+
+
+def funnel(dim: int = _FUNNEL_DIM) -> Target:
+    """Neal's (2003): v ~ N(0, 9), the others N(0, exp v). Their variance is a moment of rare events: not compared."""
+
+    def energy(x: Tensor) -> Tensor:
+        v, others = x[:, 0], x[:, 1:]
+        return 0.5 * (v / _FUNNEL_SD).square() + 0.5 * (others.square().sum(1) * (-v).exp() + (dim - 1) * v)
+
+    v, others = _normals(dim).split((1, dim - 1), 1)
+    draws = torch.cat((_FUNNEL_SD * v, (_FUNNEL_SD * v / 2).exp() * others), 1)
+    variance = torch.full((dim,), math.nan)
+    variance[0] = _FUNNEL_SD**2
+    return Target(f"funnel, {dim}-D", energy, draws, variance)
+
+
+def eight_gaussians() -> Target:
+    density = data.load("8gaussians")
+    draws = density.draw(_REFERENCE, seed=0, step=0, purpose="held-out")
+    return Target("8 gaussians", targets.density("8gaussians").energy, draws, draws.var(0))
+
+
+def learned(run: Run) -> Target:
+    """The energy of a run in the plane, drawn from on a grid."""
+    found = targets.learned(run)
+    cells = exact.grid(found.box[0])
+    draws = exact.draw(exact.model_log_density(run.energy, cells), cells, _REFERENCE, seed=0, step=0)
+    name = f"learned energy, {run.settings.data}, {run.iteration:,} updates"
+    return Target(name, run.energy, draws, draws.var(0))
+
+
+def trained(folder: str, iterations: int = 400) -> Run:
+    settings = Settings(data="rings", iterations=iterations, sample_every=0, device="cpu", out=f"{folder}/run")
+    return training.train(settings, say=lambda text: None)
+
+
+def _normals(dim: int) -> Tensor:
+    return torch.randn(_REFERENCE, dim, generator=torch.Generator().manual_seed(0))
+
+
+# -------------------------------------------------------------------------------------------------------- samplers
+
+
+def samplers(target: Target, chains: int, adapting: int) -> Iterator[tuple[str, Sampler]]:
+    """Each sampler by name, its numbers chosen as ABOUT says."""
+    calibrating, start = target.draws[:4096], target.draws[:chains]
+    how = dict(steps=adapting, seed=1, compile=False)
+    for stability in STABILITIES:
+        for name, sampler in (
+            ("langevin", Langevin()),
+            ("tamed", TamedLangevin()),
+            ("anila, element", AniLA()),
+            ("anila, chain", AniLA(norm="chain")),
+        ):
+            chosen = sampler.calibrate(target.energy, calibrating, clip_fraction=CLIPPED, stability=stability)
+            if name == "tamed":  # its b without unit is kept as the step shrinks, which lets its bias vanish
+                chosen = dataclasses.replace(chosen, threshold=TamedLangevin().threshold)
+            yield f"{name} ({stability:g})", chosen
+    step_size = calibrate(target.energy, calibrating).step_size
+    yield "mala", MALA(step_size=step_size).adapt(target.energy, start, **how).sampler
+    for norm in ("element", "chain"):
+        chosen = AdjustedAniLA(norm=norm).calibrate(target.energy, calibrating, clip_fraction=CLIPPED)
+        yield f"anila-mh, {norm}", chosen.adapt(target.energy, start, **how).sampler
+    yield "hmc", hmc(target, HMC(step_size=step_size), start, how)
+
+
+def hmc(target: Target, sampler: HMC, start: Tensor, how: dict) -> HMC:
+    """Adapted twice: the number of leapfrog steps follows from their length, and that from their number."""
+    low, high = torch.quantile(target.draws, torch.tensor([0.25, 0.75]), 0)
+    widest = ((high - low) / 1.349).max().item()  # a standard deviation, if normal
+    sampler = sampler.adapt(target.energy, start, **how).sampler
+    count = round(math.pi / 2 * widest / math.sqrt(sampler.step_size))
+    sampler = dataclasses.replace(sampler, leapfrog_steps=min(max(count, 1), LONGEST))
+    return sampler.adapt(target.energy, start, **how).sampler
+
+
+# --------------------------------------------------------------------------------------------------------- results
+
+
+def result(target: Target, name: str, sampler: Sampler, chains: int, gradients: int) -> Result:
+    # not compiled: some forty transitions would be, each for a second's run
+    transitions = max(gradients // sampler.gradients, 5)
+    accepted: list[Tensor] = []
+    states = sampler.run(
+        target.energy, target.draws[:chains], steps=transitions, seed=2, keep_every=1, compile=False,
+        callback=lambda info: accepted.append(info.acceptance.mean()),
+    )[transitions // 5 :]  # fmt: skip
+    values = with_energy(target.energy, states)
+    ess = diagnostics.ess_bulk(values).min().item()
+    return Result(
+        target=target.name,
+        sampler=name if not isinstance(sampler, HMC) else f"{name}, {sampler.leapfrog_steps} leapfrog steps",
+        step_size=float(sampler.step_size),
+        threshold=float(getattr(sampler, "threshold", math.inf)),
+        acceptance=torch.stack(accepted).mean().item() if sampler.is_exact else math.nan,
+        ess=1000 * ess / (values.shape[0] * values.shape[1] * sampler.gradients),
+        variance=variance_error(states.flatten(0, 1), target.variance),
+        ks=ks(
+            values[:: max(1, values[..., 0].numel() // _COMPARED)].flatten(0, 1),
+            with_energy(target.energy, target.draws[None])[0],
+        ),
+    )
+
+
+def with_energy(energy: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+    """states (draws, chains, D), the energy put to them: (draws, chains, D + 1) float64."""
+    with torch.no_grad(), sampling(energy):
+        u = energy(states.flatten(0, 1)).view(states.shape[:2])
+    return torch.cat((states, u[..., None]), 2).double()
+
+
+def variance_error(rows: Tensor, variance: Tensor) -> float:
+    """The largest relative error of the columns of rows (N, D), of those whose variance is not NaN."""
+    errors = (rows.double().var(0) / variance - 1).abs()
+    return errors[~variance.isnan()].max().item()
+
+
+def ks(rows: Tensor, reference: Tensor) -> float:
+    """The largest two-sample distance of a column; NaN where a row is not finite."""
+    if not rows.isfinite().all():
+        return math.nan
+    columns = zip(rows.T.contiguous(), reference.T.contiguous(), strict=True)
+    return max(_distance(a.sort().values, b.sort().values) for a, b in columns)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """sup |F_a - F_b| of sorted columns: taken at a point of a, or just before one."""
+    upto = torch.searchsorted(b, a, right=True).double() / len(b)
+    before = torch.searchsorted(b, a).double() / len(b)
+    count = torch.arange(len(a) + 1, dtype=torch.float64) / len(a)
+    ends = torch.searchsorted(a, a, right=True)  # equal points rise together
+    begins = torch.searchsorted(a, a)
+    return max((count[ends] - upto).abs().max().item(), (before - count[begins]).abs().max().item())
+
+
+def row(r: Result) -> str:
+    def number(x: float, form: str) -> str:
+        return format(x, form) if math.isfinite(x) else "-"
+
+    cells = [r.target, r.sampler, f"{r.step_size:.3g}", number(r.threshold, ".3g"), number(r.acceptance, ".2f")]
+    found = [f"{r.ess:.3g}", f"{r.variance:.1%}", f"{r.ks:.3f}"] if math.isfinite(r.ess) else ["diverged", "-", "-"]
+    return f"| {' | '.join(cells + found)} |"
+
+
+def markdown(results: Sequence[Result], chains: int, gradients: int) -> str:
+    about = ABOUT.format(chains=chains, gradients=gradients, floor=1000 / (0.8 * gradients))
+    head = "| target | sampler | step size | threshold | acceptance | ESS / 1,000 gradients | variance | KS |"
+    return "\n".join([about, "", head, f"| --- | --- |{' ---: |' * 6}", *map(row, results)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, help="a trained run in two dimensions; default: a short one is trained")
+    parser.add_argument("--chains", type=int, default=128)
+    parser.add_argument("--gradients", type=int, default=2000, help="of each chain")
+    parser.add_argument("--write", action="store_true", help="put the table into bench/RESULTS.md")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        run = load(arguments.run, "cpu") if arguments.run else trained(folder)
+    results = []
+    for target in (gaussian(1.0), gaussian(100.0), funnel(), eight_gaussians(), learned(run)):
+        began = time.monotonic()
+        for name, sampler in samplers(target, arguments.chains, adapting=150):
+            results.append(result(target, name, sampler, arguments.chains, arguments.gradients))
+            print(row(results[-1]), file=sys.stderr, flush=True)
+        print(f"{target.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    text = markdown(results, arguments.chains, arguments.gradients)
+    print(text)
+    if arguments.write:
+        report.write(text, "efficiency")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Train the same energy with several samplers, at equal gradients, and compare the models that come out.
+
+    python -m fastanila.compare --data rings --samplers langevin anila --thresholds 5 10 --seeds 0 1 --out DIR
+
+makes one run in DIR for each sampler, threshold (of those that have one) and seed, evaluates each, and writes
+DIR/compare.json and DIR/compare.png and prints a table. A second call makes the runs that are missing and goes on with
+those that were cut short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from . import checkpoint, config, plots, runs
+from .config import EXACT
+from .evaluate import evaluate
+from .report import read_rows
+from .train import DIVERGED
+
+#: Samplers whose law depends on the threshold.
+CLIPPING = ("anila", "tamed", "anila-mh")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One training: what differs between the runs of a comparison."""
+
+    sampler: str
+    threshold: float | None  #: the level at which scores clip, 1 / unit of data; None where the sampler has none
+    seed: int
+
+    @property
+    def name(self) -> str:
+        level = "" if self.threshold is None else f"-b{self.threshold:g}"
+        return f"{self.sampler}{level}-seed{self.seed}"
+
+
+def trials(samplers: Sequence[str], thresholds: Sequence[float], seeds: Sequence[int]) -> Iterator[Trial]:
+    for sampler in samplers:
+        levels = thresholds if sampler in CLIPPING else (None,)
+        yield from (Trial(sampler, level, seed) for level, seed in itertools.product(levels, seeds))
+
+
+def settings_of(trial: Trial, common: dict[str, Any]) -> config.Settings:
+    """The trial's settings: as many gradients of the energy an update as the data set's K transitions take.
+
+    An exact sampler takes one more than its transitions, where its chains start.
+    """
+    level = {} if trial.threshold is None else {"threshold": trial.threshold}
+    settings = config.resolve(config.Settings(**common, **level, seed=trial.seed))
+    own = config.translated(vars(settings), "anila", trial.sampler)
+    steps = settings.steps - (trial.sampler in EXACT)
+    if trial.sampler == "hmc":
+        steps //= settings.leapfrog_steps
+    settings = dataclasses.replace(settings, sampler=trial.sampler, steps=max(steps, 1), **own)
+    config.check(settings)
+    return settings
+
+
+def train(settings: config.Settings, directory: Path, threads: int) -> bool:
+    """Make the run, in a process of its own, or what is left of it; whether it ended well rather than diverged.
+
+    Raises ValueError if the folder holds a run with other settings, RuntimeError with what the process said if it
+    failed in any other way.
+    """
+    if (directory / "config.json").exists():
+        before = dataclasses.replace(runs.read_settings(directory), out=None)
+        others = [k for k, v in vars(before).items() if v != getattr(settings, k)]
+        if others:
+            raise ValueError(f"out holds a run with another {', '.join(others)}: {directory}")
+    made = progress(directory)
+    if made == settings.iterations:
+        return True
+    file = directory.with_name(f"{directory.name}.json")
+    checkpoint.write_text(file, config.dump(settings))
+    arguments = ["--resume", str(directory)] if made else ["--config", str(file), "--out", str(directory)]
+    result = subprocess.run(
+        [sys.executable, "-m", "fastanila.train", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode not in (0, DIVERGED):
+        raise RuntimeError(f"{directory}: training failed: {(result.stderr or result.stdout).strip()[-2000:]}")
+    return result.returncode == 0
+
+
+def progress(directory: Path) -> int:
+    """Updates that the run's last checkpoint has made; 0 if it has none."""
+    try:
+        return runs.load(directory, "cpu").iteration
+    except FileNotFoundError:
+        return 0
+
+
+def measured(trial: Trial, directory: Path, finished: bool, data_dir: str | None) -> dict[str, Any]:
+    """A line of compare.json."""
+    line = dataclasses.asdict(trial) | {"run": str(directory), "diverged": not finished}
+    if not finished:
+        return line
+    last = read_rows(directory / "metrics.jsonl")[-1]
+    seen = {k: last[k] for k in ("clip_fraction", "acceptance", "seconds")}
+    return line | seen | evaluate(runs.load(directory), data_dir=data_dir)
+
+
+def summary(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By sampler and threshold: means over the seeds that did not diverge, and of the first number each seed's."""
+    rows = []
+    for (sampler, threshold), group in itertools.groupby(lines, lambda line: (line["sampler"], line["threshold"])):
+        group = list(group)
+        well = [line for line in group if not line["diverged"]]
+        first = "gap" if any("gap" in line for line in well) else "frechet"
+        numbers = [
+            k for k in (first, "tv", "tv_chains", "clip_fraction", "acceptance", "seconds") if well and k in well[0]
+        ]
+        rows.append(
+            {"sampler": sampler, "threshold": threshold, "diverged": len(group) - len(well), "seeds": len(group)}
+            | {"each": [line[first] for line in well], "of": first}
+            | {k: fmean(line[k] for line in well) for k in numbers}
+        )
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The summary as Markdown."""
+    names = list(dict.fromkeys(k for row in rows for k in row if isinstance(row[k], float) and k != "threshold"))
+    lines = [
+        f"| {' | '.join(['sampler', 'threshold', *names, 'by seed', 'diverged'])} |",
+        "| --- " * (len(names) + 4) + "|",
+    ]
+    for row in rows:
+        cells = [row["sampler"], "-" if row["threshold"] is None else f"{row['threshold']:g}"]
+        cells += [f"{row[k]:.3f}" if k in row else "-" for k in names]
+        cells += [", ".join(f"{x:.3f}" for x in row["each"]) or "-", f"{row['diverged']} of {row['seeds']}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastanila.compare", description="Train with several samplers at equal gradients, and compare.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    known = config.names_of("sampler")
+    parser.add_argument("--data", default="rings", help="data set")
+    parser.add_argument("--data-dir", help="folder that holds the images")
+    parser.add_argument("--samplers", nargs="+", choices=known, default=["langevin", "anila"], help="samplers")
+    parser.add_argument(
+        "--thresholds", nargs="+", type=float, default=[], help="levels at which scores clip; default the data set's"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds")
+    parser.add_argument("--iterations", type=int, help="updates; default the data set's")
+    parser.add_argument("--step-size", type=float, help="step size of every sampler; default the data set's")
+    parser.add_argument("--out", required=True, help="folder of the runs, compare.json and compare.png")
+    parser.add_argument(
+        "--fused", action=argparse.BooleanOptionalAction, default=True, help="compiled transitions with the fused step"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, which share the processor's cores")
+    arguments = parser.parse_args(argv)
+    out = Path(arguments.out)
+    common = {
+        k: v
+        for k in ("data", "data_dir", "iterations", "step_size", "fused")
+        if (v := getattr(arguments, k)) is not None
+    } | {"sample_every": 0}
+    try:
+        if arguments.jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {arguments.jobs}")
+        thresholds = arguments.thresholds or [config.resolve(config.Settings(**common)).threshold]
+        chosen = list(trials(arguments.samplers, thresholds, arguments.seeds))
+        resolved = {trial: settings_of(trial, common) for trial in chosen}
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    lines: dict[Trial, dict[str, Any]] = {}
+    turn = threading.Lock()  # evaluation uses torch's own threads, and the table is written by one at a time
+
+    def make(trial: Trial) -> None:
+        directory = out / trial.name
+        finished = train(resolved[trial], directory, threads)
+        with turn:
+            lines[trial] = measured(trial, directory, finished, arguments.data_dir)
+            print(f"{len(lines)} of {len(chosen)}: {trial.name} {'done' if finished else 'diverged'}", flush=True)
+            found = [lines[t] for t in chosen if t in lines]
+            checkpoint.write_text(out / "compare.json", json.dumps(found, indent=2) + "\n")
+
+    torch.set_num_threads(threads)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+            try:
+                for done in [pool.submit(make, trial) for trial in chosen]:
+                    done.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # one that fails, or Ctrl-C, ends all
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    except (RuntimeError, OSError, ValueError, checkpoint.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = summary([lines[trial] for trial in chosen])
+    plots.save_comparison(out / "compare.png", rows)
+    print(table(rows))
+    print(f"everything is in {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Comparisons of samplers: settings of equal gradients, runs that go on, the table; and a run given another sampler."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastanila import AdjustedAniLA, Langevin, TamedLangevin, compare, config, runs, sample
+from fastanila.compare import Trial
+from fastanila.config import Settings
+
+
+def test_equal_gradients_and_equal_clip_levels():
+    common = dict(data="rings", iterations=10)
+    of = {name: compare.settings_of(Trial(name, 7.0, 3), common) for name in config.names_of("sampler")}
+    steps = config.resolve(Settings()).steps
+    assert {name: s.steps for name, s in of.items()} == {
+        "langevin": steps, "anila": steps, "tamed": steps, "gd": steps, "mala": steps - 1, "anila-mh": steps - 1,
+        "hmc": (steps - 1) // 10,
+    }  # fmt: skip
+    for name, s in of.items():
+        assert s.sampler == name and s.seed == 3 and s.iterations == 10
+    assert of["anila"].threshold == of["anila-mh"].threshold == 7.0
+    tamed = runs.build_sampler(of["tamed"], (-1.0, 1.0))
+    assert tamed._level == pytest.approx(7.0)
+
+
+def test_only_samplers_with_a_threshold_are_run_for_each():
+    chosen = list(compare.trials(["mala", "tamed"], [2.0, 5.0], [0, 1]))
+    assert [t.name for t in chosen] == [
+        "mala-seed0", "mala-seed1", "tamed-b2-seed0", "tamed-b2-seed1", "tamed-b5-seed0", "tamed-b5-seed1",
+    ]  # fmt: skip
+
+
+def test_settings_of_images_at_a_temperature_become_those_of_an_exact_sampler():
+    ours = config.resolve(Settings(data="digits"))
+    exact = config.resolve(Settings(data="digits", sampler="anila-mh"))
+    heat = ours.noise_scale**2
+    assert exact.step_size == pytest.approx(ours.step_size * heat) and exact.noise_scale == 1.0 and not exact.clamp
+    # a chain at U / heat sees scores 1 / heat as large: it moves as far, and clips as often
+    assert exact.threshold * heat == pytest.approx(ours.threshold)
+    for field, value in (("noise_scale", 0.5), ("clamp", True), ("refresh", "update")):
+        with pytest.raises(ValueError, match=rf"^{field} must be .* with sampler=mala, got {value}: "):
+            config.resolve(Settings(data="digits", sampler="mala", **{field: value}))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compare")
+    command = ["--samplers", "langevin", "anila-mh", "--thresholds", "5", "--iterations", "2", "--no-fused"]
+    command += ["--seeds", "0", "1", "--out", str(out), "--jobs", "2"]
+    assert compare.main(command) == 0
+    return out, command
+
+
+def test_compare_writes_a_table_a_figure_and_goes_on(compared, capsys, monkeypatch):
+    out, command = compared
+    lines = json.loads((out / "compare.json").read_text())
+    assert [(line["sampler"], line["threshold"], line["seed"]) for line in lines] == [
+        ("langevin", None, 0), ("langevin", None, 1), ("anila-mh", 5.0, 0), ("anila-mh", 5.0, 1),
+    ]  # fmt: skip
+    assert all(math.isfinite(line["gap"]) and not line["diverged"] for line in lines)
+    assert lines[0]["acceptance"] == 1 and 0.5 < lines[2]["acceptance"] < 1
+    assert (out / "compare.png").stat().st_size > 1000
+
+    def fails(*_, **__):
+        raise AssertionError("a run that is complete was made again")
+
+    monkeypatch.setattr(compare.subprocess, "run", fails)
+    assert compare.main(command) == 0
+    table = capsys.readouterr().out
+    assert "| langevin | - |" in table and "| anila-mh | 5 |" in table and "0 of 2" in table
+
+
+def test_a_folder_of_other_runs_is_refused(compared, capsys):
+    _, command = compared
+    assert compare.main([*command, "--step-size", "0.5"]) == 2
+    assert "out holds a run with another step_size" in capsys.readouterr().err
+
+
+def test_a_diverged_run_is_a_line_of_the_table():
+    lines = [
+        dict(sampler="anila", threshold=2.0, seed=0, diverged=True, run="a"),
+        dict(sampler="anila", threshold=2.0, seed=1, diverged=False, run="b", gap=0.5, tv=0.1, clip_fraction=0.25,
+             acceptance=1.0, seconds=3.0),
+    ]  # fmt: skip
+    (row,) = compare.summary(lines)
+    assert row["diverged"] == 1 and row["seeds"] == 2 and row["gap"] == 0.5 and row["each"] == [0.5]
+    assert "| anila | 2 | 0.500 | 0.100 | 0.250 | 1.000 | 3.000 | 0.500 | 1 of 2 |" in compare.table([row])
+    (row,) = compare.summary(lines[:1])
+    assert "| anila | 2 | - | 1 of 1 |" in compare.table([row])
+
+
+def test_a_run_given_another_sampler(compared, tmp_path, capsys):
+    out, _ = compared
+    run = runs.load(out / "langevin-seed0", "cpu")
+    assert runs.with_sampler(run, "langevin", step_size=0.5).sampler == Langevin(0.5)
+    other = runs.with_sampler(run, "anila-mh", threshold=3.0, norm="chain")
+    assert other.sampler == AdjustedAniLA(3.0, run.settings.step_size, "chain") and other.energy is run.energy
+    assert isinstance(runs.with_sampler(other, "tamed").sampler, TamedLangevin)
+    cold = run._replace(settings=config.resolve(Settings(noise_scale=0.1, threshold=7.0)))
+    warm = runs.with_sampler(cold, "mala")
+    x = torch.randn(5, 2)
+    torch.testing.assert_close(warm.energy(x), run.energy(x) / 0.01)
+    with pytest.raises(ValueError, match=r"sampler must be one of langevin, .*, got 'nuts'"):
+        runs.with_sampler(run, "nuts")
+    with pytest.raises(ValueError, match="threshold must be positive or inf, got 0"):
+        runs.with_sampler(run, "anila", threshold=0)
+
+    common = [str(out / "langevin-seed0"), "--count", "20", "--no-fused", "--out", str(tmp_path / "s.npz")]
+    for flags in ("mala --warm-up 5", "hmc --leapfrog-steps 3", "tamed --threshold 0.3", "gd"):
+        assert sample.main([*common, "--steps", "3", "--sampler", *flags.split()]) == 0
+        assert np.isfinite(np.load(tmp_path / "s.npz")["samples"]).all()
+    capsys.readouterr()
+    assert sample.main([*common, "--warm-up", "5"]) == 2
+    assert capsys.readouterr().err == "error: warm_up adapts an exact sampler's step size, got sampler langevin\n"
+    assert sample.main([*common, "--sampler", "mala", "--warm-up", "-5"]) == 2
+    assert "warm_up must be at least 0, got -5" in capsys.readouterr().err
