@@ -5,10 +5,15 @@ D**(-1/3) with one gain a chain, as MALA's does, but as 1/D with one an element.
 by the same measurement on both: a run's energy, and the product Gaussian of the same shape. The numbers that compare
 are step sizes over MALA's, which have no unit.
 
-The run's law is exp(-U / sigma**2), sigma its noise_scale; its clamp to the data's box is left away, because adjusted
-samplers have none. Its chains are settled by MALA, adapted to 0.574. Each norm's threshold lets the same fraction clip
-of the scores there, of that norm's magnitudes. Every step size starts anew from the settled chains and makes a few
-transitions, whose acceptance probabilities are averaged. Writes the figure, and JSON of the same name beside it.
+The law is exp(-U / sigma**2), sigma the run's noise_scale. Train the run without a clamp and with --confinement, so
+that this has an integral. Adjusted samplers refuse a clamp, and a network trained with one has no law beyond the box:
+its chains leave, and U falls without end. There a soft wall stands in for the clamp, x beyond the box by d costing
+d**2 / (2 WALL**2); but then the wall, which is a product of normals, can be what limits the step size: compare MALA's
+with WALL**2, and see how many elements are outside.
+
+The run's chains are settled by MALA, adapted to 0.574. Each norm's threshold lets the same fraction clip of the scores
+there, of that norm's magnitudes. Every step size starts anew from the settled chains and makes a few transitions, whose
+acceptance probabilities are averaged. Writes the figure, and JSON of the same name beside it.
 """
 
 from __future__ import annotations
@@ -23,12 +28,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastanila import MALA, AdjustedAniLA, checkpoint, plots, runs
+from fastanila import MALA, AdjustedAniLA, checkpoint, data, plots, runs
 from fastanila.base import Sampler
-from fastanila.energies import Tempered
 
+WALL = 0.02  #: standard deviation of the wall's normal, units of data; a training transition's noise has 0.01
 TARGET = MALA.target_acceptance
 FRACTIONS = (0.1, 0.5)  #: of scores that clip
 NORMS = ("element", "channel", "chain")
@@ -103,6 +108,18 @@ def settled(energy, z: Tensor, steps: int) -> Settled:
     return Settled(end, sampler.step_size, means)
 
 
+class Walled(nn.Module):
+    """An energy over a temperature, with soft walls about a box."""
+
+    def __init__(self, energy: nn.Module, temperature: float, box: tuple[float, float], wall: float = WALL):
+        super().__init__()
+        self.energy, self.temperature, self.box, self.wall = energy, temperature, box, wall
+
+    def forward(self, x: Tensor) -> Tensor:
+        beyond = (x - x.clamp(*self.box)) / self.wall
+        return self.energy(x) / self.temperature + half_square(beyond)
+
+
 def half_square(x: Tensor) -> Tensor:
     """The product Gaussian's energy."""
     return 0.5 * x.square().flatten(1).sum(1)
@@ -111,7 +128,8 @@ def half_square(x: Tensor) -> Tensor:
 def measured(run: runs.Run, chains: int, settling: int, transitions: int, per_decade: int) -> dict:
     """The curves on the run's energy and on the product Gaussian, and how the chains settled."""
     temperature = run.settings.noise_scale**2
-    energy = run.energy if temperature == 1 else Tempered(run.energy, temperature).eval()
+    box = data.box_of(run.settings.data) if run.settings.clamp else (-math.inf, math.inf)
+    energy = Walled(run.energy, temperature, box).eval()
     start = settled(energy, run.chains[:chains], settling)
     print(f"settled: {start.energy}, step size {start.step_size:.3g}", file=sys.stderr, flush=True)
     gaussian = torch.randn(start.z.shape, generator=torch.Generator().manual_seed(0))
@@ -122,7 +140,8 @@ def measured(run: runs.Run, chains: int, settling: int, transitions: int, per_de
         "data": run.settings.data, "updates": run.iteration, "temperature": temperature,
         "shape": list(start.z.shape), "settling": settling, "transitions": transitions,
         "mean_energy": start.energy, "rms": start.z.square().mean().sqrt().item(),
-        "outside_box": (start.z.abs() > 1).float().mean().item(), "curves": [curve._asdict() for curve in found],
+        "wall": WALL if run.settings.clamp else None, "outside": (start.z.abs() > 1).float().mean().item(),
+        "curves": [curve._asdict() for curve in found],
     }  # fmt: skip
 
 
@@ -150,7 +169,8 @@ def markdown(found: dict) -> str:
             f"Step size at {TARGET:.1%} acceptance: {found['data']}, {found['updates']:,} updates, temperature "
             f"{found['temperature']:g}, D = {math.prod(shape):,}; {chains} chains x {found['transitions']} transitions "
             f"a point. Settled by {found['settling']} transitions of MALA: mean U / T {start:.1f}, half way "
-            f"{half:.1f}, then {end:.1f}; {found['outside_box']:.1%} of the elements left the data's box.",
+            f"{half:.1f}, then {end:.1f}; {found['outside']:.1%} of the elements are outside [-1, 1], "
+            + (f"where a wall of {found['wall']:g} holds them." if found["wall"] else "and there is no wall."),
             "",
             "| gain | clipped | network | over MALA's | product Gaussian | over MALA's |",
             "| --- | ---: | ---: | ---: | ---: | ---: |",
