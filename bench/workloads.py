@@ -212,9 +212,9 @@ def in_precision(way: Way, precision: str) -> Way:
 
 @contextlib.contextmanager
 def rings_settings(device: torch.device, steps: int = 60) -> Iterator[Settings]:
-    """The default job, K transitions an update."""
+    """The default job with the unadjusted sampler, as the rivals have it, K transitions an update."""
     with tempfile.TemporaryDirectory() as folder:
-        yield Settings(steps=steps, device=str(device), out=f"{folder}/run")
+        yield Settings(sampler="anila", steps=steps, device=str(device), out=f"{folder}/run")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 import torch
@@ -60,13 +60,16 @@ def settings_of(trial: Trial, common: dict[str, Any]) -> config.Settings:
 
     An exact sampler takes one more than its transitions, where its chains start.
     """
-    level = {} if trial.threshold is None else {"threshold": trial.threshold}
-    settings = config.resolve(config.Settings(**common, **level, seed=trial.seed))
-    own = config.translated(vars(settings), "anila", trial.sampler)
+    settings = config.resolve(config.Settings(**common, sampler=trial.sampler, seed=trial.seed))
     steps = settings.steps - (trial.sampler in EXACT)
     if trial.sampler == "hmc":
         steps //= settings.leapfrog_steps
-    settings = dataclasses.replace(settings, sampler=trial.sampler, steps=max(steps, 1), **own)
+    own: dict[str, Any] = {"steps": max(steps, 1)}
+    if trial.threshold is not None:
+        anila = vars(config.resolve(config.Settings(data=settings.data, sampler="anila")))
+        level = anila | {"threshold": trial.threshold, "step_size": settings.step_size}
+        own["threshold"] = config.translated(level, "anila", trial.sampler)["threshold"]
+    settings = dataclasses.replace(settings, **own)
     config.check(settings)
     return settings
 
@@ -118,7 +121,7 @@ def measured(trial: Trial, directory: Path, finished: bool, data_dir: str | None
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By sampler and threshold: means over the seeds that did not diverge, and of the first number each seed's."""
+    """By sampler and threshold: medians over the seeds that did not diverge, and of the first number each seed's."""
     rows = []
     for (sampler, threshold), group in itertools.groupby(lines, lambda line: (line["sampler"], line["threshold"])):
         group = list(group)
@@ -130,7 +133,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         rows.append(
             {"sampler": sampler, "threshold": threshold, "diverged": len(group) - len(well), "seeds": len(group)}
             | {"each": [line[first] for line in well], "of": first}
-            | {k: fmean(line[k] for line in well) for k in numbers}
+            | {k: median(line[k] for line in well) for k in numbers}
         )
     return rows
 
@@ -164,7 +167,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds")
     parser.add_argument("--iterations", type=int, help="updates; default the data set's")
-    parser.add_argument("--step-size", type=float, help="step size of every sampler; default the data set's")
+    parser.add_argument(
+        "--step-size", type=float, help="step size of every sampler; default each one's for the data set"
+    )
     parser.add_argument("--out", required=True, help="folder of the runs, compare.json and compare.png")
     parser.add_argument(
         "--fused", action=argparse.BooleanOptionalAction, default=True, help="compiled transitions with the fused step"
@@ -180,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {arguments.jobs}")
-        thresholds = arguments.thresholds or [config.resolve(config.Settings(**common)).threshold]
+        thresholds = arguments.thresholds or [config.defaults(arguments.data, "anila").get("threshold", 1.0)]
         chosen = list(trials(arguments.samplers, thresholds, arguments.seeds))
         resolved = {trial: settings_of(trial, common) for trial in chosen}
         out.mkdir(parents=True, exist_ok=True)

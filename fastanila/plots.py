@@ -87,7 +87,7 @@ def save_chains(path: str | Path, rho: Tensor, states: Tensor, names: Sequence[s
 
 
 def save_comparison(path: str | Path, rows: Sequence[dict]) -> None:
-    """Each sampler's number in `compare.summary` against the threshold: a point a seed, a line through the means."""
+    """Each sampler's number in `compare.summary` against the threshold: a point a seed, a line through the medians."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -105,6 +105,8 @@ def save_comparison(path: str | Path, rows: Sequence[dict]) -> None:
         if own and levels[0] is not None:
             axis.plot(levels, [row[row["of"]] for row in own], color=color, linewidth=1, label=sampler)
             axis.set_xscale("log")
+            axis.set_xticks(levels, [f"{level:g}" for level in levels], minor=False)
+            axis.minorticks_off()
     of = {row["of"] for row in rows if row["each"]}
     axis.set(xlabel="threshold", ylabel="NLL - entropy, nats" if of == {"gap"} else "Frechet distance", yscale="log")
     axis.legend(fontsize="small")

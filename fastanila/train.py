@@ -38,7 +38,7 @@ def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool]:
 
         under = dataclasses.asdict(runs.read_settings(files.resume))
     dataset = files.data if files.data is not None else under.get("data", Settings.data)
-    sampler = files.sampler if files.sampler is not None else under.get("sampler", Settings.sampler)
+    sampler = files.sampler if files.sampler in config.names_of("sampler") else under.get("sampler")
     values = vars(cli(argv, config.defaults(dataset, sampler) | under))
     resume, dry_run, _ = values.pop("resume"), values.pop("dry_run"), values.pop("config")
     return Settings(**values), resume, dry_run

@@ -25,7 +25,8 @@ ACCEPTANCE_STREAM = tl.constexpr(1)
 def tile_of(channels: int, size: int, norm: str) -> rows.Tile:
     """As `rows.tile_of`, but of four tensors a thread's registers hold no larger tile for chains that share a norm."""
     tile = rows.tile_of(channels, size, "element" if norm == "chain" else norm)
-    if size % 4 and size > tile.cols > 4:  # a loop whose quads straddle rows needs more registers than 16 warps leave
+    if size > tile.cols > 4 and (size % 4 or norm == "channel"):
+        # a loop whose quads straddle rows, or that has a norm a pixel, needs more registers than 16 warps leave
         return tile._replace(cols=tile.cols // 2, num_warps=max(tile.num_warps // 2, 4))
     return tile
 

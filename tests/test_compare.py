@@ -50,7 +50,7 @@ def test_settings_of_images_at_a_temperature_become_those_of_an_exact_sampler():
 def compared(tmp_path_factory):
     out = tmp_path_factory.mktemp("compare")
     command = ["--samplers", "langevin", "anila-mh", "--thresholds", "5", "--iterations", "2", "--no-fused"]
-    command += ["--seeds", "0", "1", "--out", str(out), "--jobs", "2"]
+    command += ["--seeds", "1", "--out", str(out), "--jobs", "2"]
     assert compare.main(command) == 0
     return out, command
 
@@ -59,10 +59,10 @@ def test_compare_writes_a_table_a_figure_and_goes_on(compared, capsys, monkeypat
     out, command = compared
     lines = json.loads((out / "compare.json").read_text())
     assert [(line["sampler"], line["threshold"], line["seed"]) for line in lines] == [
-        ("langevin", None, 0), ("langevin", None, 1), ("anila-mh", 5.0, 0), ("anila-mh", 5.0, 1),
+        ("langevin", None, 1), ("anila-mh", 5.0, 1),
     ]  # fmt: skip
     assert all(math.isfinite(line["gap"]) and not line["diverged"] for line in lines)
-    assert lines[0]["acceptance"] == 1 and 0.5 < lines[2]["acceptance"] < 1
+    assert lines[0]["acceptance"] == 1 and 0.5 < lines[1]["acceptance"] < 1
     assert (out / "compare.png").stat().st_size > 1000
 
     def fails(*_, **__):
@@ -71,7 +71,7 @@ def test_compare_writes_a_table_a_figure_and_goes_on(compared, capsys, monkeypat
     monkeypatch.setattr(compare.subprocess, "run", fails)
     assert compare.main(command) == 0
     table = capsys.readouterr().out
-    assert "| langevin | - |" in table and "| anila-mh | 5 |" in table and "0 of 2" in table
+    assert "| langevin | - |" in table and "| anila-mh | 5 |" in table and "0 of 1" in table
 
 
 def test_a_folder_of_other_runs_is_refused(compared, capsys):
@@ -95,12 +95,12 @@ def test_a_diverged_run_is_a_line_of_the_table():
 
 def test_a_run_given_another_sampler(compared, tmp_path, capsys):
     out, _ = compared
-    run = runs.load(out / "langevin-seed0", "cpu")
+    run = runs.load(out / "langevin-seed1", "cpu")
     assert runs.with_sampler(run, "langevin", step_size=0.5).sampler == Langevin(0.5)
     other = runs.with_sampler(run, "anila-mh", threshold=3.0, norm="chain")
     assert other.sampler == AdjustedAniLA(3.0, run.settings.step_size, "chain") and other.energy is run.energy
     assert isinstance(runs.with_sampler(other, "tamed").sampler, TamedLangevin)
-    cold = run._replace(settings=config.resolve(Settings(noise_scale=0.1, threshold=7.0)))
+    cold = run._replace(settings=config.resolve(Settings(sampler="langevin", noise_scale=0.1, threshold=7.0)))
     warm = runs.with_sampler(cold, "mala")
     x = torch.randn(5, 2)
     torch.testing.assert_close(warm.energy(x), run.energy(x) / 0.01)
@@ -109,7 +109,7 @@ def test_a_run_given_another_sampler(compared, tmp_path, capsys):
     with pytest.raises(ValueError, match="threshold must be positive or inf, got 0"):
         runs.with_sampler(run, "anila", threshold=0)
 
-    common = [str(out / "langevin-seed0"), "--count", "20", "--no-fused", "--out", str(tmp_path / "s.npz")]
+    common = [str(out / "langevin-seed1"), "--count", "20", "--no-fused", "--out", str(tmp_path / "s.npz")]
     for flags in ("mala --warm-up 5", "hmc --leapfrog-steps 3", "tamed --threshold 0.3", "gd"):
         assert sample.main([*common, "--steps", "3", "--sampler", *flags.split()]) == 0
         assert np.isfinite(np.load(tmp_path / "s.npz")["samples"]).all()

@@ -22,7 +22,16 @@ from fastanila.config import Settings
 from fastanila.training import train
 
 SMALL = dict(
-    step_size=0.01, iterations=12, steps=4, batch_size=64, chains=128, width=16, features=8, log_every=1, sample_every=0
+    sampler="anila",
+    step_size=0.01,
+    iterations=12,
+    steps=4,
+    batch_size=64,
+    chains=128,
+    width=16,
+    features=8,
+    log_every=1,
+    sample_every=0,
 )
 
 
@@ -61,7 +70,8 @@ def test_fused_and_plain_give_the_same_numbers_without_a_graph_break(tmp_path):
         quiet(settings)
         if fused:
             assert not counters["graph_break"]
-            assert counters["stats"]["unique_graphs"] == 3  # what starts an update, the transition, and the loss
+            # what starts an update, the first transition and the others, and the loss
+            assert counters["stats"]["unique_graphs"] == 4
     for a, b in zip(rows(tmp_path / "True"), rows(tmp_path / "False"), strict=True):
         for key in a.keys() - {"seconds"}:
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-3), (a["iteration"], key)
@@ -467,7 +477,7 @@ def test_the_settings_know_every_data_set():
         ('step_size = "big"\n', "step_size must be a number, got 'big'"),
         ("fused = 1\n", "fused must be true or false, got 1"),
         ("steps = 1.5\n", "steps must be an integer, got 1.5"),
-        ('sampler = "nuts"\n', "sampler must be one of anila, langevin, got 'nuts'"),
+        ('sampler = "nuts"\n', "sampler must be one of anila, anila-mh, langevin, mala, tamed, hmc, gd, got 'nuts'"),
     ],
 )
 def test_bad_config_files(tmp_path, capsys, text, message):

@@ -119,13 +119,15 @@ def test_an_energy_that_synchronises_runs_uncaptured_and_says_so():
     [
         dict(),
         dict(init="noise", energy_l2=0.1, data_noise=0.1, clip_grad=0.1, refresh="update", norm="chain"),
+        dict(sampler="anila-mh", threshold=1.0),
+        dict(sampler="hmc", leapfrog_steps=3),
         dict(data="digits", energy="convnet", width=8, features=0, clip_grad=1.0),
         dict(data="digits", energy="convnet", width=8, features=0, precision="bf16"),
     ],
     ids=str,
 )
 def test_a_captured_update_equals_the_uncaptured_one(options, captures, monkeypatch):
-    common = dict(steps=4, batch_size=32, chains=32, width=16, features=8, iterations=50, seed=3)
+    common = dict(sampler="anila", steps=4, batch_size=32, chains=32, width=16, features=8, iterations=50, seed=3)
     ends = []
     for warm_up in (3, math.inf):
         monkeypatch.setattr(updates, "_WARM_UP", warm_up)
@@ -147,7 +149,8 @@ def test_a_captured_update_equals_the_uncaptured_one(options, captures, monkeypa
 
 
 def test_a_broken_update_changes_nothing_when_replayed():
-    job = prepare(Settings(steps=2, batch_size=16, chains=16, width=16, features=8, iterations=50, device="cuda"))
+    sizes = dict(steps=2, batch_size=16, chains=16, width=16, features=8, iterations=50)
+    job = prepare(Settings(sampler="anila", **sizes, device="cuda"))
     update = updates.build_update(job)
     for _ in range(6):
         update()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fastanila import ops, trajectory, updates
+from fastanila import metropolis, ops, trajectory, updates
 from fastanila.config import Settings
 from fastanila.training import train
 
@@ -22,16 +22,17 @@ def rows(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("way", ["whole chains", "one by one"])
+@pytest.mark.parametrize("way", ["whole chains", "one by one", "exact"])
 def test_twenty_updates(tmp_path, monkeypatch, way):
     launches = count_launches(monkeypatch)
     if way == "one by one":
         monkeypatch.setattr(trajectory, "supports", lambda *a, **k: False)
     common = dict(iterations=20, steps=6, chains=8, batch_size=8, threshold=1.0, log_every=1, sample_every=0)
+    common |= dict(sampler="anila-mh", step_size=0.02) if way == "exact" else dict(sampler="anila", step_size=0.005)
     for fused in (True, False):
         lines = []
         train(Settings(**common, fused=fused, out=str(tmp_path / str(fused))), say=lines.append)
-        expected = {"whole chains": 20, "one by one": 20 * 6}[way] if fused else 0
+        expected = {"whole chains": 20, "one by one": 20 * 6, "exact": 20 * 7}[way] if fused else 0
         if torch.cuda.is_available():  # the first updates, and the capture
             expected = expected // 20 * (updates._WARM_UP + 1)
         assert len(launches) == expected
@@ -54,6 +55,7 @@ def count_launches(monkeypatch) -> list[str]:
         monkeypatch.setattr(module, name, lambda *a, **k: (seen.append(name), launch(*a, **k)))
 
     counted(ops._kernel, "launch")
+    counted(metropolis._kernel, "launch")
     counted(ops._rows, "launch")
     counted(trajectory._mlp, "launch_mlp")
     return seen
