@@ -245,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gradients", type=int, default=2000, help="of each chain")
     parser.add_argument("--write", action="store_true", help="put the table into bench/RESULTS.md")
     arguments = parser.parse_args(argv)
+    diagnostics.arviz()  # or fail now, and not after the training
     with tempfile.TemporaryDirectory() as folder:
         run = load(arguments.run, "cpu") if arguments.run else trained(folder)
     results = []

@@ -92,6 +92,7 @@ class Adjusted(Sampler):
         if not 0 < target < 1:
             raise ValueError(f"target_acceptance must be between 0 and 1, got {target}")
         check_run(z, steps, seed, step, offset)
+        checks.count("steps", steps)
         found = calibration.dual_averaging(self.step_size, z.device)
         place = self.numbers.index("step_size")
 
@@ -214,7 +215,7 @@ class HMC(Adjusted):
             z = (z + length * p).to(state.z.dtype)
             energy, score = evaluate(z)
             p = p + 0.5 * length * free(score)
-        kinetic = (0.5 * (momentum - p) * (momentum + p)).flatten(1).sum(1)
+        kinetic = (0.5 * (momentum - p) * (momentum + p)).reshape(len(p), -1).sum(1)
         uniform = noise.uniform(
             state.z.shape[:1], seed=seed, step=step, stream=Stream.ACCEPTANCE, offset=offset, device=state.z.device
         )

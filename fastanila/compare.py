@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -29,10 +30,8 @@ from . import checkpoint, config, plots, runs
 from .config import EXACT
 from .evaluate import evaluate
 from .report import read_rows
+from .samplers import SAMPLERS
 from .train import DIVERGED
-
-#: Samplers whose law depends on the threshold.
-CLIPPING = ("anila", "tamed", "anila-mh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +50,12 @@ class Trial:
 
 def trials(samplers: Sequence[str], thresholds: Sequence[float], seeds: Sequence[int]) -> Iterator[Trial]:
     for sampler in samplers:
-        levels = thresholds if sampler in CLIPPING else (None,)
+        levels = thresholds if "threshold" in SAMPLERS[sampler].numbers else (None,)
         yield from (Trial(sampler, level, seed) for level, seed in itertools.product(levels, seeds))
 
 
 def settings_of(trial: Trial, common: dict[str, Any]) -> config.Settings:
-    """The trial's settings: as many gradients of the energy an update as the data set's K transitions take.
+    """The trial's settings: at most as many gradients of the energy an update as the data set's K transitions take.
 
     An exact sampler takes one more than its transitions, where its chains start.
     """
@@ -88,6 +87,8 @@ def train(settings: config.Settings, directory: Path, threads: int) -> bool:
     made = progress(directory)
     if made == settings.iterations:
         return True
+    if not made and directory.exists():  # cut short ahead of its first checkpoint: nothing of it can be gone on with
+        shutil.rmtree(directory)
     file = directory.with_name(f"{directory.name}.json")
     checkpoint.write_text(file, config.dump(settings))
     arguments = ["--resume", str(directory)] if made else ["--config", str(file), "--out", str(directory)]
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {arguments.jobs}")
         thresholds = arguments.thresholds or [config.defaults(arguments.data, "anila").get("threshold", 1.0)]
-        chosen = list(trials(arguments.samplers, thresholds, arguments.seeds))
+        chosen = list(dict.fromkeys(trials(arguments.samplers, thresholds, arguments.seeds)))
         resolved = {trial: settings_of(trial, common) for trial in chosen}
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:

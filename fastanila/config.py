@@ -114,7 +114,7 @@ class Settings:
 
 # Threshold and step size are those of sampler="anila", which `defaults` translates for the others.
 
-# 2-D: an exact sampler, because a model makes up for the bias of others by being too sharp (README, the trainer).
+# 2-D: an exact sampler, because a model makes up for the bias of others by being too sharp (README, the numbers).
 # For anila, threshold 10 leaves about 7 % of the elements clipped at the end. At 5 it was half of them: the bias then
 # grows as the model sharpens, and training ended 0.29 nats off in one setting and diverged in another.
 _PLANE: dict[str, Any] = dict(
@@ -173,22 +173,25 @@ def defaults(name: str, sampler: str | None = None) -> dict[str, Any]:
     return own | (_EXACT_PLANE if name in PLANES and own["sampler"] in EXACT else {})
 
 
-def translated(values: Mapping[str, Any], before: str, after: str) -> dict[str, Any]:
+def translated(values: Mapping[str, Any], before: str, after: str, step_size: float | None = None) -> dict[str, Any]:
     """threshold, step_size, noise_scale and clamp of one sampler as those of another that moves alike.
 
     Exact samplers have no noise scale sigma: U at temperature sigma**2 with step eps and threshold b is U / sigma**2
-    with eps sigma**2 and b / sigma**2. The tamed sampler's threshold is in units of its step's noise.
+    with eps sigma**2 and b / sigma**2. The tamed sampler's threshold is in units of its step's noise. ``step_size``:
+    what the other is to have instead. Raises ValueError for an exact sampler of a law of temperature 0.
     """
-    threshold, step_size, noise_scale = (values[k] for k in ("threshold", "step_size", "noise_scale"))
-    clamp = values["clamp"]
+    threshold, length, noise_scale, clamp = (values[k] for k in ("threshold", "step_size", "noise_scale", "clamp"))
     if before == "tamed":
-        threshold /= math.sqrt(step_size)
+        threshold /= math.sqrt(length)
     if after in EXACT:
         heat = noise_scale**2
-        threshold, step_size, noise_scale, clamp = threshold / heat, step_size * heat, 1.0, False
+        if not heat:
+            raise ValueError(f"noise_scale must be positive for sampler={after}, got {noise_scale}")
+        threshold, length, noise_scale, clamp = threshold / heat, length * heat, 1.0, False
+    length = length if step_size is None else step_size
     if after == "tamed":
-        threshold *= math.sqrt(step_size)
-    return dict(threshold=threshold, step_size=step_size, noise_scale=noise_scale, clamp=clamp)
+        threshold *= math.sqrt(length)
+    return dict(threshold=threshold, step_size=length, noise_scale=noise_scale, clamp=clamp)
 
 
 def resolve(settings: Settings) -> Settings:

@@ -101,8 +101,9 @@ class Diagnostics(NamedTuple):
 
 def diagnose(states: Tensor, *, gradients: int = 1, acceptance: float = 1.0) -> Diagnostics:
     """`Diagnostics` of states (draws, chains, S) from transitions of ``gradients`` energy gradients each."""
-    draws, chains, _ = states.shape
+    _check(states)
     checks.count("gradients", gradients)
+    draws, chains, _ = states.shape
     bulk = ess_bulk(states).min().item()
     return Diagnostics(
         draws=draws,

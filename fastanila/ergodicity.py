@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import checkpoint, markov, plots, runs, targets
+from . import checkpoint, checks, markov, plots, runs, targets
 from .reference import NORMS
 from .samplers import SAMPLERS, Sampler
 from .targets import Target
@@ -95,7 +95,10 @@ def common_ball(results: list[Result], beta: float, radius: float | None) -> mar
     first = results[0]
     centre = first.kernel.target @ first.grid.centres
     if radius is not None:
-        return markov.Ball(centre, radius)
+        ball = markov.Ball(centre, radius)
+        if not all(ball.holds(r.grid.centres).any() for r in results):
+            raise ValueError(f"radius must be large enough for the ball to hold a cell of the grid, got {radius}")
+        return ball
     least = [markov.mass_ball(r.kernel.target, r.grid.centres, centre).radius for r in results]
     ball = markov.Ball(centre, max(least))
     found = [markov.drift(r.kernel, r.grid, ball, beta) for r in results]
@@ -187,7 +190,7 @@ def table(step_sizes=(1.0, 0.3, 0.1, 0.01), thresholds=(0.5, 1.0, 2.0), resoluti
         target = dataclasses.replace(targets.load(name), box=box)
         grid = markov.cells(box, resolution)
         for kind in ("langevin", "anila", "tamed", "mala", "anila-mh"):
-            for b in thresholds if kind in ("anila", "tamed", "anila-mh") else (None,):
+            for b in thresholds if "threshold" in SAMPLERS[kind].numbers else (None,):
                 own = {} if b is None else {"threshold": b}
                 row = []
                 for eps in step_sizes:
@@ -253,6 +256,8 @@ def members_of(arguments: argparse.Namespace) -> list[Member]:
     run = None if arguments.run is None else runs.load(arguments.run, "cpu")
     if run is not None and arguments.parameter is not None:
         raise ValueError("parameter shapes a named target, and a run's energy has none")
+    if run is not None and arguments.sampler is not None:
+        run = runs.with_sampler(run, arguments.sampler)  # of the same law: at the run's temperature
     found = []
     for parameter in arguments.parameter or (None,):
         target = targets.load(arguments.target, parameter) if run is None else targets.learned(run)
@@ -264,8 +269,7 @@ def members_of(arguments: argparse.Namespace) -> list[Member]:
 
 
 def _samplers(arguments: argparse.Namespace, run: runs.Run | None) -> list[Sampler]:
-    own_sampler = run is not None and arguments.sampler is None
-    base = run.sampler if own_sampler else SAMPLERS[arguments.sampler or "anila"]()
+    base = run.sampler if run is not None else SAMPLERS[arguments.sampler or "anila"]()
     norms = None if arguments.norm is None else [arguments.norm]
     given = {"step_size": arguments.step_size, "threshold": arguments.threshold, "norm": norms}
     given = {name: values for name, values in given.items() if values is not None}
@@ -300,6 +304,9 @@ def main(argv: list[str] | None = None) -> int:
         print(table())
         return 0
     try:
+        checks.positive("beta", arguments.beta, finite=True)
+        if arguments.radius is not None:
+            checks.positive("radius", arguments.radius, finite=True)
         members = members_of(arguments)
         resolution = arguments.resolution or (800 if len(members[0].target.box) == 1 else 48)
         report, results = family(members, resolution, arguments.beta, arguments.radius)

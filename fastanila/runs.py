@@ -49,14 +49,20 @@ def with_sampler(run: Run, sampler: str, **changes: Any) -> Run:
     """The run with another sampler for its model, by the name that the commands know it by.
 
     Threshold and step size are translated (`config.translated`) unless ``changes`` (threshold, step_size, norm,
-    leapfrog_steps) gives them. A model that was trained at a temperature sigma**2 is given to an exact sampler, which
-    has no noise scale, as U / sigma**2. Raises ValueError for an unknown name or a setting that cannot be.
+    leapfrog_steps) gives them; a frozen gain stays with AniLA only. A model that was trained at a temperature sigma**2
+    is given to an exact sampler, which has no noise scale, as U / sigma**2. Raises ValueError for an unknown name, a
+    setting that the sampler has not, or one that cannot be.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    known = {f.name for f in dataclasses.fields(SAMPLERS[sampler])}
+    for name, value in changes.items():
+        if name not in known:
+            raise ValueError(f"{name} is no setting of {sampler}, which has {', '.join(sorted(known))}; got {value}")
     before = run.settings
-    own = config.translated(vars(before), before.sampler, sampler) | changes
-    settings = dataclasses.replace(before, sampler=sampler, refresh="transition", **own)
+    own = config.translated(vars(before), before.sampler, sampler, changes.get("step_size")) | changes
+    refresh = before.refresh if "refresh" in known else "transition"
+    settings = dataclasses.replace(before, sampler=sampler, refresh=refresh, **own)
     config.check(settings)
     heated = sampler in config.EXACT and before.noise_scale != 1.0
     energy = Tempered(run.energy, before.noise_scale**2).eval() if heated else run.energy

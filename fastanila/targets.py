@@ -1,7 +1,8 @@
 """Densities on the line and the plane by name, for experiments with known answers: each an energy, a box, no data.
 
-Energies map (N, d) to (N,) at the dtype they get and are not normalised. Less than 1e-7 of the density lies outside the
-box. One number shapes each of those in closed form, its parameter; the densities of `fastanila.data` have none.
+Energies map (N, d) to (N,) at the dtype they get and are not normalised. Less than 1e-6 of the density lies outside the
+box, at the default parameters. One number shapes each of those in closed form, its parameter; the densities of
+`fastanila.data` have none.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def _widened(box: tuple[float, float], factor: float = 1.25) -> tuple[float, flo
     return low - margin, high + margin
 
 
-#: those shaped by a parameter, with what it is and whether it must be positive
+#: those shaped by a parameter
 SHAPED: dict[str, Callable[..., Target]] = {
     "normal": normal,
     "skewed": skewed,

@@ -78,7 +78,9 @@ def chain_of(
     if not compile:
         return plain
     transition = compiled_transition(sampler, energy, score)
-    fused = _captured(transition) if capture and z.is_cuda else Stepwise(transition, sparing=z.is_cuda)
+    # one that is several graphs reads what lies between them, at addresses that prove nothing
+    captured = capture and z.is_cuda and sampler.is_one_graph
+    fused = _captured(transition) if captured else Stepwise(transition, sparing=z.is_cuda)
     return fused if strict else _FallingBack(fused, plain)
 
 
@@ -92,11 +94,11 @@ def path(sampler, energy, z: Tensor, *, fused: bool, update: bool = False) -> st
     if not fused:
         return f"{z.device.type}: plain definition, eager"
     whole = makes_whole_chains(sampler, energy, z)
-    words = "compiled reference"
-    if whole or ops.fused(z, sampler.norm):
+    words = "compiled reference" if sampler.is_one_graph else "compiled energy, plain transition"
+    if whole or (ops.fused(z, sampler.norm) and sampler.is_one_graph):
         words = "whole-chain Triton kernel" if whole else "fused Triton kernels"
         words += "" if z.is_cuda else ", interpreted"
-    graph = ", CUDA graph" if z.is_cuda and (update or not whole) else ""
+    graph = ", CUDA graph" if z.is_cuda and (update or (sampler.is_one_graph and not whole)) else ""
     return f"{z.device.type}: {words}{graph}"
 
 
@@ -233,7 +235,8 @@ class Captured:
     def _replayed(self, count, numbers, state, seed, step, offset, mask):
         with watching() as reads:
             first, info = self.advance(numbers, state, seed, step, offset, mask, False)
-        held = self._held_for((numbers, first, seed, step + 1, mask), offset)
+        began = tuple(part is None for part in state)  # a chain's first transition is another graph than the others
+        held = self._held_for((numbers, first, seed, step + 1, mask), offset, began)
         reads = _beside(reads, (numbers, state, seed, step, mask))
         if not _same(reads, held.reads):
             held.graphs.clear()
@@ -253,11 +256,11 @@ class Captured:
             after = held.state
         return mapped(torch.clone, after), mapped(torch.clone, info)
 
-    def _held_for(self, inputs, offset: int) -> _Held:
+    def _held_for(self, inputs, offset: int, began: tuple[bool, ...]) -> _Held:
         """The tensors for inputs of these shapes, holding these values."""
         tensors = tuple((x.shape, x.dtype, x.device) for x in leaves(inputs))
         absent = tuple(part is None for part in (*inputs[1], inputs[4]))
-        key = (tensors, absent, offset, *_arithmetic())
+        key = (tensors, absent, began, offset, *_arithmetic())
         held = self.held.pop(key, None)
         if held is None:
             held = _Held(*mapped(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), inputs))

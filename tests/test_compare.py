@@ -80,6 +80,21 @@ def test_a_folder_of_other_runs_is_refused(compared, capsys):
     assert "out holds a run with another step_size" in capsys.readouterr().err
 
 
+def test_a_run_cut_short_ahead_of_its_first_checkpoint_is_made_again(tmp_path, monkeypatch):
+    settings = compare.settings_of(Trial("mala", None, 0), dict(data="rings", iterations=3))
+    directory = tmp_path / "mala-seed0"
+    (directory / "samples").mkdir(parents=True)
+    (directory / "config.json").write_text(config.dump(settings))
+    seen = []
+
+    class Done:
+        returncode = 0
+
+    monkeypatch.setattr(compare.subprocess, "run", lambda command, **_: seen.append(command) or Done)
+    assert compare.train(settings, directory, threads=1)
+    assert "--resume" not in seen[0] and seen[0][-1] == str(directory) and not directory.exists()
+
+
 def test_a_diverged_run_is_a_line_of_the_table():
     lines = [
         dict(sampler="anila", threshold=2.0, seed=0, diverged=True, run="a"),
@@ -106,6 +121,14 @@ def test_a_run_given_another_sampler(compared, tmp_path, capsys):
     torch.testing.assert_close(warm.energy(x), run.energy(x) / 0.01)
     with pytest.raises(ValueError, match=r"sampler must be one of langevin, .*, got 'nuts'"):
         runs.with_sampler(run, "nuts")
+    frozen = run._replace(settings=config.resolve(Settings(sampler="anila", refresh="update")))
+    assert runs.with_sampler(frozen, "anila", step_size=0.3).sampler.refresh == "update"
+    assert runs.with_sampler(cold, "tamed", step_size=0.25).sampler.threshold == pytest.approx(7.0 * 0.5)
+    with pytest.raises(ValueError, match="norm is no setting of mala, which has step_size; got chain"):
+        runs.with_sampler(run, "mala", norm="chain")
+    still = run._replace(settings=config.resolve(Settings(sampler="langevin", noise_scale=0.0)))
+    with pytest.raises(ValueError, match=r"noise_scale must be positive for sampler=mala, got 0\.0"):
+        runs.with_sampler(still, "mala")
     with pytest.raises(ValueError, match="threshold must be positive or inf, got 0"):
         runs.with_sampler(run, "anila", threshold=0)
 

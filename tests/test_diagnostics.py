@@ -224,8 +224,8 @@ def test_a_trace_in_blocks_is_the_run():
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "rings"
-    flags = "--iterations 3 --steps 5 --chains 320 --batch-size 32 --sample-every 0 --width 8 --no-fused --out"
-    assert train.main([*flags.split(), str(out)]) == 0
+    flags = "--sampler anila --iterations 3 --steps 5 --chains 320 --batch-size 32 --sample-every 0 --width 8"
+    assert train.main([*flags.split(), "--no-fused", "--out", str(out)]) == 0
     return out
 
 
@@ -254,7 +254,7 @@ def test_evaluate_chains(run_directory, capsys):
 def test_evaluate_chains_of_images(tmp_path, capsys):
     out = tmp_path / "digits"
     flags = "--data digits --iterations 1 --steps 2 --chains 8 --batch-size 8 --width 2 --sample-every 0 --no-fused"
-    assert train.main([*flags.split(), "--out", str(out)]) == 0
+    assert train.main([*flags.split(), "--no-fused", "--out", str(out)]) == 0
     capsys.readouterr()
     assert evaluate.main([str(out), "--chains", "--draws", "5", "--no-fused"]) == 0
     report = json.loads(capsys.readouterr().out)

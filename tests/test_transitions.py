@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastanila import AniLA, Langevin, noise, transitions
+from fastanila import MALA, AniLA, Langevin, capture, noise, transitions
 from fastanila.energies import MLP, GaussianMixture
 from fastanila.transitions import Captured, State, Stepwise, compiled_transition
 
@@ -195,3 +195,21 @@ def test_pieces(steps, watched, pieces):
     from fastanila.base import _pieces
 
     assert _pieces(steps, watched) == pieces
+
+
+def test_the_first_piece_of_an_exact_chain_does_not_undo_the_graphs_of_the_others(frozen, monkeypatch):
+    """It begins without a proposal, which compiles as another graph; once each is captured, runs capture no more."""
+    # as on CUDA, where numbers are read at their addresses too
+    monkeypatch.setattr(capture, "_read", lambda x: x.data_ptr() if isinstance(x, torch.Tensor) else x)
+    energy = MLP(2, width=8)
+    captured, stepwise, recorder = both(MALA(0.1), energy, compiled_transition)
+    numbers = MALA(0.1).numbers_on(None)
+    made = []
+    for _ in range(3):
+        state = want = State(start())
+        for piece in range(3):
+            state, _ = captured(4, numbers, state, *words(1, 4 * piece))
+            want, _ = stepwise(4, numbers, want, *words(1, 4 * piece))
+            assert_same(state, want)
+        made.append(recorder.made)
+    assert made == [2, 2, 2]
