@@ -215,7 +215,7 @@ class HMC(Adjusted):
             z = (z + length * p).to(state.z.dtype)
             energy, score = evaluate(z)
             p = p + 0.5 * length * free(score)
-        kinetic = (0.5 * (momentum - p) * (momentum + p)).reshape(len(p), -1).sum(1)
+        kinetic = reference.chain_sum(0.5 * (momentum - p) * (momentum + p))
         uniform = noise.uniform(
             state.z.shape[:1], seed=seed, step=step, stream=Stream.ACCEPTANCE, offset=offset, device=state.z.device
         )

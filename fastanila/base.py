@@ -111,7 +111,7 @@ class Sampler:
         if (energy is None) == (score is None):
             raise ValueError(f"energy or score must be given, and not both, got {energy} and {score}")
         if energy is None and self.is_exact:
-            raise ValueError(f"energy must be given: {type(self).__name__} compares energies, got a score only")
+            raise ValueError(f"energy must be given, for {type(self).__name__} compares energies, got a score only")
         checks.count("callback_every", callback_every)
         if keep_every is not None:
             checks.count("keep_every", keep_every)

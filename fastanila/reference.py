@@ -87,7 +87,7 @@ def log_q(y: Tensor, given: Proposal, mask: Tensor | None = None) -> Tensor:
     density of N(mean_i, sd_i**2). With ``mask`` it is over the elements that move."""
     x = _wide(y)
     terms = -0.5 * ((x - given.mean) / given.sd).square() - given.sd.log() - 0.5 * math.log(2 * math.pi)
-    return _chain_sum(terms, mask)
+    return chain_sum(terms, mask)
 
 
 def log_accept(
@@ -115,7 +115,7 @@ def log_accept(
     displacement_back, sd_back = _move(_wide(proposal_score), threshold, step_size, norm)
     forth, back = (moved - displacement) / sd, (-moved - displacement_back) / sd_back
     terms = 0.5 * (forth - back) * (forth + back) + (sd / sd_back).log()
-    return (energy - proposal_energy).to(terms.dtype) + _chain_sum(terms, mask)
+    return (energy - proposal_energy).to(terms.dtype) + chain_sum(terms, mask)
 
 
 class Judgement(NamedTuple):
@@ -237,7 +237,8 @@ def _move(score: Tensor, threshold, step_size, norm: str) -> tuple[Tensor, Tenso
     return 0.5 * eps * drift, torch.sqrt(eps * gamma).expand_as(score)
 
 
-def _chain_sum(terms: Tensor, mask: Tensor | None) -> Tensor:
+def chain_sum(terms: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The sum of each chain's terms, (B, ...) to (B,); with ``mask``, of those that it lets move."""
     if mask is not None:
         terms = torch.where(mask, terms, 0.0)
     return terms.flatten(1).sum(1) if terms.dim() > 1 else terms
