@@ -87,6 +87,8 @@ class Adjusted(Sampler):
         the average found, frozen, and the chains. Transitions made meanwhile do not have the law: count them as
         warm-up. target_acceptance: in (0, 1), default 0.574 (Roberts and Rosenthal 1998), HMC 0.8. Other arguments as
         `run`. A few hundred chains settle within some 100 transitions; few chains take longer.
+
+        Raises ValueError, TypeError naming the argument, as `run` does, also for fewer than one step.
         """
         target = self.target_acceptance if target_acceptance is None else target_acceptance
         if not 0 < target < 1:

@@ -6,6 +6,7 @@ Numbers and the noise's name come back as the operators take them: a number is a
 
 from __future__ import annotations
 
+import functools
 import numbers
 
 import torch
@@ -70,24 +71,15 @@ def check_device(name: str, value: Tensor, z: Tensor) -> None:
 
 
 def as_threshold(value, z: Tensor) -> tuple[float, Tensor | None]:
-    number, tensor = _number("threshold", value, z)
-    if tensor is None:
-        checks.positive("threshold", number)
-    return number, tensor
+    return _checked_number("threshold", value, z, checks.positive)
 
 
 def as_step_size(value, z: Tensor) -> tuple[float, Tensor | None]:
-    number, tensor = _number("step_size", value, z)
-    if tensor is None:
-        checks.positive("step_size", number, finite=True)
-    return number, tensor
+    return _checked_number("step_size", value, z, functools.partial(checks.positive, finite=True))
 
 
 def as_noise_scale(value, z: Tensor) -> tuple[float, Tensor | None]:
-    number, tensor = _number("noise_scale", value, z)
-    if tensor is None:
-        checks.nonnegative("noise_scale", number)
-    return number, tensor
+    return _checked_number("noise_scale", value, z, checks.nonnegative)
 
 
 def as_seed(value, z: Tensor) -> tuple[int, Tensor | None]:
@@ -112,6 +104,13 @@ def check_offset(offset) -> None:
         raise TypeError(f"offset must be an int, got {type(offset).__name__}")
     if offset < 0:
         raise ValueError(f"offset must be at least 0, got {offset}")
+
+
+def _checked_number(name: str, value, z: Tensor, check) -> tuple[float, Tensor | None]:
+    number, tensor = _number(name, value, z)
+    if tensor is None:
+        check(name, number)
+    return number, tensor
 
 
 def _number(name: str, value, z: Tensor) -> tuple[float, Tensor | None]:

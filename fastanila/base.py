@@ -55,10 +55,14 @@ class Sampler:
         return 1
 
     def init(self, evaluate: Evaluate, z: Tensor) -> State:
+        """What a chain at z (B, ...) carries into its first transition."""
         return State(z)
 
     def proposal(self, z: Tensor, score: Tensor) -> Proposal:
-        """The independent normals that a transition draws from at z (B, ...), ahead of clamping or any correction."""
+        """The independent normals that a transition draws from at z (B, ...), ahead of clamping or any correction.
+
+        score: (B, ...), -grad U at z. Raises NotImplementedError for `HMC`, whose transition is no such draw.
+        """
         raise NotImplementedError
 
     def transition(
@@ -150,7 +154,7 @@ class Sampler:
             clip_fraction=clip_fraction,
             norm=self.norm,
             stability=stability,
-            noise_scale=float(getattr(self, "noise_scale", 1.0)),
+            noise_scale=float(self.noise_scale),
         )
         threshold = {"threshold": found.threshold} if "threshold" in self.numbers else {}
         return dataclasses.replace(self, step_size=found.step_size, **threshold)

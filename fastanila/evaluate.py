@@ -61,12 +61,10 @@ def mixing(run: runs.Run, draws: int = 1000, *, seed: int = 0, fused: bool = Tru
     """
     checks.count("draws", draws, least=4)
     diagnostics.arviz()  # ahead of the work
-    count = min(len(run.chains), _MOST_CHAINS)
-    if count < 2:
-        raise ValueError(f"diagnostics need at least 2 chains, and the run has {count}")
-    z = run.chains[torch.arange(count, device=run.chains.device) * len(run.chains) // count]
-    # past every update of training, so that the same seed does not repeat its noise
-    step = max(run.iteration, run.settings.iterations) * run.settings.steps
+    z = exact.spaced(run.chains, _MOST_CHAINS)
+    if len(z) < 2:
+        raise ValueError(f"diagnostics need at least 2 chains, and the run has {len(z)}")
+    step = runs.updates_past(run) * run.settings.steps
     with runs.matmul_precision(run.settings.precision), contextlib.nullcontext() if fused else ops.plain():
         trace = diagnostics.trace(
             run.sampler, run.energy, z, draws=draws, seed=seed, step=step, block=run.settings.steps, compile=fused

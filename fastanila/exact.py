@@ -177,11 +177,11 @@ def chain_distances(
     count = len(chains)
     *exact, reference = draws(_FLOOR_DRAWS * count + _REFERENCE).split([count] * _FLOOR_DRAWS + [_REFERENCE])
     truth = bin_masses(log_p, grid, box, bins)
-    few = _spaced(reference, _MMD_ROWS)
+    few = spaced(reference, _MMD_ROWS)
     sets = (chains, *exact)
     tv, *tv_floors = (histogram_tv(histogram(x, box, bins), truth) for x in sets)
     sw, *sw_floors = (distances.sliced_wasserstein(x, reference, _PROJECTIONS) for x in sets)
-    mmd, *mmd_floors = (distances.mmd(_spaced(x, _MMD_ROWS), few) for x in sets)
+    mmd, *mmd_floors = (distances.mmd(spaced(x, _MMD_ROWS), few) for x in sets)
     return {
         "tv": Distance(tv, sum(tv_floors) / _FLOOR_DRAWS),
         "sw": Distance(sw, sum(sw_floors) / _FLOOR_DRAWS),
@@ -216,8 +216,8 @@ def evaluate(
     """
     if device is None and chains is not None:
         device = chains.device
-    cells = grid(_widened(density.box, _WIDEN), resolution, device)
-    coarse = grid(_widened(density.box, _WIDEN_MORE), math.ceil(resolution * _WIDEN_MORE / _WIDEN / 2), device)
+    cells = grid(widened(density.box, _WIDEN), resolution, device)
+    coarse = grid(widened(density.box, _WIDEN_MORE), math.ceil(resolution * _WIDEN_MORE / _WIDEN / 2), device)
     log_p, log_q, log_z, report = _by_quadrature(energy, density, cells, seed)
     _, _, coarse_log_z, other = _by_quadrature(energy, density, coarse, seed)
     compared = ("nll",) if density.log_density is None else ("nll", "entropy", "kl", "tv")
@@ -253,13 +253,15 @@ def _by_quadrature(energy, density, cells: Grid, seed: int) -> tuple[Tensor, Ten
     return log_p, log_q, log_z, {"nll": nll, "entropy": least, "gap": nll - least, "kl": kl_, "tv": tv}
 
 
-def _widened(box: tuple[float, float], factor: float) -> tuple[float, float]:
+def widened(box: tuple[float, float], factor: float) -> tuple[float, float]:
+    """The box about the same centre, ``factor`` times as wide."""
     low, high = box
     margin = (factor - 1) * (high - low) / 2
     return low - margin, high + margin
 
 
-def _spaced(rows: Tensor, most: int) -> Tensor:
+def spaced(rows: Tensor, most: int) -> Tensor:
+    """At most that many of the rows (N, ...), evenly spaced."""
     count = min(len(rows), most)
     return rows[torch.arange(count, device=rows.device) * len(rows) // count]
 

@@ -107,7 +107,7 @@ def transition_kernel(sampler: Sampler, target: Target, grid: Cells) -> Kernel:
     if not (sd > 0).all():
         raise ValueError(f"sampler must have noise, which {type(sampler).__name__} has not: its law is a point mass")
     masses, lost, coarse = _cell_masses(mean, sd, grid.edges, clamped=not sampler.is_exact)
-    log_density = -energy.numpy() / float(getattr(sampler, "noise_scale", 1.0)) ** 2
+    log_density = -energy.numpy() / float(sampler.noise_scale) ** 2
     log_density -= log_density.max()
     matrix = _metropolised(masses, sampler, z, score, energy) if sampler.is_exact else masses
     return Kernel(matrix, normalised(log_density), log_density, score.numpy(), lost, coarse)
@@ -148,7 +148,7 @@ def _metropolised(proposals: sparse.csr_array, sampler: Sampler, z: Tensor, scor
             z[a], score[a], energy[a], z[b], score[b], energy[b], sampler.threshold, step_size=sampler.step_size,
             norm=sampler.norm,
         )  # fmt: skip
-        accepted.append(torch.where(log_alpha.isfinite(), log_alpha.clamp(max=0.0).exp(), 0.0))
+        accepted.append(reference.acceptance(log_alpha))
     moves.data *= torch.cat(accepted).numpy()
     return (moves + sparse.diags_array(np.maximum(1 - moves.sum(1), 0))).tocsr()
 

@@ -144,7 +144,7 @@ def _reference(
         proposal_energy,
         threshold if threshold_t is None else threshold_t,
         step_size=step_size if step_size_t is None else step_size_t,
-        norm=norm if z.numel() else "element",  # of no elements there is no largest
+        norm=norm,
         mask=mask,
         uniform=noise.uniform(energy.shape, step=step, stream=noise.Stream.ACCEPTANCE, **place),
         noise=noise.normal(z.shape, step=step + 1, stream=noise.Stream.LANGEVIN, **place),

@@ -62,7 +62,10 @@ def anisotropic_step(
 
 
 class Proposal(NamedTuple):
-    """What a transition draws from ahead of any correction: independent normals, by element of the state."""
+    """What a transition draws from ahead of any correction: independent normals, by element of the state.
+
+    float32, for a float64 state float64, as all arithmetic here.
+    """
 
     mean: Tensor  #: of z's shape
     sd: Tensor  #: of z's shape; 0 is a point mass
@@ -127,11 +130,15 @@ class Judgement(NamedTuple):
         return torch.where(self.accepted.reshape(-1, *[1] * (old.dim() - 1)), new, old)
 
 
+def acceptance(log_alpha: Tensor) -> Tensor:
+    """min(1, alpha), of any shape; 0 where log alpha is not finite."""
+    return torch.where(torch.isfinite(log_alpha), log_alpha.clamp(max=0.0).exp(), 0.0)
+
+
 def judge(log_alpha: Tensor, uniform: Tensor) -> Judgement:
     """Accept with probability min(1, alpha), by a uniform on (0, 1]: both (B,). Not finite rejects."""
-    finite = torch.isfinite(log_alpha)
-    accepted = finite & (uniform.to(log_alpha.dtype).log() < log_alpha)
-    return Judgement(accepted, torch.where(finite, log_alpha.clamp(max=0.0).exp(), 0.0))
+    accepted = torch.isfinite(log_alpha) & (uniform.to(log_alpha.dtype).log() < log_alpha)
+    return Judgement(accepted, acceptance(log_alpha))
 
 
 class Metropolis(NamedTuple):

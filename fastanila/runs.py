@@ -69,6 +69,11 @@ def with_sampler(run: Run, sampler: str, **changes: Any) -> Run:
     return run._replace(energy=energy, sampler=build_sampler(settings, data.box_of(before.data)), settings=settings)
 
 
+def updates_past(run: Run) -> int:
+    """An update that lies past all of training, so that the same seed does not repeat its noise."""
+    return max(run.iteration, run.settings.iterations)
+
+
 def last_chains(tensors: dict[str, Tensor]) -> Tensor:
     """The chains as a checkpoint's run left them: all of a persistent population, otherwise the last update's."""
     return tensors["start.population"] if "start.population" in tensors else tensors["chains"]

@@ -37,8 +37,7 @@ def sample(
     """
     if warm_up and not run.sampler.is_exact:
         raise ValueError(f"warm_up adapts an exact sampler's step size, got sampler {run.settings.sampler}")
-    # past every update of training, so that the same seed does not repeat its noise
-    updates = max(run.iteration, run.settings.iterations)
+    updates = runs.updates_past(run)
     if start == "chains":
         z = run.chains[torch.arange(count, device=run.chains.device) % len(run.chains)]
         steps = run.settings.steps if steps is None else steps

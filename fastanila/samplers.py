@@ -121,7 +121,8 @@ class TamedLangevin(Sampler):
     score instead, whatever the step.) A truncated form of the coordinatewise tamed algorithm TULAc (Brosse, Durmus,
     Moulines and Sabanis 2019), whose level is 1 / eps; Atchade (2006) clips by the norm.
 
-    threshold: b, without unit; inf is `Langevin`. step_size, noise_scale, norm, bounds: as for `AniLA`.
+    threshold: b, without unit; inf is `Langevin`. step_size, noise_scale, norm, bounds: as for `AniLA`. Raises
+    ValueError, TypeError for settings that cannot be.
     """
 
     threshold: float | Tensor = 1.0

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
-from . import checks, data, runs
+from . import checks, data, exact, runs
 
+_ROOM = 1.25  #: by how much a data set's box is widened, for the proposals of chains, and what a sampler puts outside
 Box = tuple[tuple[float, float], ...]  #: (low, high) by axis
 
 
@@ -81,7 +82,7 @@ def banana(curvature: float = 0.5) -> Target:
 def density(name: str) -> Target:
     """The density of `fastanila.data` called ``name``, on its box widened."""
     found = data.load(name)
-    return Target(name, lambda x: -found.log_density(x), (_widened(found.box),) * 2)
+    return Target(name, lambda x: -found.log_density(x), (exact.widened(found.box, _ROOM),) * 2)
 
 
 def learned(run: runs.Run) -> Target:
@@ -91,16 +92,9 @@ def learned(run: runs.Run) -> Target:
     """
     if run.chains.shape[1:] != (2,):
         raise ValueError(f"the run must be one in two dimensions, got chains of shape {tuple(run.chains.shape[1:])}")
-    side = getattr(run.sampler, "bounds", None) or _widened(data.box_of(run.settings.data))
+    side = run.sampler.bounds or exact.widened(data.box_of(run.settings.data), _ROOM)
     # the network computes in its own float32; the grid around it is float64
     return Target(f"{run.settings.data} (learned)", lambda x: run.energy(x.float()).to(x.dtype), (tuple(side),) * 2)
-
-
-def _widened(box: tuple[float, float], factor: float = 1.25) -> tuple[float, float]:
-    """Room for the proposals of chains, and for what an unadjusted sampler puts outside."""
-    low, high = box
-    margin = (factor - 1) * (high - low) / 2
-    return low - margin, high + margin
 
 
 #: those shaped by a parameter

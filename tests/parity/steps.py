@@ -18,6 +18,17 @@ MARKS = [
 ]
 
 
+class Counting:
+    """Stands in for a kernel, and notes its launches."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(grid)
+        return self.kernel[grid]
+
+
 def draw(shape, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(shape, generator=generator).to(dtype).to(DEVICE)

@@ -222,17 +222,6 @@ def test_channels_beyond_a_tile_run_the_definition(channels, monkeypatch):
     assert len(launches) == (channels == 2048)
 
 
-class Counting:
-    """Stands in for a kernel, and notes its launches."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        self.launches.append(grid)
-        return self.kernel[grid]
-
-
 KERNELS = ("anisotropic_step_kernel", "rows_kernel")
 
 
