@@ -36,7 +36,7 @@ def mutant(drift=1.0, noise=1.0, step_size=0.5):
     def proposal(z, score):
         return reference.Proposal(z + drift * step_size / 2 * score, torch.full_like(z, noise * math.sqrt(step_size)))
 
-    return SimpleNamespace(is_exact=False, refresh="transition", proposal=proposal)
+    return SimpleNamespace(is_exact=False, refresh="transition", noise_scale=1.0, proposal=proposal)
 
 
 def dense(rows):
