@@ -1,6 +1,7 @@
 """Where the chains of an update start.
 
-Every start has ``draw(update) -> (B, ...)``, the states, float32 on ``device``, that update's chains start from;
+Every start has ``draw(update, given=None) -> (B, ...)``, the states, float32 on ``device``, that update's chains start
+from, where ``given`` (B, ...) is the data of the update, which only a conditional start looks at;
 ``keep(update, z, unless)``, which takes them back after their transitions unless the 0-dim bool tensor says no; and
 ``tensors()``, what a checkpoint must hold. Draws are functions of (seed, update), ints or 0-dim int64 tensors on the
 device, on streams of their own; they trace, and read nothing back.
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from . import noise
 from .noise import Stream
+from .vae import VAE
 
 
 def from_noise(shape, box: tuple[float, float], *, seed, step, stream=Stream.START, device=None) -> Tensor:
@@ -21,36 +23,34 @@ def from_noise(shape, box: tuple[float, float], *, seed, step, stream=Stream.STA
     return low + (high - low) * noise.uniform(shape, seed=seed, step=step, stream=stream, device=device)
 
 
-class NoiseStart:
+class _Fresh:
+    """A start that keeps nothing of an update for the next."""
+
+    def keep(self, update: int | Tensor, z: Tensor, unless: Tensor) -> None:
+        pass
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+
+class NoiseStart(_Fresh):
     """Short-run chains: every update starts afresh from uniform noise (Nijkamp et al. 2019)."""
 
     def __init__(self, count: int, shape, box: tuple[float, float], *, seed: int | Tensor, device=None):
         self.shape, self.box, self.seed, self.device = (count, *shape), box, seed, device
 
-    def draw(self, update: int | Tensor) -> Tensor:
+    def draw(self, update: int | Tensor, given: Tensor | None = None) -> Tensor:
         return from_noise(self.shape, self.box, seed=self.seed, step=update, device=self.device)
 
-    def keep(self, update: int | Tensor, z: Tensor, unless: Tensor) -> None:
-        pass
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
-
-
-class DataStart:
+class DataStart(_Fresh):
     """Contrastive divergence: every update starts from data (Hinton 2002)."""
 
     def __init__(self, count: int, data, *, seed: int | Tensor, device=None):
         self.count, self.data, self.seed, self.device = count, data, seed, device
 
-    def draw(self, update: int | Tensor) -> Tensor:
+    def draw(self, update: int | Tensor, given: Tensor | None = None) -> Tensor:
         return self.data.draw(self.count, seed=self.seed, step=update, purpose="start", device=self.device)
-
-    def keep(self, update: int | Tensor, z: Tensor, unless: Tensor) -> None:
-        pass
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
 
 
 class PersistentStart:
@@ -70,7 +70,7 @@ class PersistentStart:
         # update -1, so that the first restarts differ from the starts
         self.chains = from_noise((population, *shape), box, seed=seed, step=(1 << 56) - 1, device=device)
 
-    def draw(self, update: int | Tensor) -> Tensor:
+    def draw(self, update: int | Tensor, given: Tensor | None = None) -> Tensor:
         z = self.chains[self._rows(update)]
         u = noise.uniform(
             (self.count, *[1] * (z.dim() - 1)), seed=self.seed, step=update, stream=Stream.RESTART, device=self.device
@@ -87,3 +87,19 @@ class PersistentStart:
 
     def _rows(self, update: int | Tensor) -> Tensor:
         return update * self.count % len(self.chains) + torch.arange(self.count, device=self.chains.device)
+
+
+class AmortizedStart(_Fresh):
+    """Every update starts from what a VAE's decoder proposes, g(N(0, I)); a conditional one completes the update's data.
+
+    (Xie, Zheng and Li.) The latents are of the stream LATENT; ``vae`` may learn meanwhile.
+    """
+
+    def __init__(self, count: int, vae: VAE, *, seed: int | Tensor, device=None):
+        self.count, self.vae, self.seed, self.device = count, vae, seed, device
+
+    def draw(self, update: int | Tensor, given: Tensor | None = None) -> Tensor:
+        latents = noise.normal(
+            (self.count, self.vae.latent), seed=self.seed, step=update, stream=Stream.LATENT, device=self.device
+        )
+        return self.vae.decode(latents, given)

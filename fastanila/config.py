@@ -34,6 +34,13 @@ class Settings:
     image_size: int = setting(32, "Side to which images are resized and cropped (image-folder, flowers102), pixels.")
     channels: int = setting(3, "Channels of an image-folder: 3 for RGB, 1 for grey.")
 
+    task: Literal["generation", "completion"] = setting(
+        "generation", "generation: p(x); completion: p(x | the known pixels) of images with a region missing (--mask)."
+    )
+    mask: Literal["centre", "half", "blocks"] = setting(
+        "centre", "What completion misses: the middle square, the right half, or eight random squares of sixteen."
+    )
+
     energy: Literal["mlp", "convnet"] | None = setting(
         None, "Energy network: mlp for vectors, convnet (five layers) for images."
     )
@@ -44,6 +51,10 @@ class Settings:
         None, "Standard deviation of the Fourier features' frequencies, 1 / unit of data."
     )
     confinement: float | None = setting(None, "c of the energy's term c/2 |x|^2, 1 / squared unit of data.")
+    reference_sd: float = setting(
+        math.inf,
+        "Standard deviation of a Gaussian that the energy is relative to: adds |x|^2 / (2 sd^2) to it; inf for none.",
+    )
 
     sampler: Literal["anila", "anila-mh", "langevin", "mala", "tamed", "hmc", "gd"] | None = setting(
         None,
@@ -75,16 +86,28 @@ class Settings:
     steps: int | None = setting(None, "Transitions a chain makes for one update (K).")
     chains: int | None = setting(None, "Persistent chains, a multiple of --batch-size; otherwise equal to it.")
     batch_size: int | None = setting(None, "Data, and chains, that one update sees.")
-    init: Literal["persistent", "data", "noise"] = setting(
-        "persistent",
-        "Where an update's chains start: where they were left (PCD), at data (CD), or in uniform noise (short-run).",
+    init: Literal["persistent", "data", "noise", "vae"] | None = setting(
+        None,
+        "Where an update's chains start: where they were left (persistent: PCD), at data (data: CD), in uniform noise "
+        "(noise: short-run), or at the proposals of a VAE that learns from the chains (vae). Default persistent; of "
+        "completion vae.",
     )
     reinit: float | None = setting(
         None, "Probability that a persistent chain restarts from noise in an update it takes part in."
     )
 
+    latent: int | None = setting(None, "Latents of the VAE.")
+    vae_width: int | None = setting(None, "Units of a hidden layer of the VAE, or channels of its first layer.")
+    kl_weight: float | None = setting(
+        None,
+        "Weight of KL in the VAE's loss beside half the squared error of the reconstruction: the variance of the "
+        "decoder's own noise, squared units of data.",
+    )
+    vae_lr: float | None = setting(None, "Learning rate of the VAE's Adam at the start.")
+    vae_lr_decay: Literal["linear", "none"] = setting("linear", "The VAE's learning rate over the run, as --lr-decay.")
+
     iterations: int | None = setting(None, "Updates of the parameters.")
-    lr: float | None = setting(None, "Adam's learning rate at the start.")
+    lr: float | None = setting(None, "Learning rate of the energy's Adam at the start.")
     lr_decay: Literal["linear", "none"] = setting("linear", "Learning rate over the run: linear to zero, or constant.")
     energy_l2: float | None = setting(None, "Weight of the mean squared energies in the loss.")
     data_noise: float | None = setting(None, "Standard deviation of Gaussian noise added to the data, units of data.")
@@ -123,6 +146,7 @@ _PLANE: dict[str, Any] = dict(
     threshold=10.0, step_size=0.005, noise_scale=1.0, clamp=False,
     steps=60, chains=512, batch_size=512, reinit=0.005,
     iterations=4000, lr=5e-4, energy_l2=0.0, data_noise=0.0, clip_grad=0.0, ema=0.995,
+    latent=2, vae_width=128, kl_weight=0.04, vae_lr=3e-3,
     log_every=20, sample_every=500, save_every=1000,
 )  # fmt: skip
 
@@ -137,6 +161,7 @@ _IMAGES: dict[str, Any] = dict(
     threshold=0.02, step_size=4.0, noise_scale=0.005, clamp=True,
     steps=30, chains=256, batch_size=64, reinit=0.02,
     iterations=2000, lr=1e-4, energy_l2=0.0, data_noise=0.03, clip_grad=0.0, ema=0.99,
+    latent=64, vae_width=32, kl_weight=0.1, vae_lr=1e-3,
     log_every=10, sample_every=100, save_every=100,
 )  # fmt: skip
 
@@ -195,10 +220,12 @@ def translated(values: Mapping[str, Any], before: str, after: str, step_size: fl
 
 
 def resolve(settings: Settings) -> Settings:
-    """The settings with every default of the data set filled in, checked. Raises ValueError naming the setting."""
+    """The settings with every default of the data set and the task filled in, checked. Raises ValueError naming the setting."""
     if settings.data not in DEFAULTS:
         raise ValueError(f"data must be one of {', '.join(DEFAULTS)}, got {settings.data!r}")
     missing = {k: v for k, v in defaults(settings.data, settings.sampler).items() if getattr(settings, k) is None}
+    if settings.init is None:
+        missing["init"] = "vae" if settings.task == "completion" else "persistent"
     settings = dataclasses.replace(settings, **missing)
     if settings.chains is None:
         batches = DEFAULTS[settings.data]["chains"] // settings.batch_size if settings.init == "persistent" else 1
@@ -213,7 +240,7 @@ def check(settings: Settings) -> None:
 
     for name, hint in get_type_hints(Settings).items():
         _check_type(name, getattr(settings, name), hint)
-    for name in ("image_size", "channels", "width", "steps", "leapfrog_steps", "batch_size", "iterations"):
+    for name in ("image_size", "channels", "width", "latent", "vae_width", "steps", "leapfrog_steps", "batch_size", "iterations"):
         checks.count(name, getattr(settings, name))
     for name in ("log_every", "save_every"):
         checks.count(name, getattr(settings, name))
@@ -222,10 +249,11 @@ def check(settings: Settings) -> None:
         checks.count(name, getattr(settings, name), least=0)
     if settings.seed >= 1 << 63:
         raise ValueError(f"seed must be below 2**63, got {settings.seed}")
-    checks.positive("threshold", settings.threshold)
-    for name in ("step_size", "lr"):
+    for name in ("threshold", "reference_sd"):
+        checks.positive(name, getattr(settings, name))
+    for name in ("step_size", "lr", "vae_lr"):
         checks.positive(name, getattr(settings, name), finite=True)
-    for name in ("noise_scale", "confinement", "feature_scale", "energy_l2", "data_noise", "clip_grad"):
+    for name in ("noise_scale", "confinement", "feature_scale", "energy_l2", "kl_weight", "data_noise", "clip_grad"):
         checks.nonnegative(name, getattr(settings, name))
     for name in ("reinit", "ema"):
         if not 0 <= getattr(settings, name) <= 1:
@@ -239,6 +267,11 @@ def check(settings: Settings) -> None:
     if (settings.energy == "convnet") != (settings.data in IMAGES):
         wanted = DEFAULTS[settings.data]["energy"]
         raise ValueError(f"energy must be {wanted} for {settings.data}, got {settings.energy}")
+    if settings.task == "completion":
+        if settings.data not in IMAGES:
+            raise ValueError(f"data must be images with task=completion ({', '.join(IMAGES)}), got {settings.data}")
+        if settings.init != "vae":
+            raise ValueError(f"init must be vae with task=completion, got {settings.init}")
 
 
 def _check_exact(settings: Settings) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastanila import noise
 from fastanila.config import IMAGES
+from fastanila.exact import Modes
 from fastanila.noise import Stream
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # ImageFolder's
@@ -47,6 +48,7 @@ class Density:
     #: The natural logarithm of the normalised density, (N, 2) -> (N,) of the same dtype; None where it is not known.
     log_density: Callable[[Tensor], Tensor] | None = None
     entropy: float | None = None  #: in nats, where it has a closed form
+    modes: Modes | None = None  #: where they are well apart
 
     @property
     def shape(self) -> tuple[int]:
@@ -124,7 +126,7 @@ def _gaussians(name: str, centre: Callable[[Tensor], Tensor], parts: int, sd: fl
         part = torch.arange(parts, dtype=x.dtype, device=x.device)
         return _log_mixture(x, centre(part), torch.full_like(part, 1 / parts), sd)
 
-    return Density(name, (-5.0, 5.0), points, log_density)
+    return Density(name, (-5.0, 5.0), points, log_density, modes=Modes(centre(torch.arange(parts).float()), sd))
 
 
 def _circle(part: Tensor) -> Tensor:

@@ -122,18 +122,19 @@ def evaluate_images(
 
     frechet of the chains; frechet_start of where the chains began; frechet_gaussian of as many draws of
     `gaussian_pixels`, which a model of images must beat; frechet_train of as many training images, evenly spaced,
-    the floor at this count; mmd of the chains (at most 2000 rows a side).
+    the floor at this count; mmd of the chains, and mmd_start (at most 2000 rows a side).
     """
     features = pca(train, components)
     count = len(chains)
     spaced = torch.arange(min(count, len(train)), device=train.device) * len(train) // min(count, len(train))
-    truth, sampled = project(features, held_out), project(features, chains)
+    truth, sampled, started = (project(features, x) for x in (held_out, chains, start))
     return {
         "frechet": frechet(sampled, truth),
-        "frechet_start": frechet(project(features, start), truth),
+        "frechet_start": frechet(started, truth),
         "frechet_gaussian": frechet(project(features, gaussian_pixels(train, count, seed=seed)), truth),
         "frechet_train": frechet(project(features, train[spaced]), truth),
         "mmd": mmd(sampled[:_MMD_ROWS], truth[:_MMD_ROWS]),
+        "mmd_start": mmd(started[:_MMD_ROWS], truth[:_MMD_ROWS]),
         "components": features.components.shape[1],
     }
 

@@ -55,8 +55,7 @@ class MLP(nn.Module):
         h = x
         if len(self.projections):
             with torch.autocast(x.device.type, enabled=False):  # a phase needs more than bfloat16's three digits
-                phase = x.float() @ self.projections.T
-                h = torch.cat((phase.sin(), phase.cos()), dim=-1)
+                h = fourier(x.float(), self.projections)
         return _reduced(self.head, self.layers(h)) + _confined(self.confinement, x)
 
 
@@ -87,6 +86,12 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return _reduced(self.head, self.layers(x)) + _confined(self.confinement, x)
+
+
+def fourier(x: Tensor, projections: Tensor) -> Tensor:
+    """sin and cos of the projections (m, dim) of x (B, dim): (B, 2 m)."""
+    phase = x @ projections.T
+    return torch.cat((phase.sin(), phase.cos()), dim=-1)
 
 
 def _reduced(head: nn.Linear | nn.Conv2d, h: Tensor) -> Tensor:

@@ -6,6 +6,11 @@ sliced Wasserstein distance and MMD of the chains, to the data (tv_chains, sw_ch
 law (tv_chains_model, ...), each beside what exact draws of their number give (..._floor): see `exact.evaluate`. Images:
 Frechet distances to held-out images on principal components: of the chains, of where they started, and of baselines.
 
+A run with init=vae is judged by fresh pairs of a proposal and what K transitions make of it: the numbers of chains are
+those of the revised states, frechet_start and mmd_start those of the proposals; energy_proposals, energy_revised and moved
+(how far an element moves) say what the revision does, and tv_proposals_model how far proposals are from the model's law. A
+run with task=completion: errors in the missing regions, see `completed`. Densities with modes: modes_covered_....
+
 With --chains the run's sampler goes on from its chains on the fixed energy, and "chains" says how well it mixes (rhat,
 ess_bulk, ess_tail, ess_per_gradient, autocorrelation_time, acceptance: the worst of the energy and the elements, or of
 fixed projections for images; see `fastanila.diagnostics`); RUN/chains.png shows the autocorrelation and the energy.
@@ -18,37 +23,78 @@ import contextlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import checkpoint, checks, data, diagnostics, distances, exact, ops, plots, runs
+from . import checkpoint, checks, completion, data, diagnostics, distances, draws, exact, ops, plots, runs
 
 _MOST_CHAINS = 256  # that `mixing` runs
+_PLANE_PAIRS, _IMAGE_PAIRS = 10_000, 1024  # drawn where a VAE proposes
+_COMPLETIONS = 8  # of an image
+_BATCH = 1024  # states whose energy is taken at a time
 
 
-def evaluate(run: runs.Run, *, data_dir: str | None = None) -> dict[str, float]:
+def evaluate(run: runs.Run, *, data_dir: str | None = None, fused: bool = True) -> dict[str, float]:
     """The numbers above, as Python floats. Raises FileNotFoundError where a run's images are not there."""
-    device = run.chains.device
-    settings = run.settings
-    dataset = data.load(
-        settings.data,
-        data_dir=data_dir if data_dir is not None else settings.data_dir,
-        size=settings.image_size,
-        channels=settings.channels,
-        device=device,
-    )
+    device, settings = run.chains.device, run.settings
+    dataset = runs.load_data(settings, device, data_dir)
     report: dict[str, float] = {"iteration": run.iteration}
-    if isinstance(dataset, data.Density):
-        return report | exact.evaluate(run.energy, dataset, run.chains, device=device)
+    if settings.task == "completion":
+        return report | completed(run, dataset, fused=fused)
+    plane = isinstance(dataset, data.Density)
+    chains, start = run.chains, None
+    if run.vae is not None:
+        start, chains = draws.pairs(run, _PLANE_PAIRS if plane else _IMAGE_PAIRS, fused=fused)
+        report |= revision(run.energy, start, chains)
+    if plane:
+        if start is not None:
+            report["tv_proposals_model"] = exact.law_tv(run.energy, dataset, start)
+        return report | exact.evaluate(run.energy, dataset, chains, device=device)
+    if start is None:
+        started = runs.build_start(settings, dataset, device)
+        start = started.tensors().get("population", started.draw(0))
 
     def scaled(pixels):
         return pixels.float() / 127.5 - 1
 
-    started = runs.build_start(settings, dataset, device)
-    start = started.tensors().get("population", started.draw(0))
-    return report | distances.evaluate_images(run.chains, scaled(dataset.held_out), scaled(dataset.train), start)
+    return report | distances.evaluate_images(chains, scaled(dataset.held_out), scaled(dataset.train), start)
+
+
+@torch.no_grad()
+def revision(energy: Callable[[Tensor], Tensor], proposals: Tensor, revised: Tensor) -> dict[str, float]:
+    """Mean energies, and how far the sampler moves an element of a proposal (root mean square)."""
+
+    def mean(z: Tensor) -> float:
+        return torch.cat([energy(part) for part in z.split(_BATCH)]).mean().item()
+
+    moved = (revised - proposals).square().mean().sqrt().item()
+    return {"energy_proposals": mean(proposals), "energy_revised": mean(revised), "moved": moved}
+
+
+def completed(run: runs.Run, dataset: completion.Completions, *, count: int = 200, fused: bool = True) -> dict[str, float]:
+    """Errors in the regions of held-out images: mse_... (squared units of data) and psnr_... (dB, `draws.errors`).
+
+    vae: the proposals; revised: where the sampler takes them; mean: the mean training image in the region. Each image
+    is completed 8 times: the errors are the completions' own, and those of ..._average are of the mean of the 8, which is
+    what a regression would be after. diversity_vae, diversity_revised: the standard deviation between the completions of
+    an image (root mean square over the region's elements).
+    """
+    found = draws.completions(run, dataset, count, each=_COMPLETIONS, fused=fused)
+    mean = dataset.images.train.float().mean(0).to(run.chains.device) / 127.5 - 1
+    inside = found.missing.expand_as(found.truth)
+    report = {}
+    sets = {"vae": found.proposals, "revised": found.completions, "mean": mean.expand_as(found.truth)[:, None]}
+    for name in ("vae", "revised"):
+        sets[f"{name}_average"] = sets[name].mean(1, keepdim=True)
+        spread = sets[name].var(1)[inside].mean().sqrt().item()
+        report[f"diversity_{name}"] = spread
+    for name, images in sets.items():
+        report[f"mse_{name}"], report[f"psnr_{name}"] = draws.errors(found.truth, found.missing, images, dataset.box)
+    return report
 
 
 def mixing(run: runs.Run, draws: int = 1000, *, seed: int = 0, fused: bool = True) -> tuple[dict, diagnostics.Trace]:
@@ -92,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=1000, help="transitions that --chains makes (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="names the noise of --chains")
     parser.add_argument(
-        "--fused", action=argparse.BooleanOptionalAction, default=True, help="compile the transition of --chains"
+        "--fused", action=argparse.BooleanOptionalAction, default=True, help="compile the transitions it makes"
     )
     arguments = parser.parse_args(argv)
     try:
@@ -103,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
             title = f"{arguments.run}: {found['chains']} chains, {type(run.sampler).__name__}"
             save_mixing(Path(arguments.run) / "chains.png", found, trace, title)
             chains = {"chains": _finite(found)}
-        report = evaluate(run, data_dir=arguments.data_dir)
+        report = evaluate(run, data_dir=arguments.data_dir, fused=arguments.fused)
     except (ValueError, OSError, ModuleNotFoundError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

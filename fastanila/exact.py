@@ -7,7 +7,7 @@ how far its numbers move on coarser cells of a larger square, and the model's ma
 nats, (n*n,) float64, and normalised on the grid.
 
 A ``density`` is one of fastanila.data's: ``box`` = (low, high) of a square, ``log_density`` ((N, 2) -> (N,), or
-None), ``entropy`` (float or None) and ``draw(count, *, seed, step, purpose, offset, device)`` -> (count, 2).
+None), ``entropy`` (float or None), ``modes`` (`Modes` or None) and ``draw(count, *, seed, step, purpose, offset, device)`` -> (count, 2).
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ _FLOOR_DRAWS = 8  # sets of exact draws whose distance is the floor
 _REFERENCE = 10_000  # exact draws to which sliced distances are taken
 _PROJECTIONS = 32  # directions of a sliced distance, plenty in a plane
 _MMD_ROWS = 1000  # the most that are compared pairwise
+
+
+class Modes(NamedTuple):
+    """Equally likely round modes, well apart."""
+
+    centres: Tensor  #: (M, 2)
+    sd: float  #: of each
 
 
 class Grid(NamedTuple):
@@ -143,6 +150,21 @@ def bin_masses(log_p: Tensor, grid: Grid, box: tuple[float, float], bins: int) -
     return share @ (log_p.exp().view(grid.n, grid.n) * grid.cell_area) @ share.T
 
 
+def law_tv(energy: Callable[[Tensor], Tensor], density, states: Tensor, *, resolution: int = 200, bins: int = 24) -> float:
+    """The total variation between states' histogram (N, 2) and the model's own law exp(-U) / Z, by the ``bins`` * ``bins``
+    cells of the density's box and one for what is outside."""
+    cells = grid(widened(density.box, _WIDEN), resolution, states.device)
+    truth = bin_masses(model_log_density(energy, cells), cells, density.box, bins)
+    return histogram_tv(histogram(states, density.box, bins), truth)
+
+
+def modes_covered(points: Tensor, masses: Tensor, modes: Modes) -> int:
+    """How many modes have at least a quarter of their due, an equal share, within four standard deviations of their
+    centre; of points (N, 2) with masses (N,) that sum to 1."""
+    near = torch.cdist(points.double(), modes.centres.to(points.device).double()) <= 4 * modes.sd
+    return int((masses.double() @ near.double() >= 0.25 / len(modes.centres)).sum())
+
+
 def draw(log_p: Tensor, grid: Grid, count: int, *, seed: int, step: int) -> Tensor:
     """``count`` draws (count, 2), float32, of a density on the grid: its cells by the inverse of their distribution
     function, a uniform place within the cell; NaN where the density is not finite. A function of (seed, step).
@@ -208,6 +230,8 @@ def evaluate(
     tv_chains_model, sw_chains_model, mmd_chains_model to the model, exp(-U) / Z, each with its _floor. The second
     three show what the sampler did, whatever the model is; the first three what both did.
 
+    Of a density with ``modes``, also modes, how many it has, and `modes_covered` of the model and of the chains.
+
     The model is normalised on the data's box widened by a quarter. What it puts outside is not counted; the mass in
     the outermost ring of cells, boundary_mass, shows whether there can be any. quadrature_error is the most that log Z,
     nll, entropy, kl and tv move (log Z and nll, where the data's density has to be estimated) with cells twice as
@@ -227,8 +251,15 @@ def evaluate(
     border[1:-1, 1:-1] = 0
     # a tensor's maximum, because Python's forgets a NaN
     report |= {"boundary_mass": border.sum().item(), "quadrature_error": moved.abs().max().item()}
+    if density.modes is not None:
+        masses = log_q.exp() * cells.cell_area
+        report |= {"modes": len(density.modes.centres)}
+        report |= {"modes_covered_model": modes_covered(cells.points, masses, density.modes)}
     if chains is None:
         return report
+    if density.modes is not None:
+        even = torch.full((len(chains),), 1 / len(chains), device=chains.device)
+        report |= {"modes_covered_chains": modes_covered(chains, even, density.modes)}
 
     def data_draws(count: int) -> Tensor:
         return density.draw(count, seed=seed, step=1, purpose="held-out", device=device)

@@ -45,12 +45,14 @@ class Stream(enum.IntEnum):
     DATA = 5  #: which data an update sees; the uniforms of a 2-D density's draw; step = update
     DATA_NORMALS = 6  #: the normals of a 2-D density's draw; step = update
     DATA_NOISE = 7  #: noise added to the data; step = update
-    LATENT = 8  #: the VAE's latents; step = update
+    LATENT = 8  #: the latents that the VAE's decoder proposes from; step = update
     INITIAL = 9  #: parameters drawn once, such as random Fourier features
     EVALUATION = 10  #: held-out draws: which images, and the uniforms of a 2-D density's draw
     EVALUATION_NORMALS = 11  #: held-out draws: the normals of a 2-D density's draw
     START_DATA_NORMALS = 12  #: the normals of the 2-D data a chain starts from; step = update
     BASELINE = 13  #: what a model is compared with, and the directions of sliced distances
+    POSTERIOR = 14  #: the VAE's reparametrised draws; step = update
+    MASKS = 15  #: which regions of images are missing; step = update, as the data's
 
 
 def words(

@@ -29,31 +29,43 @@ def image_grid(images: Tensor, box: tuple[float, float], columns: int = 8, scale
     return sheet.permute(1, 2, 0).numpy()
 
 
-def save_images(path: str | Path, images: Tensor, box: tuple[float, float]) -> None:
+def interleaved(sets: Sequence[Tensor], columns: int = 8) -> Tensor:
+    """Equally many images each, (N, C, H, W), as rows of a grid: a row of the first, under it the same of the second,
+    and so on. N that does not fill a row is cut to those that do, or to one row."""
+    columns = min(columns, len(sets[0]))
+    rows = [images[: len(images) // columns * columns].split(columns) for images in sets]
+    return torch.cat([row for group in zip(*rows, strict=True) for row in group])
+
+
+def save_images(path: str | Path, images: Tensor, box: tuple[float, float], columns: int = 8) -> None:
     """A PNG grid of images (N, C, H, W), enlarged so that small ones can be seen."""
     from PIL import Image
 
     content = io.BytesIO()
-    Image.fromarray(image_grid(images, box, scale=max(1, 96 // images.shape[-1]))).save(content, format="png")
+    Image.fromarray(image_grid(images, box, columns, scale=max(1, 96 // images.shape[-1]))).save(content, format="png")
     checkpoint.write_bytes(path, content.getvalue())
 
 
-def save_plane(path: str | Path, energy: Callable[[Tensor], Tensor], density, chains: Tensor, title: str = "") -> None:
-    """Data, chains and learned density, side by side, in the data's box."""
+def save_plane(
+    path: str | Path, energy: Callable[[Tensor], Tensor], density, chains: Tensor, title: str = "",
+    *, proposals: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Data, where the chains started if ``proposals`` says so, chains and learned density, in the data's box."""
     from matplotlib.figure import Figure
 
     low, high = density.box
     cells = exact.grid(density.box, 200, chains.device)
     learned = exact.model_log_density(energy, cells).exp().reshape(cells.n, cells.n).cpu()
     points = density.draw(4096, seed=0, step=0, purpose="held-out").cpu()
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    axes = figure.subplots(1, 3)
-    axes[0].scatter(*points.T.numpy(), s=1, color="black", linewidths=0)
-    axes[0].set_title("data")
-    axes[1].scatter(*chains.detach().float().cpu().T.numpy(), s=2, color="tab:red", linewidths=0)
-    axes[1].set_title(f"{len(chains)} chains")
-    axes[2].imshow(learned.T.numpy(), origin="lower", extent=(low, high, low, high), cmap="magma")
-    axes[2].set_title("learned density")
+    panels = [("data", points, "black"), ("proposals", proposals, "tab:blue"), (f"{len(chains)} chains", chains, "tab:red")]
+    panels = [panel for panel in panels if panel[1] is not None]
+    figure = Figure(figsize=(4 * len(panels) + 4, 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels) + 1)
+    for axis, (name, states, color) in zip(axes, panels, strict=False):
+        axis.scatter(*states.detach().float().cpu().T.numpy(), s=1 if name == "data" else 2, color=color, linewidths=0)
+        axis.set_title(name)
+    axes[-1].imshow(learned.T.numpy(), origin="lower", extent=(low, high, low, high), cmap="magma")
+    axes[-1].set_title("learned density")
     for axis in axes:
         axis.set(xlim=(low, high), ylim=(low, high), aspect="equal", xticks=[], yticks=[])
     if title:

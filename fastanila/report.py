@@ -6,10 +6,16 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import checkpoint
+from .config import Settings
+
+#: Mean energies beyond this are not those of a model that still learns.
+_EXPLODING = 1e4
+_COLLAPSED = 0.1  #: nats, of all latents together
+_ALIKE = 0.02  #: of the revised states' spread
 
 
 class Metrics:
@@ -61,6 +67,48 @@ def tensorboard_writer():
     return SummaryWriter
 
 
+class Watch:
+    """Tells, once each, what a run's rows say is going wrong, and what to change."""
+
+    _PATIENCE = 5  #: rows in a row
+    _FIRST = 100  #: updates ahead of which nothing is settled
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.count = {name: 0 for name in ("exploding", "dead", "collapse")}
+
+    def see(self, row: dict) -> list[str]:
+        found = []
+        for name, line in self._found(row):
+            self.count[name] = self.count[name] + 1 if line else 0
+            if line and self.count[name] == self._PATIENCE:
+                found.append(f"warning: update {row['iteration']}: {line}")
+        return found
+
+    def _found(self, row: dict) -> Iterator[tuple[str, str | None]]:
+        """What is wrong by this row, None for each thing that is not."""
+        s, settled = self.settings, row["iteration"] >= self._FIRST
+        energies = [row[k] for k in ("energy_data", "energy_chains", "energy_proposals") if k in row]
+        largest = max(energies, key=abs)
+        exploding = settled and abs(largest) > _EXPLODING
+        yield "exploding", exploding and (
+            f"the energies explode (mean energy {largest:.3g}): lower --lr (now {s.lr:g}), or raise --energy-l2 "
+            f"(now {s.energy_l2:g}) or --steps (now {s.steps})"
+        ) or None
+        if "kl" not in row:
+            return
+        dead = settled and (row["spread"] < _ALIKE or row["vae_grad_norm"] == 0)
+        collapsed = settled and row["kl"] < _COLLAPSED
+        yield "collapse", collapsed and (
+            f"posterior collapse (kl {row['kl']:.2g} nats over {s.latent} latents): the decoder ignores its latents; "
+            f"lower --kl-weight (now {s.kl_weight:g})"
+        ) or None
+        yield "dead", dead and not collapsed and (
+            f"the VAE is dead (its proposals vary {row['spread']:.1%} as much as the revised states): raise --vae-lr "
+            f"(now {s.vae_lr:g}) or --vae-width (now {s.vae_width})"
+        ) or None
+
+
 class Progress:
     """A bar on a terminal; about twenty plain lines elsewhere."""
 
@@ -85,6 +133,7 @@ class Progress:
         shown = (
             f"energy data {row['energy_data']:.3f} chains {row['energy_chains']:.3f} gap {row['energy_gap']:+.3f} "
             f"clipped {row['clip_fraction']:.1%}"
+            + (f" moved {row['moved']:.3f} recon {row['reconstruction']:.3f} kl {row['kl']:.2f}" if "kl" in row else "")
             + (f" accepted {row['acceptance']:.1%}" if row["acceptance"] < 1 else "")
             + (f" nll {row['nll']:.3f}" if "nll" in row else "")
         )
@@ -95,3 +144,10 @@ class Progress:
             rate = (row["iteration"] - self.first) / (time.perf_counter() - self.began)
             self.say(f"update {row['iteration']:>6}  {shown}  {rate:.1f} updates/s")
             self.next = row["iteration"] + self.every
+
+    def note(self, line: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            self.say(line)

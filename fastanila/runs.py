@@ -14,10 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from . import chains as starts
-from . import checkpoint, config, data, noise
+from . import checkpoint, completion, config, data, noise, vae
 from .config import Settings
 from .energies import MLP, Autocast, ConvNet, Tempered
 from .samplers import SAMPLERS, Sampler
+
+Dataset = data.Density | data.Images | completion.Completions
+
+#: What the names of a VAE's tensors in a checkpoint begin with.
+AMORTIZED = "amortized"
 
 
 class Run(NamedTuple):
@@ -26,6 +31,7 @@ class Run(NamedTuple):
     chains: Tensor  #: (B, ...) the chains as the run left them
     settings: Settings
     iteration: int  #: updates made
+    vae: vae.VAE | None = None  #: of init="vae": what proposes where chains start; its moving average, as the energy's
 
 
 def load(directory: str | Path, device: str = "auto") -> Run:
@@ -37,12 +43,18 @@ def load(directory: str | Path, device: str = "auto") -> Run:
     device = device_of(device)
     tensors, state = checkpoint.load_latest(Path(directory) / "checkpoints", device)
     chains = last_chains(tensors)
-    energy = build_energy(settings, tuple(chains.shape[1:])).to(device)
-    which = "ema" if settings.ema else "energy"
-    load_parameters(energy, checkpoint.subset(tensors, which), directory)
-    energy = at_precision(energy, settings.precision).eval()
-    box = data.box_of(settings.data)
-    return Run(energy, build_sampler(settings, box), chains, settings, state["iteration"])
+
+    def trained(network: nn.Module, tensors: dict[str, Tensor], name: str) -> nn.Module:
+        which = "ema" if settings.ema else name
+        load_parameters(network.to(device), checkpoint.subset(tensors, which), directory)
+        return network.eval()
+
+    energy = at_precision(trained(build_energy(settings, chains.shape[1:]), tensors, "energy"), settings.precision)
+    proposer = None
+    if settings.init == "vae":
+        proposer = trained(build_vae(settings, chains.shape[1:]), checkpoint.subset(tensors, AMORTIZED), "vae")
+    sampler = build_sampler(settings, data.box_of(settings.data))
+    return Run(energy, sampler, chains, settings, state["iteration"], proposer)
 
 
 def with_sampler(run: Run, sampler: str, **changes: Any) -> Run:
@@ -95,21 +107,23 @@ def load_parameters(energy: nn.Module, tensors: dict[str, Tensor], where) -> Non
         raise checkpoint.CheckpointError(message) from None
 
 
-def load_data(settings: Settings, device) -> data.Density | data.Images:
-    return data.load(
+def load_data(settings: Settings, device, data_dir: str | None = None) -> Dataset:
+    """The run's data set, from ``data_dir`` where they are images that have moved."""
+    found = data.load(
         settings.data,
-        data_dir=settings.data_dir,
+        data_dir=settings.data_dir if data_dir is None else data_dir,
         size=settings.image_size,
         channels=settings.channels,
         download=settings.download,
         device=device,
     )
+    return completion.Completions(found, settings.mask) if settings.task == "completion" else found
 
 
 def build_energy(settings: Settings, shape: tuple[int, ...]) -> nn.Module:
     """The energy network on the CPU, initialised from the run's seed whatever torch's generator is at."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+    confinement = settings.confinement + settings.reference_sd**-2
+    with _seeded(settings.seed):
         if settings.energy == "mlp":
             return MLP(
                 math.prod(shape),
@@ -117,10 +131,36 @@ def build_energy(settings: Settings, shape: tuple[int, ...]) -> nn.Module:
                 settings.depth,
                 features=settings.features,
                 feature_scale=settings.feature_scale,
-                confinement=settings.confinement,
+                confinement=confinement,
                 seed=settings.seed,
             )
-        return ConvNet(shape[0], shape[1], settings.width, confinement=settings.confinement)
+        network = ConvNet(shape[0], shape[1], settings.width, confinement=confinement)
+        return completion.ConditionalEnergy(network) if settings.task == "completion" else network
+
+
+def build_vae(settings: Settings, shape: tuple[int, ...]) -> vae.VAE:
+    """The VAE on the CPU, initialised as the energy is."""
+    with _seeded(settings.seed):
+        if settings.energy == "mlp":
+            return vae.of_vectors(
+                math.prod(shape),
+                settings.latent,
+                settings.vae_width,
+                features=settings.features,
+                feature_scale=settings.feature_scale,
+                seed=settings.seed,
+            )
+        channels, size, _ = shape
+        if settings.task == "completion":
+            return vae.of_completions(channels - 1, size, settings.latent, settings.vae_width)
+        return vae.of_images(channels, size, settings.latent, settings.vae_width)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def build_sampler(settings: Settings, box: tuple[float, float]) -> Sampler:
@@ -131,9 +171,11 @@ def build_sampler(settings: Settings, box: tuple[float, float]) -> Sampler:
     return kind(**own)
 
 
-def build_start(settings: Settings, dataset: data.Density | data.Images, device):
-    """The chain start of the settings' ``init``."""
+def build_start(settings: Settings, dataset: Dataset, device, proposer: vae.VAE | None = None):
+    """The chain start of the settings' ``init``; ``proposer`` is that of "vae"."""
     count, seed = settings.batch_size, noise.as_word64(settings.seed, device)
+    if settings.init == "vae":
+        return starts.AmortizedStart(count, proposer, seed=seed, device=device)
     if settings.init == "data":
         return starts.DataStart(count, dataset, seed=seed, device=device)
     if settings.init == "noise":

@@ -1,9 +1,13 @@
-"""Draw from a trained run: `python -m fastanila.sample RUN --count 64 --out samples.png` (or .npz)."""
+"""Draw from a trained run: `python -m fastanila.sample RUN --count 64 --out samples.png` (or .npz).
+
+A run with init=vae draws pairs, proposal above revision; --steps 0 gives the decoder's proposals alone, --interpolate what
+lies between latents, --reconstruct held-out images and what the VAE makes of them. --inpaint REGION fills a region of
+held-out images by a model of whole images; a run with task=completion completes the region that it has learned to.
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import sys
 from pathlib import Path
@@ -12,59 +16,86 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import chains, checkpoint, config, data, ops, plots, runs, transitions
+from . import checkpoint, checks, completion, config, data, draws, plots, runs, transitions
+from .draws import sample
 
 SUFFIXES = (".png", ".npz")
-
-
-def sample(
-    run: runs.Run,
-    count: int,
-    *,
-    steps: int | None = None,
-    start: str = "chains",
-    seed: int = 0,
-    fused: bool = True,
-    warm_up: int = 0,
-) -> Tensor:
-    """(count, ...) states of the run's sampler on its energy, on the run's device.
-
-    ``start``: "chains" goes on from where training left its chains, over again where more are wanted, each copy with
-    noise of its own; "noise" starts from uniform noise. ``steps``: transitions, by default as many as an update of
-    the run made from chains, and ten times as many from noise. ``warm_up``: transitions ahead of them in which an exact
-    sampler adapts its step size. ``fused=False`` runs the plain definition, eagerly. The law is the sampler's, see its
-    docstring; `runs.with_sampler` changes it.
-    """
-    if warm_up and not run.sampler.is_exact:
-        raise ValueError(f"warm_up adapts an exact sampler's step size, got sampler {run.settings.sampler}")
-    updates = runs.updates_past(run)
-    if start == "chains":
-        z = run.chains[torch.arange(count, device=run.chains.device) % len(run.chains)]
-        steps = run.settings.steps if steps is None else steps
-    else:
-        box = data.box_of(run.settings.data)
-        shape = (count, *run.chains.shape[1:])
-        z = chains.from_noise(shape, box, seed=seed, step=updates, device=run.chains.device)
-        steps = 10 * run.settings.steps if steps is None else steps
-    first = updates * run.settings.steps
-    with runs.matmul_precision(run.settings.precision), contextlib.nullcontext() if fused else ops.plain():
-        sampler = run.sampler
-        if warm_up:
-            sampler, z = sampler.adapt(run.energy, z, steps=warm_up, seed=seed, step=first, compile=fused)
-        return sampler.run(run.energy, z, steps=steps, seed=seed, step=first + warm_up, compile=fused)
+_COLUMNS = 8  # of a picture of interpolations
 
 
 def write(path: Path, z: Tensor, run: runs.Run) -> None:
     """A picture of the samples (.png: a grid of images, or a scatter with the density), or the samples (.npz)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npz":
-        content = io.BytesIO()
-        np.savez_compressed(content, samples=z.float().cpu().numpy())
-        checkpoint.write_bytes(path, content.getvalue())
+        write_arrays(path, samples=z)
     elif z.dim() == 2:
         plots.save_plane(path, run.energy, data.load(run.settings.data), z, f"{run.settings.data}, {len(z)} samples")
     else:
         plots.save_images(path, z, data.box_of(run.settings.data))
+
+
+def write_pairs(path: Path, pairs: draws.Pairs, run: runs.Run) -> None:
+    """Proposals above revised states; .npz: samples, and proposals."""
+    if path.suffix == ".npz":
+        write_arrays(path, samples=pairs.revised, proposals=pairs.proposals)
+    elif pairs.revised.dim() == 2:
+        title = f"{run.settings.data}, {len(pairs.revised)} samples"
+        density = data.load(run.settings.data)
+        plots.save_plane(path, run.energy, density, pairs.revised, title, proposals=pairs.proposals)
+    else:
+        plots.save_images(path, plots.interleaved(pairs), data.box_of(run.settings.data))
+
+
+def write_completed(path: Path, found: draws.Completed, run: runs.Run) -> None:
+    """A row an image: with the region blank, the VAE's first proposal if there is one, the completions, the truth.
+    .npz: samples, truth, missing, and proposals if there are any."""
+    if path.suffix == ".npz":
+        write_arrays(path, samples=found.completions, **{k: v for k, v in found._asdict().items() if v is not None})
+        return
+    blank = torch.where(found.missing, 0.0, found.truth)
+    first = [] if found.proposals is None else [found.proposals[:, :1]]
+    rows = torch.cat([blank[:, None], *first, found.completions, found.truth[:, None]], 1)
+    plots.save_images(path, rows.flatten(0, 1), data.box_of(run.settings.data), columns=rows.shape[1])
+
+
+def write_arrays(path: Path, **arrays: Tensor) -> None:
+    content = io.BytesIO()
+    np.savez_compressed(content, **{k: (v if v.dtype == torch.bool else v.float()).cpu().numpy() for k, v in arrays.items()})
+    checkpoint.write_bytes(path, content.getvalue())
+
+
+def draw(run: runs.Run, arguments: argparse.Namespace, out: Path) -> str:
+    """Draw what the arguments ask for, write it, and say what it is. Raises ValueError for what the run has not."""
+    how = dict(steps=arguments.steps, seed=arguments.seed, fused=arguments.fused, warm_up=arguments.warm_up)
+    count, settings = arguments.count, run.settings
+    if run.vae is None and (arguments.interpolate or arguments.reconstruct):
+        flag = "interpolate" if arguments.interpolate else "reconstruct"
+        raise ValueError(f"{flag} needs a run with init=vae, got a run with init={settings.init}")
+    if arguments.inpaint or settings.task == "completion":
+        dataset = runs.load_data(settings, run.chains.device, arguments.data_dir)
+        found = draws.completions(run, dataset, count, region=arguments.inpaint, each=arguments.completions, **how)
+        write_completed(out, found, run)
+        mse, psnr = draws.errors(found.truth, found.missing, found.completions, data.box_of(settings.data))
+        return f"{count} images, each completed {arguments.completions} times (mse {mse:.4f}, psnr {psnr:.2f} dB)"
+    if arguments.interpolate:
+        rows = -(-count // _COLUMNS)
+        update = runs.updates_past(run)
+        z = draws.interpolated(run.vae, rows, _COLUMNS, seed=arguments.seed, update=update)
+        write(out, draws.moved(run, z, **how | {"steps": arguments.steps or 0}), run)
+        return f"{rows} interpolations of {_COLUMNS} proposals"
+    if arguments.reconstruct:
+        dataset = runs.load_data(settings, run.chains.device, arguments.data_dir)
+        update, device = runs.updates_past(run), run.chains.device
+        x = dataset.draw(count, seed=arguments.seed, step=update, purpose="held-out", device=device)
+        back = draws.reconstructed(run.vae, x)
+        write_pairs(out, draws.Pairs(x, back), run)
+        error = 0.5 * (back - x).square().flatten(1).sum(1).mean()
+        return f"{count} held-out draws above their reconstructions (reconstruction {error:.4f})"
+    z = sample(run, count, start=arguments.start, **how)
+    if run.vae is not None and arguments.start in (None, "vae") and arguments.steps != 0:
+        write_pairs(out, draws.Pairs(sample(run, count, start="vae", steps=0, seed=arguments.seed), z), run)
+    else:
+        write(out, z, run)
+    return f"{len(z)} samples"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,10 +105,23 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     parser.add_argument("run", help="run directory")
-    parser.add_argument("--count", type=int, default=64, help="samples to draw")
+    parser.add_argument("--count", type=int, default=64, help="samples to draw, or images to complete")
     parser.add_argument("--out", default="samples.png", help="file to write: .png (a picture) or .npz (key samples)")
-    parser.add_argument("--steps", type=int, help="transitions; default: the run's K from chains, ten K from noise")
-    parser.add_argument("--start", choices=("chains", "noise"), default="chains", help="where the samples start")
+    parser.add_argument(
+        "--steps", type=int,
+        help="transitions; default: the run's K, and ten K from noise (also to inpaint); 0 with a VAE: its proposals",
+    )  # fmt: skip
+    parser.add_argument(
+        "--start", choices=draws.STARTS, help="where the samples start; default: at the run's VAE if it has one, or chains"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--interpolate", action="store_true", help="proposals between latents, a row a pair (init=vae)")
+    what.add_argument("--reconstruct", action="store_true", help="held-out data above their reconstructions (init=vae)")
+    what.add_argument(
+        "--inpaint", choices=completion.REGIONS, help="fill a region of held-out images, all else held (images)"
+    )
+    parser.add_argument("--completions", type=int, default=4, help="completions of each image")
+    parser.add_argument("--data-dir", help="folder of the images, if they have moved since the run")
     parser.add_argument("--sampler", choices=samplers, help="another sampler than the run's")
     parser.add_argument("--step-size", type=float, help="its step size; default: as the run's")
     parser.add_argument("--threshold", type=float, help="its threshold; default: as the run's")
@@ -96,12 +140,10 @@ def main(argv: list[str] | None = None) -> int:
         out = Path(arguments.out)
         if out.suffix not in SUFFIXES:
             raise ValueError(f"out must end in {' or '.join(SUFFIXES)}, got {arguments.out}")
-        if arguments.count < 1:
-            raise ValueError(f"count must be at least 1, got {arguments.count}")
-        if arguments.steps is not None and arguments.steps < 0:
-            raise ValueError(f"steps must be at least 0, got {arguments.steps}")
-        if arguments.warm_up < 0:
-            raise ValueError(f"warm_up must be at least 0, got {arguments.warm_up}")
+        for name, least in (("count", 1), ("completions", 1), ("warm_up", 0)):
+            checks.count(name, getattr(arguments, name), least)
+        if arguments.steps is not None:
+            checks.count("steps", arguments.steps, least=0)
         run = runs.load(arguments.run, arguments.device)
         if changes or arguments.sampler is not None:
             run = runs.with_sampler(run, arguments.sampler or run.settings.sampler, **changes)
@@ -110,18 +152,19 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(transitions.path(run.sampler, run.energy, run.chains, fused=arguments.fused))
     try:
-        z = sample(
-            run, arguments.count, steps=arguments.steps, start=arguments.start, seed=arguments.seed,
-            fused=arguments.fused, warm_up=arguments.warm_up,
-        )  # fmt: skip
-        write(out, z, run)
-    except ValueError as error:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: cannot write {out}: {error}", file=sys.stderr)
+        return 2
+    try:
+        drawn = draw(run, arguments, out)
+    except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: cannot write {out}: {error}", file=sys.stderr)
         return 2
-    print(f"{len(z)} samples in {out}")
+    print(f"{drawn} in {out}")
     return 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import checkpoint, config, data, exact, ops, plots, runs, transitions
+from . import checkpoint, completion, config, data, draws, exact, ops, plots, runs, transitions
 from .config import Settings
-from .report import Metrics, Progress, tensorboard_writer
-from .updates import Job, Update, build_update, learning_rate
+from .report import Metrics, Progress, Watch, tensorboard_writer
+from .updates import Job, Learner, Update, build_update, learning_rate
 
 _ADAM_BETAS = (0.9, 0.999)
+_PROPOSALS = 20_000  #: whose histogram is compared with the model's law
 #: Updates after which the run looks, at the latest, whether they are finite.
 _LOOK_EVERY = 100
 
@@ -56,25 +58,25 @@ def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
     if settings.tensorboard:
         tensorboard_writer()
     dataset = runs.load_data(settings, device)
-    energy = runs.build_energy(settings, dataset.shape).to(device)
-    start = runs.build_start(settings, dataset, device)
+    ebm = learner(runs.build_energy(settings, dataset.shape), settings, settings.lr, settings.lr_decay, device)
+    vae = None
+    if settings.init == "vae":
+        network = runs.build_vae(settings, dataset.shape)
+        vae = learner(network, settings, settings.vae_lr, settings.vae_lr_decay, device)
+    start = runs.build_start(settings, dataset, device, vae and vae.module)
+    with torch.no_grad():
+        chains = start.draw(0, dataset.draw(settings.batch_size, seed=settings.seed, step=0, device=device)).clone()
     job = Job(
         settings=dataclasses.replace(settings, out=str(directory)),
         directory=directory,
         device=device,
         data=dataset,
-        energy=energy,
-        average=runs.averaged(energy) if settings.ema else None,
-        optimizer=torch.optim.Adam(
-            energy.parameters(),
-            lr=torch.tensor(settings.lr, device=device),  # a tensor, fused and capturable: it can be part of a graph
-            betas=_ADAM_BETAS,
-            fused=True,
-            capturable=device.type == "cuda",
-        ),
+        ebm=ebm,
+        vae=vae,
         sampler=runs.build_sampler(settings, dataset.box),
         start=start,
-        chains=start.draw(0).clone(),
+        chains=chains,
+        proposals=None if vae is None else chains.clone(),
         made=torch.zeros((), dtype=torch.int64, device=device),
         broken=torch.zeros((), dtype=torch.bool, device=device),
     )
@@ -83,6 +85,20 @@ def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
         if job.iteration > settings.iterations:
             raise ValueError(f"iterations must be at least the {job.iteration} made already, got {settings.iterations}")
     return job
+
+
+def learner(network: nn.Module, settings: Settings, lr: float, decay: str, device: torch.device) -> Learner:
+    """The network on the device, with its Adam and, where the settings want one, its moving average."""
+    network = network.to(device)
+    optimizer = torch.optim.Adam(
+        network.parameters(),
+        lr=torch.tensor(lr, device=device),  # a tensor, fused and capturable: it can be part of a graph
+        betas=_ADAM_BETAS,
+        fused=True,
+        capturable=device.type == "cuda",
+    )
+    rate = functools.partial(learning_rate, lr, decay, settings.iterations)
+    return Learner(network, optimizer, runs.averaged(network) if settings.ema else None, rate)
 
 
 def run(job: Job, say: Callable[[str], None] = print) -> runs.Run:
@@ -99,6 +115,7 @@ def run(job: Job, say: Callable[[str], None] = print) -> runs.Run:
         Progress(job.iteration, s.iterations, say) as progress,
         caught_signals() as caught,
     ):
+        watch = Watch(s)
         while job.iteration < s.iterations:
             began = time.perf_counter()
             made = update()
@@ -112,6 +129,8 @@ def run(job: Job, say: Callable[[str], None] = print) -> runs.Run:
                 row = summary(job, made) | (exact_numbers(job) if pictured else {})
                 metrics.write(row)
                 progress.show(row)
+                for line in watch.see(row):
+                    progress.note(line)
             if job.iteration % s.save_every == 0 or last:
                 save(job)
             if pictured:
@@ -145,7 +164,7 @@ def check_finite(job: Job) -> None:
 
 def path(job: Job) -> str:
     """One line on the device and the implementation in use."""
-    energy = runs.at_precision(job.energy, job.settings.precision)
+    energy = runs.at_precision(job.ebm.module, job.settings.precision)
     return transitions.path(job.sampler, energy, job.chains, fused=job.settings.fused, update=True)
 
 
@@ -155,7 +174,7 @@ def path(job: Job) -> str:
 def summary(job: Job, made: Update) -> dict[str, float | int]:
     """A line of metrics.jsonl."""
     on_data, on_chains = made.energy_data.item(), made.energy_chains.item()
-    return {
+    row = {
         "iteration": job.iteration,
         "energy_data": on_data,
         "energy_chains": on_chains,
@@ -164,39 +183,54 @@ def summary(job: Job, made: Update) -> dict[str, float | int]:
         "clip_fraction": made.info.clip_fraction.mean().item(),
         "gamma_mean": made.info.gamma_mean.mean().item(),
         "acceptance": made.info.acceptance.mean().item(),
-        "grad_norm": made.grad_norm.item(),
-        "lr": learning_rate(job.settings, job.iteration - 1),
+        "grad_norm": made.grad_norms[0].item(),
+        "lr": job.ebm.rate(job.iteration - 1),
         "seconds": job.seconds,
     }
+    if made.teaching is not None:
+        row |= {name: value.item() for name, value in made.teaching._asdict().items()}
+        row |= {"vae_grad_norm": made.grad_norms[1].item(), "vae_lr": job.vae.rate(job.iteration - 1)}
+    return row
 
 
 def exact_numbers(job: Job) -> dict[str, float]:
-    """The negative log likelihood by quadrature, in two dimensions; nothing otherwise."""
+    """In two dimensions the negative log likelihood, and how far the model's law is from the data's (tv) and, of
+    init="vae", the proposals' from the model's (tv_proposals), by quadrature; nothing otherwise."""
     if not isinstance(job.data, data.Density):
         return {}
-    numbers = exact.evaluate(evaluated(job), job.data, resolution=200, device=job.device)
-    return {"nll": numbers["nll"], "tv": numbers["tv"]}
+    energy = evaluated(job)
+    numbers = exact.evaluate(energy, job.data, resolution=200, device=job.device)
+    row = {"nll": numbers["nll"], "tv": numbers["tv"]}
+    if job.vae is not None:
+        proposals = draws.proposals(job.vae.model, _PROPOSALS, seed=job.settings.seed, update=job.settings.iterations)
+        row["tv_proposals"] = exact.law_tv(energy, job.data, proposals)
+    return row
 
 
 def evaluated(job: Job) -> nn.Module:
-    return runs.at_precision(job.model, job.settings.precision)
+    return runs.at_precision(job.ebm.model, job.settings.precision)
 
 
 def picture(job: Job, path: Path) -> None:
+    """What the chains are at; of init="vae" the last update's proposals above what became of them."""
     if isinstance(job.data, data.Density):
-        plots.save_plane(path, evaluated(job), job.data, job.chains, f"{job.data.name}, {job.iteration} updates")
-    else:
-        plots.save_images(path, job.chains[:64], job.data.box)
+        title = f"{job.data.name}, {job.iteration} updates"
+        plots.save_plane(path, evaluated(job), job.data, job.chains, title, proposals=job.proposals)
+        return
+    shown = [x for x in (job.proposals, job.chains) if x is not None]
+    if job.settings.task == "completion":
+        shown = [completion.images(x) for x in (completion.hidden(job.chains), *shown)]
+    plots.save_images(path, plots.interleaved([x[:64] for x in shown]), job.data.box)
 
 
 # ------------------------------------------------------------------------------------------------- saving, resuming
 
 
 def save(job: Job) -> None:
-    tensors = checkpoint.prefixed("energy", job.energy.state_dict())
-    if job.average is not None:
-        tensors |= checkpoint.prefixed("ema", job.average.state_dict())
-    tensors |= checkpoint.optimizer_tensors(job.optimizer, [name for name, _ in job.energy.named_parameters()])
+    tensors = learned(job.ebm, "energy")
+    if job.vae is not None:
+        tensors |= checkpoint.prefixed(runs.AMORTIZED, learned(job.vae, "vae"))
+        tensors["proposals"] = job.proposals
     tensors |= checkpoint.prefixed("start", job.start.tensors())
     if "start.population" not in tensors:
         tensors["chains"] = job.chains
@@ -206,15 +240,35 @@ def save(job: Job) -> None:
 
 def restore(job: Job) -> None:
     tensors, state = checkpoint.load_latest(job.directory / "checkpoints", job.device)
-    runs.load_parameters(job.energy, checkpoint.subset(tensors, "energy"), job.directory)
-    if job.average is not None:
-        runs.load_parameters(job.average, checkpoint.subset(tensors, "ema"), job.directory)
-    checkpoint.restore_optimizer(job.optimizer, [name for name, _ in job.energy.named_parameters()], tensors)
+    relearn(job.ebm, "energy", tensors, job.directory)
+    if job.vae is not None:
+        relearn(job.vae, "vae", checkpoint.subset(tensors, runs.AMORTIZED), job.directory)
+        job.proposals.copy_(tensors["proposals"])
     for name, tensor in job.start.tensors().items():
         tensor.copy_(tensors[f"start.{name}"])
     job.chains.copy_(runs.last_chains(tensors)[: job.settings.batch_size])
     job.iteration, job.seconds = state["iteration"], state["seconds"]
     job.made.fill_(job.iteration)
+
+
+def learned(learner: Learner, name: str) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a network in training."""
+    tensors = checkpoint.prefixed(name, learner.module.state_dict())
+    if learner.average is not None:
+        tensors |= checkpoint.prefixed("ema", learner.average.state_dict())
+    return tensors | checkpoint.optimizer_tensors(learner.optimizer, parameter_names(learner))
+
+
+def relearn(learner: Learner, name: str, tensors: dict[str, torch.Tensor], where: Path) -> None:
+    """The inverse of `learned`."""
+    runs.load_parameters(learner.module, checkpoint.subset(tensors, name), where)
+    if learner.average is not None:
+        runs.load_parameters(learner.average, checkpoint.subset(tensors, "ema"), where)
+    checkpoint.restore_optimizer(learner.optimizer, parameter_names(learner), tensors)
+
+
+def parameter_names(learner: Learner) -> list[str]:
+    return [name for name, _ in learner.module.named_parameters()]
 
 
 def resumed_settings(settings: Settings, directory: str | Path) -> Settings:

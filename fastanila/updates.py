@@ -1,8 +1,10 @@
 """One update of the parameters: Algorithm 1 of Karimi, Xie and Li, as a function of what lies on the device.
 
 An update draws data, starts chains, moves them K transitions of the sampler, and takes an Adam step along
-mean grad U(data) - mean grad U(chains). It reads nothing back: the number of updates made and whether they are still
-finite are tensors too, so that on CUDA the whole of it is one graph, captured once and replayed.
+mean grad U(data) - mean grad U(chains). With init="vae" the chains start at what a VAE proposes, and the VAE takes an
+Adam step of its own along its ELBO's gradient at where the chains end (Xie, Zheng and Li). An update reads nothing back:
+the number of updates made and whether they are still finite are tensors too, so that on CUDA the whole of it is one
+graph, captured once and replayed.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import data, noise, runs, samplers
+from . import completion, noise, runs, samplers
 from .capture import compiled, cuda_graph, first_line
 from .config import Settings
 from .energies import sampling
 from .noise import Stream
-from .objectives import likelihood
+from .objectives import Likelihood, elbo, likelihood
 from .transitions import Info, State, chain_of
 
 #: An energy beyond this has left everything that training could bring back.
@@ -31,28 +33,52 @@ _WARM_UP = 3
 
 
 @dataclasses.dataclass
+class Learner:
+    """A network in training."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer  #: of its parameters alone
+    average: nn.Module | None  #: the moving average of the parameters
+    rate: Callable[[int | Tensor], float | Tensor]  #: the learning rate of an update
+
+    @property
+    def model(self) -> nn.Module:
+        """What sampling and evaluation use."""
+        return self.module if self.average is None else self.average
+
+
+@dataclasses.dataclass
 class Job:
     """A run in progress: its settings, its parts and where it stands."""
 
     settings: Settings
     directory: Path
     device: torch.device
-    data: data.Density | data.Images
-    energy: nn.Module
-    average: nn.Module | None  #: the moving average of the parameters
-    optimizer: torch.optim.Optimizer
+    data: runs.Dataset
+    ebm: Learner
+    vae: Learner | None  #: what proposes where chains start, of init="vae"
     sampler: samplers.Sampler
     start: Any  #: one of fastanila.chains
     chains: Tensor  #: (B, ...) where the last update left them
+    proposals: Tensor | None  #: (B, ...) where it started them, of init="vae"
     made: Tensor  #: updates made, 0-dim int64 on the device
     broken: Tensor  #: 0-dim bool on the device: an update was not finite, and none was made since
     iteration: int = 0  #: updates asked for
     seconds: float = 0.0  #: spent in updates
 
     @property
-    def model(self) -> nn.Module:
-        """What sampling and evaluation use."""
-        return self.energy if self.average is None else self.average
+    def learners(self) -> list[Learner]:
+        return [self.ebm] if self.vae is None else [self.ebm, self.vae]
+
+
+class Teaching(NamedTuple):
+    """What one update saw of the VAE: 0-dim each."""
+
+    energy_proposals: Tensor  #: mean U of the proposals
+    moved: Tensor  #: root mean square, over the elements that may move, of revised less proposal; units of data
+    spread: Tensor  #: standard deviation of the proposals over the batch, divided by that of the revised
+    reconstruction: Tensor  #: of `objectives.elbo`, as is the next
+    kl: Tensor
 
 
 class Update(NamedTuple):
@@ -60,60 +86,78 @@ class Update(NamedTuple):
 
     energy_data: Tensor  #: 0-dim, as are the next two
     energy_chains: Tensor
-    grad_norm: Tensor  #: ahead of clipping
+    grad_norms: list[Tensor]  #: of each learner, ahead of clipping; 0-dim
     info: Info  #: the chains' last transition
+    teaching: Teaching | None  #: of init="vae"
 
 
 def build_update(job: Job) -> Callable[[], Update]:
     """update(), which draws, samples and moves the parameters, unless something is not finite: then ``job.broken`` is
     set and nothing else changes, in this call and in all that follow."""
     s, device = job.settings, job.device
-    energy = runs.at_precision(job.energy, s.precision)
-    parameters = list(job.energy.parameters())
+    energy = runs.at_precision(job.ebm.module, s.precision)
     chain = chain_of(job.sampler, energy, z=job.chains, compile=s.fused, capture=False, strict=True)
     numbers = job.sampler.numbers_on(device)
     seed = noise.as_word64(s.seed, device)
 
-    def begin(iteration: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def begin(iteration: Tensor):
         one = torch.ones((), device=device)
-        decay = one * s.ema if job.average is None else torch.clamp((1 + iteration) / (10 + iteration), max=s.ema)
-        return draw_data(job, iteration, seed), job.start.draw(iteration), learning_rate(s, iteration) * one, decay
+        decay = torch.clamp((1 + iteration) / (10 + iteration), max=s.ema)
+        batch, free = draw_data(job, iteration, seed)
+        return batch, free, job.start.draw(iteration, batch), [l.rate(iteration) * one for l in job.learners], decay
 
-    def objective(batch: Tensor, chains: Tensor):
+    def learn(batch: Tensor, chains: Tensor) -> tuple[Likelihood, Tensor]:
         result = likelihood(energy, batch, chains, s.energy_l2)
         energies = torch.stack((result.energy_data, result.energy_chains))
         return result, (energies.abs() < _LARGEST_ENERGY).all() & torch.isfinite(chains).all()
 
-    begin_of, loss_of = (compiled(begin), compiled(objective)) if s.fused else (begin, objective)
+    def teach(proposals: Tensor, chains: Tensor, free: Tensor | None, iteration: Tensor) -> tuple[Tensor, Teaching]:
+        network = job.vae.module
+        shape = (len(chains), network.latent)
+        xi = noise.normal(shape, seed=seed, step=iteration, stream=Stream.POSTERIOR, device=device)
+        result = elbo(network, chains, s.kl_weight, xi)
+        with torch.no_grad():
+            share = 1.0 if free is None else free.float().mean()
+            moved = ((chains - proposals).square().mean() / share).sqrt()
+            spread = (_variance(proposals, free) / _variance(chains, free)).sqrt()
+            seen = Teaching(energy(proposals).mean(), moved, spread, result.reconstruction, result.kl)
+        return result.loss, seen
+
+    begin_of, learn_of, teach_of = map(compiled, (begin, learn, teach)) if s.fused else (begin, learn, teach)
 
     def update() -> Update:
-        job.energy.train()
+        for learner in job.learners:
+            learner.module.train()
+            learner.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad(), sampling(energy):
-            batch, z, lr, decay = begin_of(job.made)
+            batch, free, start, rates, decay = begin_of(job.made)
             # A chain's index is its place in this update's batch: transitions never share a step, so none repeats.
-            state, info = chain(s.steps, numbers, State(z), seed, job.made * s.steps)
-        result, finite = loss_of(batch, state.z)
-        job.optimizer.zero_grad(set_to_none=True)
+            state, info = chain(s.steps, numbers, State(start), seed, job.made * s.steps, 0, free)
+        result, finite = learn_of(batch, state.z)
         result.loss.backward()
-        if s.clip_grad:
-            grad_norm = nn.utils.clip_grad_norm_(parameters, s.clip_grad)
-        else:
-            grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        teaching = None
+        if job.vae is not None:
+            loss, teaching = teach_of(start, state.z, free, job.made)
+            loss.backward()
+        norms = [gradient_norm(learner, s.clip_grad) for learner in job.learners]
         with torch.no_grad():
-            job.broken.logical_or_(~(finite & torch.isfinite(grad_norm)))
-            job.optimizer.found_inf = job.broken.float()  # what a gradient scaler sets: 1 skips the step
-            for group in job.optimizer.param_groups:
-                group["lr"].copy_(lr)
-            job.optimizer.step()
-            del job.optimizer.found_inf
-            if job.average is not None:
-                follow(job.average, job.energy, torch.where(job.broken, 1.0, decay))
+            job.broken.logical_or_(~(finite & torch.isfinite(torch.stack(norms)).all()))
+            for learner, rate in zip(job.learners, rates, strict=True):
+                move(learner, rate, decay, job.broken)
             job.start.keep(job.made, state.z, unless=job.broken)
             job.chains.copy_(torch.where(job.broken, job.chains, state.z))
+            if job.proposals is not None:
+                job.proposals.copy_(torch.where(job.broken, job.proposals, start))
             job.made.add_((~job.broken).long())
-        return Update(result.energy_data, result.energy_chains, grad_norm.detach(), info)
+        return Update(result.energy_data, result.energy_chains, norms, info, teaching)
 
     return _captured(update, device) if s.fused and device.type == "cuda" else update
+
+
+def _variance(x: Tensor, free: Tensor | None) -> Tensor:
+    """The mean over a state's elements, those that may move, of their variance over the batch."""
+    variances = x if free is None else torch.where(free, x, 0.0)
+    return variances.var(0, unbiased=False).mean()
 
 
 def _captured(update: Callable[[], Update], device: torch.device) -> Callable[[], Update]:
@@ -143,24 +187,44 @@ def _captured(update: Callable[[], Update], device: torch.device) -> Callable[[]
     return run
 
 
-def draw_data(job: Job, iteration: int | Tensor, seed: int | Tensor) -> Tensor:
+def draw_data(job: Job, iteration: int | Tensor, seed: int | Tensor) -> tuple[Tensor, Tensor | None]:
+    """An update's data, and which of its elements chains may move: all (None), or the regions of completions."""
     s = job.settings
     batch = job.data.draw(s.batch_size, seed=seed, step=iteration, device=job.device)
+    free = completion.free(batch) if s.task == "completion" else None
     if s.data_noise:
-        batch = batch + s.data_noise * noise.normal(
-            batch.shape, seed=seed, step=iteration, stream=Stream.DATA_NOISE, device=job.device
-        )
-    return batch
+        normals = noise.normal(batch.shape, seed=seed, step=iteration, stream=Stream.DATA_NOISE, device=job.device)
+        batch = batch + s.data_noise * (normals if free is None else torch.where(free, normals, 0.0))
+    return batch, free
 
 
-def learning_rate(settings: Settings, iteration: int | Tensor) -> float | Tensor:
-    left = 1 - iteration / settings.iterations if settings.lr_decay == "linear" else 1.0
-    return settings.lr * left
+def learning_rate(lr: float, decay: str, iterations: int, iteration: int | Tensor) -> float | Tensor:
+    """A learning rate that falls to zero over the iterations, or (decay="none") stays."""
+    return lr * (1 - iteration / iterations) if decay == "linear" else lr
+
+
+def gradient_norm(learner: Learner, clip: float) -> Tensor:
+    """The norm of the gradient, which is then clipped to ``clip``, unless that is 0."""
+    parameters = list(learner.module.parameters())
+    if clip:
+        return nn.utils.clip_grad_norm_(parameters, clip).detach()
+    return nn.utils.get_total_norm([p.grad for p in parameters])
+
+
+def move(learner: Learner, rate: Tensor, decay: Tensor, broken: Tensor) -> None:
+    """A step of the optimizer and of the moving average, unless ``broken`` (0-dim bool) says no."""
+    learner.optimizer.found_inf = broken.float()  # what a gradient scaler sets: 1 skips the step
+    for group in learner.optimizer.param_groups:
+        group["lr"].copy_(rate)
+    learner.optimizer.step()
+    del learner.optimizer.found_inf
+    if learner.average is not None:
+        follow(learner.average, learner.module, torch.where(broken, 1.0, decay))
 
 
 @torch.no_grad()
-def follow(average: nn.Module, energy: nn.Module, decay: Tensor) -> None:
-    """Move the average's parameters by 1 - decay (0-dim) of the way towards the energy's."""
+def follow(average: nn.Module, module: nn.Module, decay: Tensor) -> None:
+    """Move the average's parameters by 1 - decay (0-dim) of the way towards the module's."""
     averages = list(average.parameters())
     torch._foreach_mul_(averages, decay)
-    torch._foreach_add_(averages, torch._foreach_mul([p.detach() for p in energy.parameters()], 1 - decay))
+    torch._foreach_add_(averages, torch._foreach_mul([p.detach() for p in module.parameters()], 1 - decay))

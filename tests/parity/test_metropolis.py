@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES
-from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, draw
+from steps import DEVICE, DTYPES, MARKS, Counting, assert_equal_to_rounding, draw
 
 import oracle
 from fastanila import metropolis, noise, ops, reference

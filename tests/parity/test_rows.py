@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES
-from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, draw, expected
+from steps import DEVICE, DTYPES, MARKS, Counting, assert_equal_to_rounding, draw, expected
 
 import oracle
 from fastanila import ops
