@@ -187,7 +187,7 @@ def update_row(work: str, shape: tuple[int, ...], dtype: str, settings_of, steps
 
         def of(form) -> Way:
             job, _ = prepared()
-            energy = workloads.Ordinary(job.energy, dtype).to(device)
+            energy = workloads.Ordinary(job.ebm.module, dtype).to(device)
             pool = job.data.draw(4096, seed=0, step=0, device=device)
             update = form(energy, pool, job.settings.batch_size, job.settings.chains, job.settings)
             return workloads.in_precision(update, dtype)

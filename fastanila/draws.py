@@ -112,17 +112,17 @@ def pairs(run: runs.Run, count: int, *, steps: int | None = None, seed: int = 0,
 def interpolated(vae: VAE, rows: int, columns: int, *, seed: int, update: int) -> Tensor:
     """(rows * columns, ...): in each row the proposals between two latents of N(0, I), both included.
 
-    Along the great circle and in equal steps of its angle, so that on the way too the latents are as long as those that
-    the decoder has learned from (White 2016).
+    In equal steps of the angle between them and of their length, so that on the way too the latents are as long as
+    those that the decoder has learned from (White 2016).
     """
     device = next(vae.parameters()).device
-    shape = (2 * rows, vae.latent)
-    ends = noise.normal(shape, seed=seed, step=update, stream=Stream.LATENT, device=device)
-    a, b = ends[0::2, None], ends[1::2, None]
-    angle = torch.acos(torch.cosine_similarity(a, b, dim=-1).clamp(-1 + 1e-6, 1 - 1e-6))[..., None]
+    ends = noise.normal((2 * rows, vae.latent), seed=seed, step=update, stream=Stream.LATENT, device=device)
+    lengths = ends.norm(dim=1, keepdim=True)
+    (a, b), (short, long) = ((x[0::2, None], x[1::2, None]) for x in (ends / lengths, lengths))
+    angle = torch.acos((a * b).sum(-1, keepdim=True).clamp(-1 + 1e-6, 1 - 1e-6))
     t = torch.linspace(0, 1, columns, device=device)[None, :, None]
-    between = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
-    return vae.decode(between.flatten(0, 1))
+    directions = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+    return vae.decode((directions * torch.lerp(short, long, t)).flatten(0, 1))
 
 
 @torch.no_grad()

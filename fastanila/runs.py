@@ -148,6 +148,7 @@ def build_vae(settings: Settings, shape: tuple[int, ...]) -> vae.VAE:
                 settings.vae_width,
                 features=settings.features,
                 feature_scale=settings.feature_scale,
+                box=data.box_of(settings.data),
                 seed=settings.seed,
             )
         channels, size, _ = shape

@@ -63,7 +63,7 @@ def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
     if settings.init == "vae":
         network = runs.build_vae(settings, dataset.shape)
         vae = learner(network, settings, settings.vae_lr, settings.vae_lr_decay, device)
-    start = runs.build_start(settings, dataset, device, vae and vae.module)
+    start = runs.build_start(settings, dataset, device, vae and vae.model)
     with torch.no_grad():
         chains = start.draw(0, dataset.draw(settings.batch_size, seed=settings.seed, step=0, device=device)).clone()
     job = Job(

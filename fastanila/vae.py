@@ -63,19 +63,21 @@ class VAE(nn.Module):
 
 
 def of_vectors(
-    dim: int, latent: int, width: int, depth: int = 2, *, features: int = 0, feature_scale: float = 1.0, seed: int = 0
-) -> VAE:
+    dim: int, latent: int, width: int, depth: int = 2, *, features: int = 0, feature_scale: float = 1.0,
+    box: tuple[float, float] | None = None, seed: int = 0,
+) -> VAE:  # fmt: skip
     """A VAE of vectors (B, dim), both networks with ``depth`` hidden layers; of depth 0 both are affine.
 
     With ``features`` both see, beside their input, that many random Fourier features of it, as `energies.MLP` does: the
     encoder's of frequencies feature_scale, 1 / unit of data, the decoder's of five by a latent's standard deviation. A
-    decoder without them is so smooth that it lays a few modes or rings under one broad hump.
+    decoder without them is so smooth that it lays a few modes or rings under one broad hump. With ``box`` no element of
+    a proposal lies outside it: chains that start far off end there, and the energy would learn little else.
     """
     checks.count("latent", latent)
     checks.count("width", width)
     encoder = _mlp(Features(dim, features, feature_scale, seed=seed, step=1), 2 * latent, width, depth)
     decoder = _mlp(Features(latent, features, _LATENT_SCALE, seed=seed, step=2), dim, width, depth)
-    return VAE(encoder, decoder, latent)
+    return VAE(encoder, decoder if box is None else nn.Sequential(*decoder, Inside(box)), latent)
 
 
 def of_images(channels: int, size: int, latent: int, width: int) -> VAE:
@@ -87,6 +89,17 @@ def of_completions(channels: int, size: int, latent: int, width: int) -> VAE:
     """A conditional VAE of images with missing regions: of states (B, channels + 1, size, size)."""
     encoder = Encoder(channels + 1, size, latent, width)
     return VAE(encoder, Decoder(channels, size, latent, width, condition=channels + 1), latent, conditional=True)
+
+
+class Inside(nn.Module):
+    """The real line onto the inside of a box, by tanh; near the middle the identity."""
+
+    def __init__(self, box: tuple[float, float]):
+        super().__init__()
+        self.middle, self.half = (box[0] + box[1]) / 2, (box[1] - box[0]) / 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.middle + self.half * torch.tanh((x - self.middle) / self.half)
 
 
 class Features(nn.Module):
@@ -130,6 +143,7 @@ class Encoder(nn.Module):
 
     def __init__(self, channels: int, size: int, latent: int, width: int):
         super().__init__()
+        checks.count("latent", latent)
         self.pyramid = Pyramid(channels, size, width)
         self.head = nn.Linear(self.pyramid.widths[-1] * self.pyramid.sizes[-1] ** 2, 2 * latent)
         self.to(memory_format=torch.channels_last)
@@ -146,7 +160,6 @@ class Decoder(nn.Module):
 
     def __init__(self, channels: int, size: int, latent: int, width: int, condition: int = 0):
         super().__init__()
-        checks.count("latent", latent)
         self.sizes, widths = _levels(size, width)
         self.condition = Pyramid(condition, size, width) if condition else None
         self.foot = nn.Linear(latent, widths[-1] * self.sizes[-1] ** 2)

@@ -123,6 +123,8 @@ def test_an_energy_that_synchronises_runs_uncaptured_and_says_so():
         dict(sampler="hmc", leapfrog_steps=3),
         dict(data="digits", energy="convnet", width=8, features=0, clip_grad=1.0),
         dict(data="digits", energy="convnet", width=8, features=0, precision="bf16"),
+        dict(init="vae", vae_width=16),
+        dict(init="vae", task="completion", mask="blocks", data="digits", width=8, features=0, vae_width=8, latent=4),
     ],
     ids=str,
 )
@@ -135,9 +137,10 @@ def test_a_captured_update_equals_the_uncaptured_one(options, captures, monkeypa
         update = updates.build_update(job)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*uncaptured")
-            rows = [[x.item() for x in update()[:3]] for _ in range(8)]
+            rows = [numbers(update()) for _ in range(8)]
         assert job.made.item() == 8 and not job.broken.item()
-        ends.append((rows, [p.detach().clone() for p in job.model.parameters()], job.chains.clone()))
+        parameters = [p.detach().clone() for learner in job.learners for p in learner.model.parameters()]
+        ends.append((rows, parameters, job.chains.clone()))
     assert len(captures) == 1
     loose = options.get("precision") == "bf16"
     (rows_a, parameters_a, chains_a), (rows_b, parameters_b, chains_b) = ends
@@ -148,6 +151,10 @@ def test_a_captured_update_equals_the_uncaptured_one(options, captures, monkeypa
     assert len({tuple(row) for row in rows_a}) == 8  # every replay sees new data and new noise
 
 
+def numbers(made: updates.Update) -> list[float]:
+    return [x.item() for x in (made.energy_data, made.energy_chains, *made.grad_norms, *(made.teaching or ()))]
+
+
 def test_a_broken_update_changes_nothing_when_replayed():
     sizes = dict(steps=2, batch_size=16, chains=16, width=16, features=8, iterations=50)
     job = prepare(Settings(sampler="anila", **sizes, device="cuda"))
@@ -155,9 +162,9 @@ def test_a_broken_update_changes_nothing_when_replayed():
     for _ in range(6):
         update()
     job.start.chains.fill_(math.inf)
-    before = [p.detach().clone() for p in (*job.energy.parameters(), *job.average.parameters())]
+    before = [p.detach().clone() for p in (*job.ebm.module.parameters(), *job.ebm.average.parameters())]
     for _ in range(3):
         update()
     assert job.broken.item() and job.made.item() == 6
-    after = (*job.energy.parameters(), *job.average.parameters())
+    after = (*job.ebm.module.parameters(), *job.ebm.average.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

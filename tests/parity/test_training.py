@@ -22,21 +22,25 @@ def rows(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("way", ["whole chains", "one by one", "exact"])
+@pytest.mark.parametrize("way", ["whole chains", "one by one", "exact", "vae", "completion"])
 def test_twenty_updates(tmp_path, monkeypatch, way):
     launches = count_launches(monkeypatch)
     if way == "one by one":
         monkeypatch.setattr(trajectory, "supports", lambda *a, **k: False)
     common = dict(iterations=20, steps=6, chains=8, batch_size=8, threshold=1.0, log_every=1, sample_every=0)
     common |= dict(sampler="anila-mh", step_size=0.02) if way == "exact" else dict(sampler="anila", step_size=0.005)
+    if way == "vae":
+        common |= dict(init="vae", vae_width=8)
+    elif way == "completion":  # chains that move by the step's mask, which is part of the same launch
+        common |= dict(task="completion", data="digits", width=4, vae_width=4, features=0, steps=3, iterations=20)
     for fused in (True, False):
         lines = []
         train(Settings(**common, fused=fused, out=str(tmp_path / str(fused))), say=lines.append)
-        expected = {"whole chains": 20, "one by one": 20 * 6, "exact": 20 * 7}[way] if fused else 0
+        expected = {"whole chains": 20, "one by one": 120, "exact": 140, "vae": 20, "completion": 60}[way] if fused else 0
         if torch.cuda.is_available():  # the first updates, and the capture
             expected = expected // 20 * (updates._WARM_UP + 1)
         assert len(launches) == expected
-        assert ("whole-chain Triton kernel" in lines[0]) == (fused and way == "whole chains")
+        assert ("whole-chain Triton kernel" in lines[0]) == (fused and way in ("whole chains", "vae"))
         launches.clear()
     fused, plain = rows(tmp_path / "True"), rows(tmp_path / "False")
     assert len(fused) == len(plain) == 20

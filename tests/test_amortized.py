@@ -1,0 +1,257 @@
+"""Training with a VAE as amortized sampler, as its users run it: numbers, files, resuming, sampling, warnings."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch._dynamo.utils import counters
+
+import fastanila
+from fastanila import checkpoint, data, draws, evaluate, exact, runs, sample, training, updates
+from fastanila.config import Settings
+from fastanila.report import Watch
+from fastanila.training import train
+
+SMALL = dict(
+    init="vae", iterations=12, steps=4, batch_size=64, width=16, features=8, vae_width=16, latent=3, log_every=1,
+    sample_every=6, save_every=5,
+)  # fmt: skip
+IMAGES = SMALL | dict(data="digits", width=4, vae_width=4, features=0, batch_size=16)
+
+
+def quiet(settings, resume=None):
+    return train(settings, resume, say=lambda line: None)
+
+
+def rows(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(directory):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(directory)]
+
+
+def final(directory):
+    return checkpoint.load_latest(directory / "checkpoints")[0]
+
+
+@pytest.fixture(scope="module", params=["rings", "digits"])
+def run_directory(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / request.param
+    quiet(Settings(**(SMALL if request.param == "rings" else IMAGES), fused=False, out=str(directory)))
+    return directory
+
+
+def test_fused_and_plain_give_the_same_numbers_without_a_graph_break(tmp_path):
+    torch._dynamo.reset()
+    counters.clear()
+    for fused in (True, False):
+        quiet(Settings(init="vae", iterations=12, steps=10, log_every=1, sample_every=0, fused=fused, out=str(tmp_path / str(fused))))
+        if fused:
+            assert not counters["graph_break"]
+            # what starts an update, the first transition and the others, the energy's loss and the VAE's
+            assert counters["stats"]["unique_graphs"] == 5
+    for a, b in zip(rows(tmp_path / "True"), rows(tmp_path / "False"), strict=True):
+        for key in a.keys() - {"seconds"}:
+            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-3), (a["iteration"], key)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(sampler="anila"),
+        dict(sampler="mala", reference_sd=2.0),
+        dict(sampler="hmc", leapfrog_steps=2),
+        dict(sampler="anila", refresh="update", clip_grad=0.1, ema=0.0, vae_lr_decay="none", data_noise=0.1),
+        dict(data="digits", features=0, width=4, vae_width=4, precision="bf16"),
+        dict(data="digits", features=0, width=4, vae_width=4, task="completion", mask="half", sampler="anila-mh"),
+    ],
+    ids=str,
+)
+def test_every_option_trains(tmp_path, options):
+    run = quiet(Settings(**SMALL | dict(iterations=3, sample_every=0) | options, fused=False, out=str(tmp_path / "run")))
+    assert run.chains.isfinite().all() and run.iteration == 3 and run.vae is not None
+    assert all(math.isfinite(value) for row in rows(tmp_path / "run") for value in row.values())
+
+
+def test_what_is_watched(run_directory):
+    row = rows(run_directory)[-1]
+    wanted = "energy_proposals moved spread reconstruction kl vae_grad_norm vae_lr".split()
+    assert set(wanted) <= set(row) and all(row[name] > 0 for name in wanted[1:])
+    plane = run_directory.name == "rings"
+    assert ("tv_proposals" in row) == plane
+    wide, high = Image.open(run_directory / "figure.png").size
+    assert (wide > 1500) if plane else high > 300
+
+
+def test_what_the_metrics_say(run_directory):
+    """Of the last update, from the states that the run saved."""
+    row, tensors = rows(run_directory)[-1], final(run_directory)
+    settings = runs.read_settings(run_directory)
+    energy = runs.build_energy(settings, tensors["chains"].shape[1:])
+    before = settings.iterations  # the last update moved the parameters after it was measured
+    moved = (tensors["chains"] - tensors["proposals"]).double().square().mean().sqrt()
+    assert row["moved"] == pytest.approx(moved.item(), rel=1e-5) and row["iteration"] == before
+    spread = (tensors["proposals"].double().var(0, False).mean() / tensors["chains"].double().var(0, False).mean()).sqrt()
+    assert row["spread"] == pytest.approx(spread.item(), rel=1e-4)
+    runs.load_parameters(energy, checkpoint.subset(tensors, "energy"), run_directory)
+    assert row["energy_proposals"] == pytest.approx(energy(tensors["proposals"]).mean().item(), rel=0.2, abs=0.1)
+
+
+def test_resume_gives_the_numbers_of_an_uninterrupted_run(run_directory, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(run_directory, half)
+    (half / "checkpoints" / "00000012.safetensors").unlink()  # leaves update 10's
+    quiet(runs.read_settings(half), resume=half)
+    assert numbers(half) == numbers(run_directory)
+    a, b = final(run_directory), final(half)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert any(k.startswith("amortized.vae.") for k in a) and any(k.startswith("amortized.ema.") for k in a)
+    # teeth: without the VAE's moments, its average or itself the numbers differ
+    bias = "decoder.up.0.bias" if run_directory.name == "digits" else "decoder.1.bias"
+    for name in (f"amortized.optimizer.exp_avg.{bias}", f"amortized.ema.{bias}", f"amortized.vae.{bias}"):
+        twin = tmp_path / name
+        shutil.copytree(half, twin)
+        (twin / "checkpoints" / "00000012.safetensors").unlink()
+        tensors, state = checkpoint.load_latest(twin / "checkpoints")
+        tensors[name] = tensors[name] + 1
+        checkpoint.save(twin / "checkpoints" / "00000010.safetensors", tensors, state)
+        quiet(runs.read_settings(twin), resume=twin)
+        assert not all(torch.equal(v, a[k]) for k, v in final(twin).items())
+
+
+def test_a_checkpoint_without_its_vae(run_directory, tmp_path):
+    twin = tmp_path / "twin"
+    shutil.copytree(run_directory, twin)
+    for path in (twin / "checkpoints").iterdir():
+        tensors, state = checkpoint.load(path)
+        checkpoint.save(path, {k: v for k, v in tensors.items() if not k.startswith("amortized.")}, state)
+    with pytest.raises(checkpoint.CheckpointError, match="does not fit the settings' network"):
+        fastanila.load(twin)
+
+
+def test_what_is_not_finite_never_reaches_either_network():
+    for where in ("proposals", "teaching"):
+        job = training.prepare(Settings(**SMALL, fused=False))
+        update = updates.build_update(job)
+        update()
+        if where == "proposals":
+            job.start.draw = lambda update, batch: torch.full((64, 2), math.nan)
+        else:  # only the VAE's own loss is broken
+            job.vae.module.encoder.register_forward_hook(lambda module, inputs, out: out * math.inf)
+        before = [p.detach().clone() for learner in job.learners for p in learner.module.parameters()]
+        averages = [p.clone() for learner in job.learners for p in learner.average.parameters()]
+        for _ in range(2):
+            update()
+        assert job.broken and job.made == 1
+        after = [p for learner in job.learners for p in learner.module.parameters()]
+        assert all(map(torch.equal, before, after))
+        assert all(map(torch.equal, averages, [p for learner in job.learners for p in learner.average.parameters()]))
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+def test_sampling_from_the_pair(run_directory, tmp_path, capsys):
+    run = fastanila.load(run_directory)
+    proposals = draws.sample(run, 9, steps=0)
+    update = runs.updates_past(run)
+    assert torch.equal(proposals, draws.proposals(run.vae, 9, seed=0, update=update))
+    pairs = draws.pairs(run, 9, fused=False)
+    assert torch.equal(pairs.proposals, proposals) and not torch.equal(pairs.revised, proposals)
+    assert torch.equal(pairs.revised, draws.sample(run, 9, fused=False))
+    again = run.sampler.run(
+        run.energy, proposals, steps=run.settings.steps, seed=0, step=update * run.settings.steps, compile=False
+    )
+    assert torch.equal(pairs.revised, again)
+    for flags in ("", "--steps 0", "--interpolate", "--reconstruct", "--start noise --steps 2", "--start chains"):
+        for suffix in ("png", "npz"):
+            out = tmp_path / f"s.{suffix}"
+            assert sample.main([str(run_directory), "--count", "9", "--no-fused", *flags.split(), "--out", str(out)]) == 0
+            assert f"in {out}" in capsys.readouterr().out
+    sample.main([str(run_directory), "--count", "9", "--no-fused", "--out", str(out)])
+    found = np.load(out)
+    assert np.array_equal(found["samples"], pairs.revised) and np.array_equal(found["proposals"], proposals)
+
+
+def test_what_needs_a_vae(tmp_path, capsys):
+    directory = tmp_path / "run"
+    quiet(Settings(**SMALL | dict(init="noise", iterations=1, sample_every=0), fused=False, out=str(directory)))
+    for flags, message in (
+        ("--start vae", "start can be vae for a run with init=vae, got a run with init=noise"),
+        ("--interpolate", "interpolate needs a run with init=vae, got a run with init=noise"),
+        ("--reconstruct", "reconstruct needs a run with init=vae, got a run with init=noise"),
+        ("--inpaint half", "run must be of images to complete them, got one of rings"),
+    ):
+        assert sample.main([str(directory), *flags.split(), "--no-fused", "--out", str(tmp_path / "x.png")]) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_evaluation_is_of_fresh_pairs(run_directory, capsys):
+    assert evaluate.main([str(run_directory), "--no-fused"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {"energy_proposals", "energy_revised", "moved"} <= set(report)
+    run = fastanila.load(run_directory)
+    if run_directory.name == "rings":
+        pairs = draws.pairs(run, 10_000, fused=False)
+        density = data.load("rings")
+        assert report["tv_proposals_model"] == pytest.approx(exact.law_tv(run.energy, density, pairs.proposals))
+        assert report["tv_chains"] > 0
+    else:
+        assert report["mmd_start"] > 0 and report["frechet_start"] > 0
+        pairs = draws.pairs(run, 1024, fused=False)
+    energies = [run.energy(z).mean().item() for z in pairs]
+    assert [report["energy_proposals"], report["energy_revised"]] == pytest.approx(energies, rel=1e-4, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------ warnings
+
+LONG = SMALL | dict(iterations=130, steps=1, batch_size=32, log_every=2, sample_every=0, save_every=1000, ema=0.0)
+
+
+def warnings_of(tmp_path, change=None, **options):
+    lines = []
+    job = training.prepare(Settings(**LONG | options, fused=False, out=str(tmp_path / "run")))
+    if change is not None:
+        with torch.no_grad():
+            change(job)
+    training.run(job, say=lines.append)
+    return [line for line in lines if line.startswith("warning: ")]
+
+
+def test_a_run_that_is_well_warns_of_nothing(tmp_path):
+    assert warnings_of(tmp_path) == []
+
+
+def test_posterior_collapse_is_told_once(tmp_path):
+    (line,) = warnings_of(tmp_path, kl_weight=1e3)
+    assert "posterior collapse (kl" in line and "lower --kl-weight (now 1000)" in line and "3 latents" in line
+
+
+def test_a_dead_vae_is_told_once(tmp_path):
+    def kill(job):
+        job.vae.module.decoder[-2].weight.zero_()
+
+    (line,) = warnings_of(tmp_path, kill, vae_lr=1e-9)
+    assert "the VAE is dead" in line and "raise --vae-lr (now 1e-09)" in line
+
+
+def test_exploding_energies_are_told_once(tmp_path):
+    def inflate(job):
+        job.ebm.module.head.bias += 1e5
+
+    (line,) = warnings_of(tmp_path, inflate)
+    assert "the energies explode (mean energy 1e+05)" in line and "lower --lr (now 0.0005)" in line
+
+
+def test_one_bad_row_is_no_warning():
+    watch = Watch(runs.config.resolve(Settings(init="vae")))
+    well = dict(iteration=500, energy_data=0.0, energy_chains=1.0, energy_proposals=1.0, kl=3.0, spread=1.0, vae_grad_norm=1.0)
+    for _ in range(20):
+        assert watch.see(well | dict(kl=0.0)) == [] and watch.see(well) == []
+    told = [watch.see(well | dict(kl=0.0)) for _ in range(20)]
+    assert [len(lines) for lines in told] == [0] * 4 + [1] + [0] * 15
