@@ -1,7 +1,7 @@
 """Where chains start, at the same number of gradients: `python -m bench.starts --out DIR [--write]`.
 
-Trains the same energy with chains that persist, start from noise, or at a VAE's proposals, as many transitions an update,
-and compares the models, and how far chains then have to go. With images (--data digits, image-folder, ...): what the
+Trains the same energy with chains that persist, start from noise, or at a VAE's proposals, as many transitions an
+update, and compares the models, and how far chains then have to go. With images (--data digits --inits vae): what the
 transitions make of a VAE's proposals.
 """
 
@@ -36,10 +36,10 @@ _BINS = 24
 
 ABOUT_PLANE = (
     "{updates} updates of {steps} transitions each, {samplers}; medians of {seeds} seeds, with the least and the most. "
-    "NLL - entropy and TV are the model's to the data, by quadrature. Modes: how many have a quarter of their due in the "
-    "model, and in its chains. Transitions: how many {chains:,} chains of that start need on the trained model until the "
-    "total variation to its law (24 x 24 cells) is within 0.05 of what exact draws show, as many different ones and "
-    "moved alike; looked at after {looks}. Persistent chains are copied to that number."
+    "NLL - entropy and TV are the model's to the data, by quadrature. Modes: how many have a quarter of their due in "
+    "the model, and in its chains. Transitions: how many {chains:,} chains of that start need on the trained model until "
+    "the total variation to its law (24 x 24 cells) is within 0.05 of what exact draws show, as many different ones "
+    "and moved alike; looked at after {looks}. Persistent chains are copied to that number."
 )
 ABOUT_IMAGES = (
     "{updates} updates of {steps} transitions each; mean of {seeds} seeds, and their standard deviation. 1,024 fresh "
@@ -79,7 +79,7 @@ def trace(run: runs.Run, z: Tensor, truth: Tensor, box: tuple[float, float]) -> 
         yield exact.histogram_tv(exact.histogram(z, box, _BINS), truth)
 
 
-# ------------------------------------------------------------------------------------------------------------ the tables
+# ---------------------------------------------------------------------------------------------------------- the tables
 
 
 def measured(directory: Path, settings: config.Settings, finished: bool) -> dict[str, Any]:

@@ -90,9 +90,9 @@ class PersistentStart:
 
 
 class AmortizedStart(_Fresh):
-    """Every update starts from what a VAE's decoder proposes, g(N(0, I)); a conditional one completes the update's data.
+    """Every update starts from what a VAE's decoder proposes, g(N(0, I)) (Xie, Zheng and Li).
 
-    (Xie, Zheng and Li.) The latents are of the stream LATENT; ``vae`` may learn meanwhile.
+    A conditional one completes the update's data. The latents are of the stream LATENT; ``vae`` may learn meanwhile.
     """
 
     def __init__(self, count: int, vae: VAE, *, seed: int | Tensor, device=None):

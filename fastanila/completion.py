@@ -1,8 +1,8 @@
 """Images of which a region is missing: the regions, and states that carry what they are conditioned on.
 
 A state (B, C + 1, H, W) holds an image and, in its last channel, its region: 1 where a pixel is to be filled in, 0
-where it is known. The known pixels and the region are the condition c of U(x | c), and chains move where `free` says, by
-the step's ``mask``: they carry their condition with them, and everything that takes a batch of states takes these.
+where it is known. The known pixels and the region are the condition c of U(x | c), and chains move where `free` says,
+by the step's ``mask``: they carry their condition with them, and what takes a batch of states takes these.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What a trained run draws: states of its sampler, from wherever they start; what its VAE proposes and what becomes of it;
-completions of images of which a region is missing.
+"""What a trained run draws: states of its sampler, from wherever they start; what its VAE proposes, and what becomes of
+it; completions of images of which a region is missing.
 
 Everything is a function of a seed, at steps past all of training, so that the same seed does not repeat its noise. The
 law of states is the sampler's, see its docstring; `runs.with_sampler` changes it.
@@ -44,7 +44,8 @@ def sample(
     training left its chains, over again where more are wanted, each copy with noise of its own, the default elsewhere;
     "noise" starts from uniform noise. ``steps``: transitions, by default as many as an update of the run made, and ten
     times as many from noise; 0 gives the start itself. ``warm_up``: transitions ahead of them in which an exact sampler
-    adapts its step size. ``fused=False`` runs the plain definition, eagerly. Raises ValueError for what the run has not.
+    adapts its step size. ``fused=False`` runs the plain definition, eagerly. Raises ValueError for what the run has
+    not.
     """
     if start is None:
         start = "chains" if run.vae is None else "vae"
@@ -182,9 +183,7 @@ def completions(
         shape = completion.images(given).shape
         z = completion.fill(given, chains.from_noise(shape, held.box, seed=seed, step=update, device=device))
         steps = 10 * run.settings.steps if steps is None else steps
-        done = moved(
-            run, completion.images(z), steps=steps, seed=seed, fused=fused, warm_up=warm_up, mask=free[:, :-1]
-        )
+        done = moved(run, completion.images(z), steps=steps, seed=seed, fused=fused, warm_up=warm_up, mask=free[:, :-1])
     proposed = completion.images(z).unflatten(0, (count, each)) if conditional else None
     return Completed(completion.images(known), completion.missing(known), proposed, done.unflatten(0, (count, each)))
 

@@ -7,9 +7,10 @@ law (tv_chains_model, ...), each beside what exact draws of their number give (.
 Frechet distances to held-out images on principal components: of the chains, of where they started, and of baselines.
 
 A run with init=vae is judged by fresh pairs of a proposal and what K transitions make of it: the numbers of chains are
-those of the revised states, frechet_start and mmd_start those of the proposals; energy_proposals, energy_revised and moved
-(how far an element moves) say what the revision does, and tv_proposals_model how far proposals are from the model's law. A
-run with task=completion: errors in the missing regions, see `completed`. Densities with modes: modes_covered_....
+those of the revised states, frechet_start and mmd_start those of the proposals; energy_proposals, energy_revised and
+moved (how far an element moves) say what the revision does, and tv_proposals_model how far proposals are from the
+model's law. A run with task=completion: errors in the missing regions, see `completed`. Densities with modes:
+modes_covered_model and modes_covered_chains.
 
 With --chains the run's sampler goes on from its chains on the fixed energy, and "chains" says how well it mixes (rhat,
 ess_bulk, ess_tail, ess_per_gradient, autocorrelation_time, acceptance: the worst of the energy and the elements, or of
@@ -75,13 +76,15 @@ def revision(energy: Callable[[Tensor], Tensor], proposals: Tensor, revised: Ten
     return {"energy_proposals": mean(proposals), "energy_revised": mean(revised), "moved": moved}
 
 
-def completed(run: runs.Run, dataset: completion.Completions, *, count: int = 200, fused: bool = True) -> dict[str, float]:
+def completed(
+    run: runs.Run, dataset: completion.Completions, *, count: int = 200, fused: bool = True
+) -> dict[str, float]:
     """Errors in the regions of held-out images: mse_... (squared units of data) and psnr_... (dB, `draws.errors`).
 
     vae: the proposals; revised: where the sampler takes them; mean: the mean training image in the region. Each image
-    is completed 8 times: the errors are the completions' own, and those of ..._average are of the mean of the 8, which is
-    what a regression would be after. diversity_vae, diversity_revised: the standard deviation between the completions of
-    an image (root mean square over the region's elements).
+    is completed 8 times: the errors are the completions' own, and those of ..._average are of the mean of the 8, which
+    is what a regression would be after. diversity_vae, diversity_revised: the standard deviation between the
+    completions of an image (root mean square over the region's elements).
     """
     found = draws.completions(run, dataset, count, each=_COMPLETIONS, fused=fused)
     mean = dataset.images.train.float().mean(0).to(run.chains.device) / 127.5 - 1

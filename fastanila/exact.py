@@ -7,7 +7,8 @@ how far its numbers move on coarser cells of a larger square, and the model's ma
 nats, (n*n,) float64, and normalised on the grid.
 
 A ``density`` is one of fastanila.data's: ``box`` = (low, high) of a square, ``log_density`` ((N, 2) -> (N,), or
-None), ``entropy`` (float or None), ``modes`` (`Modes` or None) and ``draw(count, *, seed, step, purpose, offset, device)`` -> (count, 2).
+None), ``entropy`` (float or None), ``modes`` (`Modes` or None) and ``draw(count, *, seed, step, purpose, offset,
+device)`` -> (count, 2).
 """
 
 from __future__ import annotations
@@ -150,8 +151,10 @@ def bin_masses(log_p: Tensor, grid: Grid, box: tuple[float, float], bins: int) -
     return share @ (log_p.exp().view(grid.n, grid.n) * grid.cell_area) @ share.T
 
 
-def law_tv(energy: Callable[[Tensor], Tensor], density, states: Tensor, *, resolution: int = 200, bins: int = 24) -> float:
-    """The total variation between states' histogram (N, 2) and the model's own law exp(-U) / Z, by the ``bins`` * ``bins``
+def law_tv(
+    energy: Callable[[Tensor], Tensor], density, states: Tensor, *, resolution: int = 200, bins: int = 24
+) -> float:
+    """The total variation between states' histogram (N, 2) and the model's own law exp(-U) / Z, by ``bins`` * ``bins``
     cells of the density's box and one for what is outside."""
     cells = grid(widened(density.box, _WIDEN), resolution, states.device)
     truth = bin_masses(model_log_density(energy, cells), cells, density.box, bins)

@@ -40,7 +40,7 @@ class ELBO(NamedTuple):
     kl: Tensor  #: nats, detached
 
 
-def elbo(vae: VAE, x: Tensor, kl_weight: float, noise: Tensor) -> ELBO:
+def elbo(vae: VAE, x: Tensor, kl_weight: float | Tensor, noise: Tensor) -> ELBO:
     """The loss that teaches a VAE from revised states x (B, ...), detached: kl_weight times its negative ELBO.
 
         reconstruction = mean over x of 1/2 sum_i (x_i - g(latent)_i)**2,     latent = mean(x) + sd(x) * noise

@@ -57,7 +57,11 @@ def save_plane(
     cells = exact.grid(density.box, 200, chains.device)
     learned = exact.model_log_density(energy, cells).exp().reshape(cells.n, cells.n).cpu()
     points = density.draw(4096, seed=0, step=0, purpose="held-out").cpu()
-    panels = [("data", points, "black"), ("proposals", proposals, "tab:blue"), (f"{len(chains)} chains", chains, "tab:red")]
+    panels = [
+        ("data", points, "black"),
+        ("proposals", proposals, "tab:blue"),
+        (f"{len(chains)} chains", chains, "tab:red"),
+    ]
     panels = [panel for panel in panels if panel[1] is not None]
     figure = Figure(figsize=(4 * len(panels) + 4, 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels) + 1)

@@ -14,6 +14,8 @@ from .config import Settings
 
 #: Mean energies beyond this are not those of a model that still learns.
 _EXPLODING = 1e4
+_PATIENCE = 5  #: rows in a row, ahead of a warning
+_UNSETTLED = 100  #: updates, and those of a VAE's warm-up, of which none is given
 _COLLAPSED = 0.1  #: nats, of all latents together
 _ALIKE = 0.02  #: of the revised states' spread
 
@@ -70,9 +72,6 @@ def tensorboard_writer():
 class Watch:
     """Tells, once each, what a run's rows say is going wrong, and what to change."""
 
-    _PATIENCE = 5  #: rows in a row
-    _FIRST = 100  #: updates ahead of which nothing is settled
-
     def __init__(self, settings: Settings):
         self.settings = settings
         self.count = {name: 0 for name in ("exploding", "dead", "collapse")}
@@ -81,32 +80,30 @@ class Watch:
         found = []
         for name, line in self._found(row):
             self.count[name] = self.count[name] + 1 if line else 0
-            if line and self.count[name] == self._PATIENCE:
+            if line and self.count[name] == _PATIENCE:
                 found.append(f"warning: update {row['iteration']}: {line}")
         return found
 
     def _found(self, row: dict) -> Iterator[tuple[str, str | None]]:
         """What is wrong by this row, None for each thing that is not."""
-        s, settled = self.settings, row["iteration"] >= self._FIRST
-        energies = [row[k] for k in ("energy_data", "energy_chains", "energy_proposals") if k in row]
-        largest = max(energies, key=abs)
+        s = self.settings
+        settled = row["iteration"] >= _UNSETTLED + (s.vae_warm_up if s.init == "vae" else 0)
+        largest = max((row[k] for k in ("energy_data", "energy_chains", "energy_proposals") if k in row), key=abs)
         exploding = settled and abs(largest) > _EXPLODING
-        yield "exploding", exploding and (
-            f"the energies explode (mean energy {largest:.3g}): lower --lr (now {s.lr:g}), or raise --energy-l2 "
-            f"(now {s.energy_l2:g}) or --steps (now {s.steps})"
-        ) or None
-        if "kl" not in row:
-            return
-        dead = settled and (row["spread"] < _ALIKE or row["vae_grad_norm"] == 0)
-        collapsed = settled and row["kl"] < _COLLAPSED
-        yield "collapse", collapsed and (
-            f"posterior collapse (kl {row['kl']:.2g} nats over {s.latent} latents): the decoder ignores its latents; "
-            f"lower --kl-weight (now {s.kl_weight:g})"
-        ) or None
-        yield "dead", dead and not collapsed and (
-            f"the VAE is dead (its proposals vary {row['spread']:.1%} as much as the revised states): raise --vae-lr "
-            f"(now {s.vae_lr:g}) or --vae-width (now {s.vae_width})"
-        ) or None
+        collapsed = settled and row.get("kl", math.inf) < _COLLAPSED
+        dead = settled and not collapsed and (row.get("spread", 1.0) < _ALIKE or row.get("vae_grad_norm") == 0)
+        lines = {
+            "exploding": exploding
+            and f"the energies explode (mean energy {largest:.3g}): lower --lr (now {s.lr:g}), or raise --energy-l2 "
+            f"(now {s.energy_l2:g}) or --steps (now {s.steps})",
+            "collapse": collapsed
+            and f"posterior collapse (kl {row['kl']:.2g} nats over {s.latent} latents): the decoder ignores its "
+            f"latents; lower --kl-weight (now {s.kl_weight:g})",
+            "dead": dead
+            and f"the VAE is dead (its proposals vary {row['spread']:.1%} as much as the revised states): raise "
+            f"--vae-lr (now {s.vae_lr:g}) or --vae-width (now {s.vae_width})",
+        }
+        yield from ((name, line or None) for name, line in lines.items())
 
 
 class Progress:

@@ -1,8 +1,8 @@
 """Draw from a trained run: `python -m fastanila.sample RUN --count 64 --out samples.png` (or .npz).
 
-A run with init=vae draws pairs, proposal above revision; --steps 0 gives the decoder's proposals alone, --interpolate what
-lies between latents, --reconstruct held-out images and what the VAE makes of them. --inpaint REGION fills a region of
-held-out images by a model of whole images; a run with task=completion completes the region that it has learned to.
+A run with init=vae draws pairs, proposal above revision; --steps 0 gives the decoder's proposals alone, --interpolate
+what lies between latents, --reconstruct held-out images and what the VAE makes of them. --inpaint REGION fills a region
+of held-out images by a model of whole images; a run with task=completion completes the region that it has learned to.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def write_completed(path: Path, found: draws.Completed, run: runs.Run) -> None:
 
 def write_arrays(path: Path, **arrays: Tensor) -> None:
     content = io.BytesIO()
-    np.savez_compressed(content, **{k: (v if v.dtype == torch.bool else v.float()).cpu().numpy() for k, v in arrays.items()})
+    np.savez_compressed(
+        content, **{k: (v if v.dtype == torch.bool else v.float()).cpu().numpy() for k, v in arrays.items()}
+    )
     checkpoint.write_bytes(path, content.getvalue())
 
 
@@ -112,7 +114,9 @@ def main(argv: list[str] | None = None) -> int:
         help="transitions; default: the run's K, and ten K from noise (also to inpaint); 0 with a VAE: its proposals",
     )  # fmt: skip
     parser.add_argument(
-        "--start", choices=draws.STARTS, help="where the samples start; default: at the run's VAE if it has one, or chains"
+        "--start",
+        choices=draws.STARTS,
+        help="where the samples start; default: at the run's VAE if it has one, or chains",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--interpolate", action="store_true", help="proposals between latents, a row a pair (init=vae)")

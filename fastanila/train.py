@@ -23,7 +23,7 @@ def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool]:
     import argparse
 
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", "resume", "data", "sampler"):
+    for name in ("config", "resume", "data", "sampler", "init"):
         ahead.add_argument(f"--{name}")
     files, _ = ahead.parse_known_args(argv)
     if files.config is not None and files.resume is not None:
@@ -39,7 +39,8 @@ def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool]:
         under = dataclasses.asdict(runs.read_settings(files.resume))
     dataset = files.data if files.data is not None else under.get("data", Settings.data)
     sampler = files.sampler if files.sampler in config.names_of("sampler") else under.get("sampler")
-    values = vars(cli(argv, config.defaults(dataset, sampler) | under))
+    init = files.init if files.init is not None else under.get("init")
+    values = vars(cli(argv, config.defaults(dataset, sampler, init) | under))
     resume, dry_run, _ = values.pop("resume"), values.pop("dry_run"), values.pop("config")
     return Settings(**values), resume, dry_run
 

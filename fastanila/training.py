@@ -58,11 +58,12 @@ def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
     if settings.tensorboard:
         tensorboard_writer()
     dataset = runs.load_data(settings, device)
-    ebm = learner(runs.build_energy(settings, dataset.shape), settings, settings.lr, settings.lr_decay, device)
-    vae = None
+    vae, first = None, 0
     if settings.init == "vae":
-        network = runs.build_vae(settings, dataset.shape)
+        network, first = runs.build_vae(settings, dataset.shape), settings.vae_warm_up
         vae = learner(network, settings, settings.vae_lr, settings.vae_lr_decay, device)
+    network = runs.build_energy(settings, dataset.shape)
+    ebm = learner(network, settings, settings.lr, settings.lr_decay, device, first)
     start = runs.build_start(settings, dataset, device, vae and vae.model)
     with torch.no_grad():
         chains = start.draw(0, dataset.draw(settings.batch_size, seed=settings.seed, step=0, device=device)).clone()
@@ -87,8 +88,11 @@ def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
     return job
 
 
-def learner(network: nn.Module, settings: Settings, lr: float, decay: str, device: torch.device) -> Learner:
-    """The network on the device, with its Adam and, where the settings want one, its moving average."""
+def learner(
+    network: nn.Module, settings: Settings, lr: float, decay: str, device: torch.device, first: int = 0
+) -> Learner:
+    """The network on the device, with its Adam and, where the settings want one, its moving average; it stands still
+    ahead of update ``first``."""
     network = network.to(device)
     optimizer = torch.optim.Adam(
         network.parameters(),
@@ -97,7 +101,7 @@ def learner(network: nn.Module, settings: Settings, lr: float, decay: str, devic
         fused=True,
         capturable=device.type == "cuda",
     )
-    rate = functools.partial(learning_rate, lr, decay, settings.iterations)
+    rate = functools.partial(learning_rate, lr, decay, settings.iterations, first=first)
     return Learner(network, optimizer, runs.averaged(network) if settings.ema else None, rate)
 
 

@@ -2,9 +2,9 @@
 
 An update draws data, starts chains, moves them K transitions of the sampler, and takes an Adam step along
 mean grad U(data) - mean grad U(chains). With init="vae" the chains start at what a VAE proposes, and the VAE takes an
-Adam step of its own along its ELBO's gradient at where the chains end (Xie, Zheng and Li). An update reads nothing back:
-the number of updates made and whether they are still finite are tensors too, so that on CUDA the whole of it is one
-graph, captured once and replayed.
+Adam step of its own along its ELBO's gradient at where the chains end (Xie, Zheng and Li). An update reads nothing
+back: the number of updates made and whether they are still finite are tensors too, so that on CUDA the whole of it is
+one graph, captured once and replayed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from .transitions import Info, State, chain_of
 
 #: An energy beyond this has left everything that training could bring back.
 _LARGEST_ENERGY = 1e8
+#: By what the VAE's weight of KL is multiplied where its warm-up begins.
+_WARM_UP_WEIGHT = 10.0
 #: Updates that run as they are ahead of the capture: they compile, and give every library its workspace.
 _WARM_UP = 3
 
@@ -104,18 +106,20 @@ def build_update(job: Job) -> Callable[[], Update]:
         one = torch.ones((), device=device)
         decay = torch.clamp((1 + iteration) / (10 + iteration), max=s.ema)
         batch, free = draw_data(job, iteration, seed)
-        return batch, free, job.start.draw(iteration, batch), [l.rate(iteration) * one for l in job.learners], decay
+        rates = [learner.rate(iteration) * one for learner in job.learners]
+        return batch, free, job.start.draw(iteration, batch), rates, decay
 
     def learn(batch: Tensor, chains: Tensor) -> tuple[Likelihood, Tensor]:
         result = likelihood(energy, batch, chains, s.energy_l2)
         energies = torch.stack((result.energy_data, result.energy_chains))
         return result, (energies.abs() < _LARGEST_ENERGY).all() & torch.isfinite(chains).all()
 
-    def teach(proposals: Tensor, chains: Tensor, free: Tensor | None, iteration: Tensor) -> tuple[Tensor, Teaching]:
+    def teach(batch: Tensor, proposals: Tensor, chains: Tensor, free: Tensor | None, iteration: Tensor):
         network = job.vae.module
         shape = (len(chains), network.latent)
         xi = noise.normal(shape, seed=seed, step=iteration, stream=Stream.POSTERIOR, device=device)
-        result = elbo(network, chains, s.kl_weight, xi)
+        lesson = torch.where(iteration < s.vae_warm_up, batch, chains) if s.vae_warm_up else chains
+        result = elbo(network, lesson, kl_weight(s, iteration), xi)
         with torch.no_grad():
             share = 1.0 if free is None else free.float().mean()
             moved = ((chains - proposals).square().mean() / share).sqrt()
@@ -137,7 +141,7 @@ def build_update(job: Job) -> Callable[[], Update]:
         result.loss.backward()
         teaching = None
         if job.vae is not None:
-            loss, teaching = teach_of(start, state.z, free, job.made)
+            loss, teaching = teach_of(batch, start, state.z, free, job.made)
             loss.backward()
         norms = [gradient_norm(learner, s.clip_grad) for learner in job.learners]
         with torch.no_grad():
@@ -198,9 +202,17 @@ def draw_data(job: Job, iteration: int | Tensor, seed: int | Tensor) -> tuple[Te
     return batch, free
 
 
-def learning_rate(lr: float, decay: str, iterations: int, iteration: int | Tensor) -> float | Tensor:
-    """A learning rate that falls to zero over the iterations, or (decay="none") stays."""
-    return lr * (1 - iteration / iterations) if decay == "linear" else lr
+def learning_rate(lr: float, decay: str, iterations: int, iteration: int | Tensor, *, first: int = 0) -> float | Tensor:
+    """A learning rate that falls to zero over the iterations, or (decay="none") stays; zero ahead of the ``first``."""
+    left = 1 - iteration / iterations if decay == "linear" else 1.0
+    return lr * left * (iteration >= first) if first else lr * left
+
+
+def kl_weight(settings: Settings, iteration: Tensor) -> Tensor:
+    """The weight of KL in the VAE's loss. In the warm-up it falls geometrically to its own: a decoder with much noise
+    of its own learns to cover all that there is, and then the detail."""
+    left = torch.clamp(1 - iteration / max(settings.vae_warm_up, 1), min=0.0)
+    return settings.kl_weight * _WARM_UP_WEIGHT**left
 
 
 def gradient_norm(learner: Learner, clip: float) -> Tensor:

@@ -4,8 +4,8 @@ Xie, Zheng and Li, "Learning Energy-Based Model with Variational Auto-Encoder as
 decoder turns a latent of N(0, I) into a proposal, a few transitions of a sampler revise it, the energy learns from data
 against revised states, and the autoencoder learns its ELBO on the revised states (`objectives.elbo`): MCMC teaching.
 
-Both kinds of network, of vectors and of images, are a `VAE`. A conditional one completes images: its states carry what is
-known of them (`fastanila.completion`), and ``decode`` is then given such states and fills in the rest.
+Both kinds of network, of vectors and of images, are a `VAE`. A conditional one completes images: its states carry what
+is known of them (`fastanila.completion`), and ``decode`` is then given such states and fills in the rest.
 """
 
 from __future__ import annotations

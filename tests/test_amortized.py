@@ -17,8 +17,8 @@ from fastanila.report import Watch
 from fastanila.training import train
 
 SMALL = dict(
-    init="vae", iterations=12, steps=4, batch_size=64, width=16, features=8, vae_width=16, latent=3, log_every=1,
-    sample_every=6, save_every=5,
+    init="vae", vae_warm_up=3, iterations=12, steps=4, batch_size=64, width=16, features=8, vae_width=16, latent=3,
+    log_every=1, sample_every=6, save_every=5,
 )  # fmt: skip
 IMAGES = SMALL | dict(data="digits", width=4, vae_width=4, features=0, batch_size=16)
 
@@ -50,7 +50,17 @@ def test_fused_and_plain_give_the_same_numbers_without_a_graph_break(tmp_path):
     torch._dynamo.reset()
     counters.clear()
     for fused in (True, False):
-        quiet(Settings(init="vae", iterations=12, steps=10, log_every=1, sample_every=0, fused=fused, out=str(tmp_path / str(fused))))
+        quiet(
+            Settings(
+                init="vae",
+                iterations=12,
+                steps=10,
+                log_every=1,
+                sample_every=0,
+                fused=fused,
+                out=str(tmp_path / str(fused)),
+            )
+        )
         if fused:
             assert not counters["graph_break"]
             # what starts an update, the first transition and the others, the energy's loss and the VAE's
@@ -73,7 +83,9 @@ def test_fused_and_plain_give_the_same_numbers_without_a_graph_break(tmp_path):
     ids=str,
 )
 def test_every_option_trains(tmp_path, options):
-    run = quiet(Settings(**SMALL | dict(iterations=3, sample_every=0) | options, fused=False, out=str(tmp_path / "run")))
+    run = quiet(
+        Settings(**SMALL | dict(iterations=3, sample_every=0) | options, fused=False, out=str(tmp_path / "run"))
+    )
     assert run.chains.isfinite().all() and run.iteration == 3 and run.vae is not None
     assert all(math.isfinite(value) for row in rows(tmp_path / "run") for value in row.values())
 
@@ -96,7 +108,9 @@ def test_what_the_metrics_say(run_directory):
     before = settings.iterations  # the last update moved the parameters after it was measured
     moved = (tensors["chains"] - tensors["proposals"]).double().square().mean().sqrt()
     assert row["moved"] == pytest.approx(moved.item(), rel=1e-5) and row["iteration"] == before
-    spread = (tensors["proposals"].double().var(0, False).mean() / tensors["chains"].double().var(0, False).mean()).sqrt()
+    spread = (
+        tensors["proposals"].double().var(0, False).mean() / tensors["chains"].double().var(0, False).mean()
+    ).sqrt()
     assert row["spread"] == pytest.approx(spread.item(), rel=1e-4)
     runs.load_parameters(energy, checkpoint.subset(tensors, "energy"), run_directory)
     assert row["energy_proposals"] == pytest.approx(energy(tensors["proposals"]).mean().item(), rel=0.2, abs=0.1)
@@ -171,7 +185,9 @@ def test_sampling_from_the_pair(run_directory, tmp_path, capsys):
     for flags in ("", "--steps 0", "--interpolate", "--reconstruct", "--start noise --steps 2", "--start chains"):
         for suffix in ("png", "npz"):
             out = tmp_path / f"s.{suffix}"
-            assert sample.main([str(run_directory), "--count", "9", "--no-fused", *flags.split(), "--out", str(out)]) == 0
+            assert (
+                sample.main([str(run_directory), "--count", "9", "--no-fused", *flags.split(), "--out", str(out)]) == 0
+            )
             assert f"in {out}" in capsys.readouterr().out
     sample.main([str(run_directory), "--count", "9", "--no-fused", "--out", str(out)])
     found = np.load(out)
@@ -210,7 +226,9 @@ def test_evaluation_is_of_fresh_pairs(run_directory, capsys):
 
 # ------------------------------------------------------------------------------------------------------------ warnings
 
-LONG = SMALL | dict(iterations=130, steps=1, batch_size=32, log_every=2, sample_every=0, save_every=1000, ema=0.0)
+LONG = SMALL | dict(
+    vae_warm_up=0, iterations=130, steps=1, batch_size=32, log_every=2, sample_every=0, save_every=1000, ema=0.0
+)
 
 
 def warnings_of(tmp_path, change=None, **options):
@@ -249,8 +267,10 @@ def test_exploding_energies_are_told_once(tmp_path):
 
 
 def test_one_bad_row_is_no_warning():
-    watch = Watch(runs.config.resolve(Settings(init="vae")))
-    well = dict(iteration=500, energy_data=0.0, energy_chains=1.0, energy_proposals=1.0, kl=3.0, spread=1.0, vae_grad_norm=1.0)
+    watch = Watch(runs.config.resolve(Settings(init="vae", vae_warm_up=0)))
+    well = dict(
+        iteration=500, energy_data=0.0, energy_chains=1.0, energy_proposals=1.0, kl=3.0, spread=1.0, vae_grad_norm=1.0
+    )
     for _ in range(20):
         assert watch.see(well | dict(kl=0.0)) == [] and watch.see(well) == []
     told = [watch.see(well | dict(kl=0.0)) for _ in range(20)]

@@ -24,7 +24,9 @@ def test_regions():
     for size in (8, 11, 28):
         blocks = completion.region("blocks", 50, size, seed=0, step=3)
         assert blocks.shape == (50, 1, size, size)
-        cells = blocks[:, 0][:, [0, size // 4 + 1, size // 2 + 1, size - 1]][:, :, [0, size // 4 + 1, size // 2 + 1, size - 1]]
+        cells = blocks[:, 0][:, [0, size // 4 + 1, size // 2 + 1, size - 1]][
+            :, :, [0, size // 4 + 1, size // 2 + 1, size - 1]
+        ]
         assert (cells.flatten(1).sum(1) == 8).all() and len(cells.flatten(1).unique(dim=0)) > 40
     again = completion.region("blocks", 10, 28, seed=0, step=3, offset=40)
     assert torch.equal(again, blocks[40:])  # a slice draws what the whole would
@@ -94,7 +96,9 @@ SMALL = dict(
 @pytest.fixture(scope="module")
 def completing(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "completing"
-    train(Settings(**SMALL, task="completion", mask="blocks", data_noise=0.1, out=str(directory)), say=lambda line: None)
+    train(
+        Settings(**SMALL, task="completion", mask="blocks", data_noise=0.1, out=str(directory)), say=lambda line: None
+    )
     return directory
 
 

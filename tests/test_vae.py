@@ -208,7 +208,7 @@ class Quadratic(nn.Module):
 def joint_job(kl_weight=0.25, iterations=1500, **changes):
     settings = resolve(
         Settings(init="vae", steps=20, batch_size=512, lr=0.02, vae_lr=0.02, kl_weight=kl_weight, ema=0.0,
-                 iterations=iterations, sampler="mala", latent=1, features=0, **changes)
+                 iterations=iterations, sampler="mala", vae_warm_up=0, energy_l2=0.0, latent=1, features=0, **changes)
     )  # fmt: skip
     cpu = torch.device("cpu")
     with torch.random.fork_rng():
@@ -227,7 +227,7 @@ def joint_job(kl_weight=0.25, iterations=1500, **changes):
 
 def test_the_joint_scheme_finds_a_gaussian():
     """Data N(m, s^2), U quadratic, both networks affine, MALA: everything that is learned has a closed form. With v the
-    weight of KL: a = 1 / s^2, b = m / s^2, g(z) = m + w z with w^2 = s^2 - v, reconstruction v / 2, KL log(s^2 / v) / 2.
+    weight of KL: a = 1 / s^2, b = m / s^2, g(z) = m + w z, w^2 = s^2 - v, reconstruction v / 2, KL log(s^2 / v) / 2.
 
     The averages over the last 300 updates scatter over seeds by about a third of the tolerances.
     """
@@ -238,7 +238,14 @@ def test_the_joint_scheme_finds_a_gaussian():
         if i >= job.settings.iterations - 300:
             g = job.vae.module.decoder[-1]
             a = job.ebm.module.log_a.exp()
-            now = (a, job.ebm.module.b / a, g.bias[0], g.weight[0, 0].abs(), made.teaching.reconstruction, made.teaching.kl)
+            now = (
+                a,
+                job.ebm.module.b / a,
+                g.bias[0],
+                g.weight[0, 0].abs(),
+                made.teaching.reconstruction,
+                made.teaching.kl,
+            )
             seen.append([x.item() for x in now])
     m, s, v = 1.5, 0.8, 0.25
     known = [1 / s**2, m, m, math.sqrt(s**2 - v), v / 2, 0.5 * math.log(s**2 / v)]

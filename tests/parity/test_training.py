@@ -36,7 +36,9 @@ def test_twenty_updates(tmp_path, monkeypatch, way):
     for fused in (True, False):
         lines = []
         train(Settings(**common, fused=fused, out=str(tmp_path / str(fused))), say=lines.append)
-        expected = {"whole chains": 20, "one by one": 120, "exact": 140, "vae": 20, "completion": 60}[way] if fused else 0
+        expected = (
+            {"whole chains": 20, "one by one": 120, "exact": 140, "vae": 20, "completion": 60}[way] if fused else 0
+        )
         if torch.cuda.is_available():  # the first updates, and the capture
             expected = expected // 20 * (updates._WARM_UP + 1)
         assert len(launches) == expected
