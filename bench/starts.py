@@ -37,9 +37,9 @@ _BINS = 24
 ABOUT_PLANE = (
     "{updates} updates of {steps} transitions each, {samplers}; medians of {seeds} seeds, with the least and the most. "
     "NLL - entropy and TV are the model's to the data, by quadrature. Modes: how many have a quarter of their due in "
-    "the model, and in its chains. Transitions: how many {chains:,} chains of that start need on the trained model until "
-    "the total variation to its law (24 x 24 cells) is within 0.05 of what exact draws show, as many different ones "
-    "and moved alike; looked at after {looks}. Persistent chains are copied to that number."
+    "the model, and in its chains. Transitions: how many {chains:,} chains of that start need on the trained model "
+    "until the total variation to its law (24 x 24 cells) is within 0.05 of what exact draws show, as many different "
+    "ones and moved alike; looked at after {looks}. Persistent chains are copied to that number."
 )
 ABOUT_IMAGES = (
     "{updates} updates of {steps} transitions each; mean of {seeds} seeds, and their standard deviation. 1,024 fresh "

@@ -29,14 +29,6 @@ def image_grid(images: Tensor, box: tuple[float, float], columns: int = 8, scale
     return sheet.permute(1, 2, 0).numpy()
 
 
-def interleaved(sets: Sequence[Tensor], columns: int = 8) -> Tensor:
-    """Equally many images each, (N, C, H, W), as rows of a grid: a row of the first, under it the same of the second,
-    and so on. N that does not fill a row is cut to those that do, or to one row."""
-    columns = min(columns, len(sets[0]))
-    rows = [images[: len(images) // columns * columns].split(columns) for images in sets]
-    return torch.cat([row for group in zip(*rows, strict=True) for row in group])
-
-
 def save_images(path: str | Path, images: Tensor, box: tuple[float, float], columns: int = 8) -> None:
     """A PNG grid of images (N, C, H, W), enlarged so that small ones can be seen."""
     from PIL import Image
@@ -44,6 +36,13 @@ def save_images(path: str | Path, images: Tensor, box: tuple[float, float], colu
     content = io.BytesIO()
     Image.fromarray(image_grid(images, box, columns, scale=max(1, 96 // images.shape[-1]))).save(content, format="png")
     checkpoint.write_bytes(path, content.getvalue())
+
+
+def save_under(path: str | Path, sets: Sequence[Tensor], box: tuple[float, float], columns: int = 16) -> None:
+    """A PNG grid of equally many images each, (N, C, H, W): a row of the first, under it the same of the second, ..."""
+    columns = min(columns, len(sets[0]))
+    rows = zip(*(images[: len(images) // columns * columns].split(columns) for images in sets), strict=True)
+    save_images(path, torch.cat([row for group in rows for row in group]), box, columns)
 
 
 def save_plane(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from . import chains as starts
 from . import checkpoint, completion, config, data, noise, vae
 from .config import Settings
 from .energies import MLP, Autocast, ConvNet, Tempered
+from .learners import load_parameters
 from .samplers import SAMPLERS, Sampler
 
 Dataset = data.Density | data.Images | completion.Completions
@@ -96,15 +96,6 @@ def read_settings(directory: str | Path) -> Settings:
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is not a run: it has no config.json")
     return config.resolve(Settings(**config.read(path)))
-
-
-def load_parameters(energy: nn.Module, tensors: dict[str, Tensor], where) -> None:
-    try:
-        energy.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        message = f"{where}: the checkpoint does not fit the settings' network ({reason})"
-        raise checkpoint.CheckpointError(message) from None
 
 
 def load_data(settings: Settings, device, data_dir: str | None = None) -> Dataset:
@@ -188,10 +179,6 @@ def build_start(settings: Settings, dataset: Dataset, device, proposer: vae.VAE 
 
 def at_precision(energy: nn.Module, precision: str) -> nn.Module:
     return Autocast(energy) if precision == "bf16" else energy
-
-
-def averaged(energy: nn.Module) -> nn.Module:
-    return copy.deepcopy(energy).requires_grad_(False).eval()
 
 
 def device_of(name: str) -> torch.device:

@@ -42,7 +42,7 @@ def write_pairs(path: Path, pairs: draws.Pairs, run: runs.Run) -> None:
         density = data.load(run.settings.data)
         plots.save_plane(path, run.energy, density, pairs.revised, title, proposals=pairs.proposals)
     else:
-        plots.save_images(path, plots.interleaved(pairs), data.box_of(run.settings.data))
+        plots.save_under(path, pairs, data.box_of(run.settings.data))
 
 
 def write_completed(path: Path, found: draws.Completed, run: runs.Run) -> None:

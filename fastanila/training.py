@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +15,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import checkpoint, completion, config, data, draws, exact, ops, plots, runs, transitions
+from . import checkpoint, completion, config, data, draws, exact, learners, ops, plots, runs, transitions
 from .config import Settings
 from .report import Metrics, Progress, Watch, tensorboard_writer
-from .updates import Job, Learner, Update, build_update, learning_rate
+from .updates import Job, Update, build_update
 
-_ADAM_BETAS = (0.9, 0.999)
 _PROPOSALS = 20_000  #: whose histogram is compared with the model's law
 #: Updates after which the run looks, at the latest, whether they are finite.
 _LOOK_EVERY = 100
@@ -61,9 +59,9 @@ def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
     vae, first = None, 0
     if settings.init == "vae":
         network, first = runs.build_vae(settings, dataset.shape), settings.vae_warm_up
-        vae = learner(network, settings, settings.vae_lr, settings.vae_lr_decay, device)
+        vae = learners.build(network, settings, settings.vae_lr, settings.vae_lr_decay, device)
     network = runs.build_energy(settings, dataset.shape)
-    ebm = learner(network, settings, settings.lr, settings.lr_decay, device, first)
+    ebm = learners.build(network, settings, settings.lr, settings.lr_decay, device, first)
     start = runs.build_start(settings, dataset, device, vae and vae.model)
     with torch.no_grad():
         chains = start.draw(0, dataset.draw(settings.batch_size, seed=settings.seed, step=0, device=device)).clone()
@@ -86,23 +84,6 @@ def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
         if job.iteration > settings.iterations:
             raise ValueError(f"iterations must be at least the {job.iteration} made already, got {settings.iterations}")
     return job
-
-
-def learner(
-    network: nn.Module, settings: Settings, lr: float, decay: str, device: torch.device, first: int = 0
-) -> Learner:
-    """The network on the device, with its Adam and, where the settings want one, its moving average; it stands still
-    ahead of update ``first``."""
-    network = network.to(device)
-    optimizer = torch.optim.Adam(
-        network.parameters(),
-        lr=torch.tensor(lr, device=device),  # a tensor, fused and capturable: it can be part of a graph
-        betas=_ADAM_BETAS,
-        fused=True,
-        capturable=device.type == "cuda",
-    )
-    rate = functools.partial(learning_rate, lr, decay, settings.iterations, first=first)
-    return Learner(network, optimizer, runs.averaged(network) if settings.ema else None, rate)
 
 
 def run(job: Job, say: Callable[[str], None] = print) -> runs.Run:
@@ -224,16 +205,19 @@ def picture(job: Job, path: Path) -> None:
     shown = [x for x in (job.proposals, job.chains) if x is not None]
     if job.settings.task == "completion":
         shown = [completion.images(x) for x in (completion.hidden(job.chains), *shown)]
-    plots.save_images(path, plots.interleaved([x[:64] for x in shown]), job.data.box)
+    if len(shown) == 1:
+        plots.save_images(path, job.chains[:64], job.data.box)
+    else:
+        plots.save_under(path, [x[:64] for x in shown], job.data.box)
 
 
 # ------------------------------------------------------------------------------------------------- saving, resuming
 
 
 def save(job: Job) -> None:
-    tensors = learned(job.ebm, "energy")
+    tensors = learners.tensors(job.ebm, "energy")
     if job.vae is not None:
-        tensors |= checkpoint.prefixed(runs.AMORTIZED, learned(job.vae, "vae"))
+        tensors |= checkpoint.prefixed(runs.AMORTIZED, learners.tensors(job.vae, "vae"))
         tensors["proposals"] = job.proposals
     tensors |= checkpoint.prefixed("start", job.start.tensors())
     if "start.population" not in tensors:
@@ -244,35 +228,15 @@ def save(job: Job) -> None:
 
 def restore(job: Job) -> None:
     tensors, state = checkpoint.load_latest(job.directory / "checkpoints", job.device)
-    relearn(job.ebm, "energy", tensors, job.directory)
+    learners.restore(job.ebm, "energy", tensors, job.directory)
     if job.vae is not None:
-        relearn(job.vae, "vae", checkpoint.subset(tensors, runs.AMORTIZED), job.directory)
+        learners.restore(job.vae, "vae", checkpoint.subset(tensors, runs.AMORTIZED), job.directory)
         job.proposals.copy_(tensors["proposals"])
     for name, tensor in job.start.tensors().items():
         tensor.copy_(tensors[f"start.{name}"])
     job.chains.copy_(runs.last_chains(tensors)[: job.settings.batch_size])
     job.iteration, job.seconds = state["iteration"], state["seconds"]
     job.made.fill_(job.iteration)
-
-
-def learned(learner: Learner, name: str) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds of a network in training."""
-    tensors = checkpoint.prefixed(name, learner.module.state_dict())
-    if learner.average is not None:
-        tensors |= checkpoint.prefixed("ema", learner.average.state_dict())
-    return tensors | checkpoint.optimizer_tensors(learner.optimizer, parameter_names(learner))
-
-
-def relearn(learner: Learner, name: str, tensors: dict[str, torch.Tensor], where: Path) -> None:
-    """The inverse of `learned`."""
-    runs.load_parameters(learner.module, checkpoint.subset(tensors, name), where)
-    if learner.average is not None:
-        runs.load_parameters(learner.average, checkpoint.subset(tensors, "ema"), where)
-    checkpoint.restore_optimizer(learner.optimizer, parameter_names(learner), tensors)
-
-
-def parameter_names(learner: Learner) -> list[str]:
-    return [name for name, _ in learner.module.named_parameters()]
 
 
 def resumed_settings(settings: Settings, directory: str | Path) -> Settings:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import completion, noise, runs, samplers
 from .capture import compiled, cuda_graph, first_line
 from .config import Settings
 from .energies import sampling
+from .learners import Learner, gradient_norm, move
 from .noise import Stream
 from .objectives import Likelihood, elbo, likelihood
 from .transitions import Info, State, chain_of
@@ -32,21 +33,6 @@ _LARGEST_ENERGY = 1e8
 _WARM_UP_WEIGHT = 10.0
 #: Updates that run as they are ahead of the capture: they compile, and give every library its workspace.
 _WARM_UP = 3
-
-
-@dataclasses.dataclass
-class Learner:
-    """A network in training."""
-
-    module: nn.Module
-    optimizer: torch.optim.Optimizer  #: of its parameters alone
-    average: nn.Module | None  #: the moving average of the parameters
-    rate: Callable[[int | Tensor], float | Tensor]  #: the learning rate of an update
-
-    @property
-    def model(self) -> nn.Module:
-        """What sampling and evaluation use."""
-        return self.module if self.average is None else self.average
 
 
 @dataclasses.dataclass
@@ -202,41 +188,8 @@ def draw_data(job: Job, iteration: int | Tensor, seed: int | Tensor) -> tuple[Te
     return batch, free
 
 
-def learning_rate(lr: float, decay: str, iterations: int, iteration: int | Tensor, *, first: int = 0) -> float | Tensor:
-    """A learning rate that falls to zero over the iterations, or (decay="none") stays; zero ahead of the ``first``."""
-    left = 1 - iteration / iterations if decay == "linear" else 1.0
-    return lr * left * (iteration >= first) if first else lr * left
-
-
 def kl_weight(settings: Settings, iteration: Tensor) -> Tensor:
     """The weight of KL in the VAE's loss. In the warm-up it falls geometrically to its own: a decoder with much noise
     of its own learns to cover all that there is, and then the detail."""
     left = torch.clamp(1 - iteration / max(settings.vae_warm_up, 1), min=0.0)
     return settings.kl_weight * _WARM_UP_WEIGHT**left
-
-
-def gradient_norm(learner: Learner, clip: float) -> Tensor:
-    """The norm of the gradient, which is then clipped to ``clip``, unless that is 0."""
-    parameters = list(learner.module.parameters())
-    if clip:
-        return nn.utils.clip_grad_norm_(parameters, clip).detach()
-    return nn.utils.get_total_norm([p.grad for p in parameters])
-
-
-def move(learner: Learner, rate: Tensor, decay: Tensor, broken: Tensor) -> None:
-    """A step of the optimizer and of the moving average, unless ``broken`` (0-dim bool) says no."""
-    learner.optimizer.found_inf = broken.float()  # what a gradient scaler sets: 1 skips the step
-    for group in learner.optimizer.param_groups:
-        group["lr"].copy_(rate)
-    learner.optimizer.step()
-    del learner.optimizer.found_inf
-    if learner.average is not None:
-        follow(learner.average, learner.module, torch.where(broken, 1.0, decay))
-
-
-@torch.no_grad()
-def follow(average: nn.Module, module: nn.Module, decay: Tensor) -> None:
-    """Move the average's parameters by 1 - decay (0-dim) of the way towards the module's."""
-    averages = list(average.parameters())
-    torch._foreach_mul_(averages, decay)
-    torch._foreach_add_(averages, torch._foreach_mul([p.detach() for p in module.parameters()], 1 - decay))

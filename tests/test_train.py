@@ -16,7 +16,7 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 import fastanila
-from fastanila import checkpoint, config, data, evaluate, exact, runs, sample, training, updates
+from fastanila import checkpoint, config, data, evaluate, exact, learners, sample, training, updates
 from fastanila import train as command
 from fastanila.config import Settings
 from fastanila.training import train
@@ -93,14 +93,14 @@ def test_training_improves_the_likelihood(tmp_path):
 
 def test_learning_rate_and_average():
     s = config.resolve(Settings(iterations=100, lr=0.1))
-    assert [updates.learning_rate(s.lr, s.lr_decay, 100, i) for i in (0, 50, 99)] == pytest.approx([0.1, 0.05, 0.001])
-    assert updates.learning_rate(0.1, "none", 100, 99) == 0.1
+    assert [learners.learning_rate(s.lr, s.lr_decay, 100, i) for i in (0, 50, 99)] == pytest.approx([0.1, 0.05, 0.001])
+    assert learners.learning_rate(0.1, "none", 100, 99) == 0.1
     energy = torch.nn.Linear(1, 1)
-    average = runs.averaged(energy)
+    average = learners.averaged(energy)
     before = average.weight.clone()
     with torch.no_grad():
         energy.weight += 1
-    updates.follow(average, energy, torch.tensor(0.9))
+    learners.follow(average, energy, torch.tensor(0.9))
     torch.testing.assert_close(average.weight, before + 0.1)
     assert not average.weight.requires_grad and energy.weight.requires_grad
 
@@ -232,8 +232,8 @@ def test_sample_command(small_run, tmp_path, capsys):
     capsys.readouterr()
     for bad, message in (
         (["--out", "s.jpg"], "out must end in .png or .npz, got s.jpg"),
-        (["--count", "0"], "count must be at least 1, got 0"),
-        (["--steps", "-1"], "steps must be at least 0, got -1"),
+        (["--count", "0"], "count must be an integer of at least 1, got 0"),
+        (["--steps", "-1"], "steps must be an integer of at least 0, got -1"),
     ):
         assert sample.main([str(small_run), *bad]) == 2
         assert capsys.readouterr().err == f"error: {message}\n"

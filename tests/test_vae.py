@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastanila import MALA, completion, draws, noise, runs, updates, vae
+from fastanila import MALA, completion, draws, learners, noise, runs, updates, vae
 from fastanila.chains import AmortizedStart
 from fastanila.config import Settings, resolve
 from fastanila.noise import Stream
 from fastanila.objectives import elbo, likelihood
-from fastanila.training import learner
 
 # ------------------------------------------------------------------------------------------------------- the networks
 
@@ -214,8 +213,8 @@ def joint_job(kl_weight=0.25, iterations=1500, **changes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = vae.of_vectors(1, 1, width=1, depth=0)
-    ebm = learner(Quadratic(), settings, settings.lr, settings.lr_decay, cpu)
-    taught = learner(network, settings, settings.vae_lr, settings.vae_lr_decay, cpu)
+    ebm = learners.build(Quadratic(), settings, settings.lr, settings.lr_decay, cpu)
+    taught = learners.build(network, settings, settings.vae_lr, settings.vae_lr_decay, cpu)
     start = runs.build_start(settings, None, cpu, network)
     chains = start.draw(0).detach().clone()
     zero = torch.zeros((), dtype=torch.int64)

@@ -123,7 +123,7 @@ def test_an_energy_that_synchronises_runs_uncaptured_and_says_so():
         dict(sampler="hmc", leapfrog_steps=3),
         dict(data="digits", energy="convnet", width=8, features=0, clip_grad=1.0),
         dict(data="digits", energy="convnet", width=8, features=0, precision="bf16"),
-        dict(init="vae", vae_width=16),
+        dict(init="vae", vae_width=16, vae_warm_up=2),
         dict(init="vae", task="completion", mask="blocks", data="digits", width=8, features=0, vae_width=8, latent=4),
     ],
     ids=str,

@@ -30,9 +30,9 @@ def test_twenty_updates(tmp_path, monkeypatch, way):
     common = dict(iterations=20, steps=6, chains=8, batch_size=8, threshold=1.0, log_every=1, sample_every=0)
     common |= dict(sampler="anila-mh", step_size=0.02) if way == "exact" else dict(sampler="anila", step_size=0.005)
     if way == "vae":
-        common |= dict(init="vae", vae_width=8)
+        common |= dict(init="vae", vae_width=8, vae_warm_up=2)
     elif way == "completion":  # chains that move by the step's mask, which is part of the same launch
-        common |= dict(task="completion", data="digits", width=4, vae_width=4, features=0, steps=3, iterations=20)
+        common |= dict(task="completion", data="digits", width=4, vae_width=4, steps=3, threshold=0.005)
     for fused in (True, False):
         lines = []
         train(Settings(**common, fused=fused, out=str(tmp_path / str(fused))), say=lines.append)
