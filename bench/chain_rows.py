@@ -169,7 +169,7 @@ def update_rows(device_type: str, quick: bool) -> list[Row]:
     cuda = device_type == "cuda"
     rings = update_row(f"one update, rings, K={steps}", (512, 2), "float32", workloads.rings_settings, steps)
     goals = {"the authors' form": 40.0 if cuda else 1.0, "eager": 1.0}
-    found = [dataclasses.replace(rings, at_least={OURS: goals})]
+    found = [dataclasses.replace(rings, at_least={OURS: goals}), amortized_row(steps)]
     if cuda and not quick:
         images = update_row(
             f"one update, 64 x 3x32x32, K={steps}, bf16", (64, 3, 32, 32), "bf16",
@@ -177,6 +177,23 @@ def update_rows(device_type: str, quick: bool) -> list[Row]:
         )  # fmt: skip
         found.append(dataclasses.replace(images, at_least={OURS: {"eager": 1.0}}))
     return found
+
+
+def amortized_row(steps: int) -> Row:
+    """Proposals, chain and the updates of both networks, beside the plain definition and chains that persist."""
+
+    def build(device, closing) -> Builders:
+        def way(**changes) -> Way:
+            settings = closing.enter_context(workloads.rings_settings(device, steps=steps))
+            return workloads.our_update(dataclasses.replace(settings, **changes))[1]
+
+        return {
+            OURS: lambda: way(init="vae"),
+            "fastanila, --no-fused": lambda: workloads.plainly(way(init="vae", fused=False)),
+            "fastanila, persistent chains": way,
+        }
+
+    return Row("update", f"one update, rings, a VAE proposes, K={steps}", (512, 2), "float32", build)
 
 
 def update_row(work: str, shape: tuple[int, ...], dtype: str, settings_of, steps: int) -> Row:

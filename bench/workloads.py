@@ -197,6 +197,16 @@ class Ordinary(nn.Module):
         return u + self.confinement / 2 * x.square().flatten(1).sum(-1) if self.confinement else u
 
 
+def plainly(way: Way) -> Way:
+    """The way, by the plain definitions in place of the kernels."""
+
+    def run():
+        with ops.plain():
+            return way()
+
+    return run
+
+
 def in_precision(way: Way, precision: str) -> Way:
     """The way, with float32 products as ``precision`` has them: float32, tf32 or bf16."""
 
