@@ -54,8 +54,8 @@ def settings_of(data_set: str, init: str, seed: int, common: dict[str, Any]) -> 
     return config.resolve(config.Settings(data=data_set, init=init, seed=seed, sample_every=0, **common))
 
 
-def needed(run: runs.Run) -> float:
-    """The least of LOOKS after which chains of the run's start are within WITHIN of its law; inf if none is."""
+def needed(run: runs.Run) -> int | None:
+    """The least of LOOKS after which chains of the run's start are within WITHIN of its law; None if none is."""
     density, device = data.load(run.settings.data), run.chains.device
     cells = exact.grid(exact.widened(density.box, 1.25), 400, device)
     log_q = exact.model_log_density(run.energy, cells)
@@ -67,7 +67,7 @@ def needed(run: runs.Run) -> float:
     alike = exact.draw(log_q, cells, len(distinct), seed=0, step=3)
     copies = _CHAINS // len(distinct)
     there, here = (trace(run, x.repeat(copies, 1), truth, density.box) for x in (alike, distinct))
-    return next((look for look, a, b in zip(LOOKS, here, there, strict=True) if a - b <= WITHIN), math.inf)
+    return next((look for look, a, b in zip(LOOKS, here, there, strict=True) if a - b <= WITHIN), None)
 
 
 def trace(run: runs.Run, z: Tensor, truth: Tensor, box: tuple[float, float]) -> Iterator[float]:
@@ -108,12 +108,12 @@ def plane_table(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def spread(lines: Sequence[dict[str, Any]], name: str, form: str) -> str:
-    """median (least to most) of a number."""
+    """median (least to most) of a number, None being the largest."""
 
     def text(x: float) -> str:
         return form.format(x) if math.isfinite(x) else f"> {LOOKS[-1]}"
 
-    values = sorted(line[name] for line in lines)
+    values = sorted(math.inf if line[name] is None else line[name] for line in lines)
     if not values:
         return "-"
     return f"{text(values[len(values) // 2])} ({text(values[0])} to {text(values[-1])})"

@@ -176,6 +176,9 @@ _IMAGES: dict[str, Any] = dict(
 
 _DIGITS = _IMAGES | dict(threshold=0.05, step_size=1.0, noise_scale=0.01, steps=40, chains=1024, iterations=1000)
 
+#: What is known leaves little open: a decoder with as much noise as that of whole images would ignore its latents.
+_COMPLETION: dict[str, Any] = dict(kl_weight=0.01)
+
 PLANES = ("rings", "8gaussians", "25gaussians", "pinwheel", "two-moons", "swiss-roll", "checkerboard")
 IMAGES = ("digits", "image-folder", "cifar10", "flowers102")
 
@@ -194,8 +197,10 @@ RESUMABLE = frozenset(
 )  # fmt: skip
 
 
-def defaults(name: str, sampler: str | None = None, init: str | None = None) -> dict[str, Any]:
-    """The data set's defaults, for that sampler and chain start or those it has by default; {} if there is no such set.
+def defaults(
+    name: str, sampler: str | None = None, init: str | None = None, task: str | None = None
+) -> dict[str, Any]:
+    """The data set's defaults, for that sampler, chain start and task; {} if there is no such set.
 
     Less the number of chains, which follows batch size and init.
     """
@@ -206,7 +211,7 @@ def defaults(name: str, sampler: str | None = None, init: str | None = None) -> 
     own |= translated(own, "anila", own["sampler"])
     if name in PLANES:
         own |= (_EXACT_PLANE if own["sampler"] in EXACT else {}) | (_AMORTIZED_PLANE if init == "vae" else {})
-    return own
+    return own | (_COMPLETION if task == "completion" else {})
 
 
 def translated(values: Mapping[str, Any], before: str, after: str, step_size: float | None = None) -> dict[str, Any]:
@@ -239,7 +244,7 @@ def resolve(settings: Settings) -> Settings:
         raise ValueError(f"data must be one of {', '.join(DEFAULTS)}, got {settings.data!r}")
     if settings.init is None:
         settings = dataclasses.replace(settings, init="vae" if settings.task == "completion" else "persistent")
-    own = defaults(settings.data, settings.sampler, settings.init)
+    own = defaults(settings.data, settings.sampler, settings.init, settings.task)
     settings = dataclasses.replace(settings, **{k: v for k, v in own.items() if getattr(settings, k) is None})
     if settings.vae_warm_up is None:
         warms = settings.init == "vae" and settings.data in PLANES

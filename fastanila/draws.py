@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from .noise import Stream
 from .vae import VAE
 
 STARTS = ("chains", "noise", "vae")
-_BATCH = 4096  #: chains that are run at a time where a run's own count is not known
+_BATCH = 4096  #: latents that are decoded at a time
 
 
 class Pairs(NamedTuple):
@@ -74,19 +73,13 @@ def moved(
     if warm_up and not run.sampler.is_exact:
         raise ValueError(f"warm_up adapts an exact sampler's step size, got sampler {run.settings.sampler}")
     first = runs.updates_past(run) * run.settings.steps
-    with _arithmetic(run, fused):
+    with runs.matmul_precision(run.settings.precision), contextlib.nullcontext() if fused else ops.plain():
         sampler = run.sampler
         if warm_up:
             sampler, z = sampler.adapt(run.energy, z, steps=warm_up, seed=seed, step=first, mask=mask, compile=fused)
         return sampler.run(
             run.energy, z, steps=steps, seed=seed, step=first + warm_up, mask=mask, compile=fused and steps > 0
         )
-
-
-@contextlib.contextmanager
-def _arithmetic(run: runs.Run, fused: bool) -> Iterator[None]:
-    with runs.matmul_precision(run.settings.precision), contextlib.nullcontext() if fused else ops.plain():
-        yield
 
 
 # ------------------------------------------------------------------------------------------------ the VAE and its pairs

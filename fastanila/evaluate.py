@@ -109,6 +109,8 @@ def mixing(run: runs.Run, draws: int = 1000, *, seed: int = 0, fused: bool = Tru
     ModuleNotFoundError without the extra "diagnostics", ValueError for fewer than 2 chains or 4 draws.
     """
     checks.count("draws", draws, least=4)
+    if run.settings.task == "completion":
+        raise ValueError("task of the run must be generation for diagnostics: chains of completions have no common law")
     diagnostics.arviz()  # ahead of the work
     z = exact.spaced(run.chains, _MOST_CHAINS)
     if len(z) < 2:

@@ -69,9 +69,10 @@ def draw(run: runs.Run, arguments: argparse.Namespace, out: Path) -> str:
     """Draw what the arguments ask for, write it, and say what it is. Raises ValueError for what the run has not."""
     how = dict(steps=arguments.steps, seed=arguments.seed, fused=arguments.fused, warm_up=arguments.warm_up)
     count, settings = arguments.count, run.settings
-    if run.vae is None and (arguments.interpolate or arguments.reconstruct):
-        flag = "interpolate" if arguments.interpolate else "reconstruct"
-        raise ValueError(f"{flag} needs a run with init=vae, got a run with init={settings.init}")
+    for flag in ("interpolate", "reconstruct"):
+        if getattr(arguments, flag) and (run.vae is None or run.vae.conditional):
+            got = f"init={settings.init} and task={settings.task}"
+            raise ValueError(f"{flag} needs a run with init=vae and task=generation, got one with {got}")
     if arguments.inpaint or settings.task == "completion":
         dataset = runs.load_data(settings, run.chains.device, arguments.data_dir)
         found = draws.completions(run, dataset, count, region=arguments.inpaint, each=arguments.completions, **how)

@@ -23,7 +23,7 @@ def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool]:
     import argparse
 
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", "resume", "data", "sampler", "init"):
+    for name in ("config", "resume", "data", "sampler", "init", "task"):
         ahead.add_argument(f"--{name}")
     files, _ = ahead.parse_known_args(argv)
     if files.config is not None and files.resume is not None:
@@ -40,7 +40,8 @@ def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool]:
     dataset = files.data if files.data is not None else under.get("data", Settings.data)
     sampler = files.sampler if files.sampler in config.names_of("sampler") else under.get("sampler")
     init = files.init if files.init is not None else under.get("init")
-    values = vars(cli(argv, config.defaults(dataset, sampler, init) | under))
+    task = files.task if files.task is not None else under.get("task")
+    values = vars(cli(argv, config.defaults(dataset, sampler, init, task) | under))
     resume, dry_run, _ = values.pop("resume"), values.pop("dry_run"), values.pop("config")
     return Settings(**values), resume, dry_run
 

@@ -30,7 +30,7 @@ from .transitions import Info, State, chain_of
 #: An energy beyond this has left everything that training could bring back.
 _LARGEST_ENERGY = 1e8
 #: By what the VAE's weight of KL is multiplied where its warm-up begins.
-_WARM_UP_WEIGHT = 10.0
+_FIRST_KL = 10.0
 #: Updates that run as they are ahead of the capture: they compile, and give every library its workspace.
 _WARM_UP = 3
 
@@ -188,8 +188,9 @@ def draw_data(job: Job, iteration: int | Tensor, seed: int | Tensor) -> tuple[Te
     return batch, free
 
 
-def kl_weight(settings: Settings, iteration: Tensor) -> Tensor:
+def kl_weight(settings: Settings, iteration: Tensor) -> float | Tensor:
     """The weight of KL in the VAE's loss. In the warm-up it falls geometrically to its own: a decoder with much noise
     of its own learns to cover all that there is, and then the detail."""
-    left = torch.clamp(1 - iteration / max(settings.vae_warm_up, 1), min=0.0)
-    return settings.kl_weight * _WARM_UP_WEIGHT**left
+    if not settings.vae_warm_up:
+        return settings.kl_weight
+    return settings.kl_weight * _FIRST_KL ** torch.clamp(1 - iteration / settings.vae_warm_up, min=0.0)

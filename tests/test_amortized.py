@@ -167,6 +167,26 @@ def test_what_is_not_finite_never_reaches_either_network():
         assert all(map(torch.equal, averages, [p for learner in job.learners for p in learner.average.parameters()]))
 
 
+def test_the_warm_up(tmp_path):
+    """The energy stands still, and the VAE learns from data, with a weight of KL that falls to its own."""
+    settings = runs.config.resolve(Settings(**SMALL | dict(vae_warm_up=4, iterations=8, kl_weight=0.2)))
+    weights = [float(updates.kl_weight(settings, torch.tensor(i))) for i in (0, 2, 4, 7)]
+    assert weights == pytest.approx([2.0, 0.2 * 10**0.5, 0.2, 0.2])
+    assert updates.kl_weight(runs.config.resolve(Settings(**SMALL | dict(vae_warm_up=0))), torch.tensor(0)) == 0.1
+    job = training.prepare(Settings(**SMALL | dict(vae_warm_up=4), fused=False))
+    update = updates.build_update(job)
+    before = [p.detach().clone() for p in job.ebm.module.parameters()]
+    taught = []
+    encode = job.vae.module.encode
+    job.vae.module.encode = lambda x: (taught.append(x.clone()), encode(x))[1]
+    for i in range(6):
+        update()
+        still = all(map(torch.equal, before, job.ebm.module.parameters()))
+        assert still == (i < 4)
+        data_seen, _ = updates.draw_data(job, i, 0)
+        assert torch.equal(taught[-1], data_seen if i < 4 else job.chains)
+
+
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 
@@ -199,8 +219,8 @@ def test_what_needs_a_vae(tmp_path, capsys):
     quiet(Settings(**SMALL | dict(init="noise", iterations=1, sample_every=0), fused=False, out=str(directory)))
     for flags, message in (
         ("--start vae", "start can be vae for a run with init=vae, got a run with init=noise"),
-        ("--interpolate", "interpolate needs a run with init=vae, got a run with init=noise"),
-        ("--reconstruct", "reconstruct needs a run with init=vae, got a run with init=noise"),
+        ("--interpolate", "interpolate needs a run with init=vae and task=generation, got one with init=noise and task=generation"),
+        ("--reconstruct", "reconstruct needs a run with init=vae and task=generation, got one with init=noise and task=generation"),
         ("--inpaint half", "run must be of images to complete them, got one of rings"),
     ):
         assert sample.main([str(directory), *flags.split(), "--no-fused", "--out", str(tmp_path / "x.png")]) == 2

@@ -140,6 +140,10 @@ def test_completion_trains_evaluates_and_samples(completing, tmp_path, capsys):
     assert capsys.readouterr().err == "error: mask must be blocks, which the run has learned to complete, got half\n"
     with pytest.raises(ValueError, match="draws no images but completes them"):
         draws.sample(run, 4)
+    with pytest.raises(ValueError, match="chains of completions have no common law"):
+        evaluate.mixing(run)
+    assert sample.main([str(completing), "--reconstruct", "--out", str(out)]) == 2
+    assert "reconstruct needs a run with init=vae and task=generation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("region", completion.REGIONS)
