@@ -197,9 +197,7 @@ RESUMABLE = frozenset(
 )  # fmt: skip
 
 
-def defaults(
-    name: str, sampler: str | None = None, init: str | None = None, task: str | None = None
-) -> dict[str, Any]:
+def defaults(name: str, sampler: str | None = None, init: str | None = None, task: str | None = None) -> dict[str, Any]:
     """The data set's defaults, for that sampler, chain start and task; {} if there is no such set.
 
     Less the number of chains, which follows batch size and init.

@@ -8,35 +8,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_files import final, numbers, quiet, rows
 from torch._dynamo.utils import counters
 
 import fastanila
 from fastanila import checkpoint, data, draws, evaluate, exact, learners, runs, sample, training, updates
 from fastanila.config import Settings
 from fastanila.report import Watch
-from fastanila.training import train
 
 SMALL = dict(
     init="vae", vae_warm_up=3, iterations=12, steps=4, batch_size=64, width=16, features=8, vae_width=16, latent=3,
     log_every=1, sample_every=6, save_every=5,
 )  # fmt: skip
 IMAGES = SMALL | dict(data="digits", width=4, vae_width=4, features=0, batch_size=16)
-
-
-def quiet(settings, resume=None):
-    return train(settings, resume, say=lambda line: None)
-
-
-def rows(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def numbers(directory):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(directory)]
-
-
-def final(directory):
-    return checkpoint.load_latest(directory / "checkpoints")[0]
 
 
 @pytest.fixture(scope="module", params=["rings", "digits"])
@@ -217,10 +201,11 @@ def test_sampling_from_the_pair(run_directory, tmp_path, capsys):
 def test_what_needs_a_vae(tmp_path, capsys):
     directory = tmp_path / "run"
     quiet(Settings(**SMALL | dict(init="noise", iterations=1, sample_every=0), fused=False, out=str(directory)))
+    pair = "needs a run with init=vae and task=generation, got one with init=noise and task=generation"
     for flags, message in (
         ("--start vae", "start can be vae for a run with init=vae, got a run with init=noise"),
-        ("--interpolate", "interpolate needs a run with init=vae and task=generation, got one with init=noise and task=generation"),
-        ("--reconstruct", "reconstruct needs a run with init=vae and task=generation, got one with init=noise and task=generation"),
+        ("--interpolate", f"interpolate {pair}"),
+        ("--reconstruct", f"reconstruct {pair}"),
         ("--inpaint half", "run must be of images to complete them, got one of rings"),
     ):
         assert sample.main([str(directory), *flags.split(), "--no-fused", "--out", str(tmp_path / "x.png")]) == 2

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_files import final, numbers, quiet, rows
 from torch._dynamo.utils import counters
 
 import fastanila
 from fastanila import checkpoint, config, data, evaluate, exact, learners, sample, training, updates
 from fastanila import train as command
 from fastanila.config import Settings
-from fastanila.training import train
 
 SMALL = dict(
     sampler="anila",
@@ -33,22 +33,6 @@ SMALL = dict(
     log_every=1,
     sample_every=0,
 )
-
-
-def quiet(settings, resume=None):
-    return train(settings, resume, say=lambda line: None)
-
-
-def rows(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def numbers(directory):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(directory)]
-
-
-def final(directory):
-    return checkpoint.load_latest(directory / "checkpoints")[0]
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,8 @@
 """Training through the kernel gives the numbers of the plain definition: on CUDA, or in Triton's interpreter."""
 
-import json
-
 import pytest
 import torch
+from run_files import rows
 
 from fastanila import metropolis, ops, trajectory, updates
 from fastanila.config import Settings
@@ -16,10 +15,6 @@ pytestmark = [
         reason="no CUDA device; tests/test_interpreter.py runs it in Triton's interpreter",
     ),
 ]
-
-
-def rows(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 SMALL = dict(sampler="anila", step_size=0.005, steps=6, chains=8, batch_size=8, threshold=1.0)
