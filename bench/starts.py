@@ -74,8 +74,9 @@ def trace(run: runs.Run, z: Tensor, truth: Tensor, box: tuple[float, float]) -> 
     """The total variation of chains from z to the masses ``truth``, at each of LOOKS."""
     made = 0
     for look in LOOKS:
-        z = run.sampler.run(run.energy, z, steps=look - made, seed=1, step=made) if look > made else z
-        made = look
+        if look > made:
+            z = run.sampler.run(run.energy, z, steps=look - made, seed=1, step=made, compile=run.settings.fused)
+            made = look
         yield exact.histogram_tv(exact.histogram(z, box, _BINS), truth)
 
 
@@ -88,7 +89,8 @@ def measured(directory: Path, settings: config.Settings, finished: bool) -> dict
     if not finished:
         return line
     run = runs.load(directory, "cpu")
-    line |= {"sampler": settings.sampler, "steps": settings.steps, "updates": run.iteration} | evaluate(run)
+    line |= {"sampler": settings.sampler, "steps": settings.steps, "updates": run.iteration}
+    line |= evaluate(run, fused=settings.fused)
     return line | ({"transitions": needed(run)} if settings.data in config.PLANES else {})
 
 
@@ -129,10 +131,13 @@ def image_table(lines: Sequence[dict[str, Any]]) -> str:
             ("MMD, squared", "mmd_start", "mmd", None),
         ):
             a, b = ([line[key] for line in group] for key in (before, after))
-            noise = max(stdev(a), stdev(b)) if len(group) > 1 else math.nan
-            margin = min(x - y for x, y in zip(a, b, strict=True)) / noise
+            noise = max(stdev(a), stdev(b)) if len(group) > 1 else 0.0
+            least = min(x - y for x, y in zip(a, b, strict=True))
             cells = [f"{mean(x):.4f} +- {stdev(x) if len(x) > 1 else math.nan:.4f}" for x in (a, b)]
-            cells += [f"{mean(line[floor] for line in group):.4f}" if floor else "-", f"{margin:.1f}"]
+            cells += [
+                f"{mean(line[floor] for line in group):.4f}" if floor else "-",
+                f"{least / noise:.1f}" if noise else "-",
+            ]
             rows.append(f"| {data_set} | {name} | {' | '.join(cells)} |")
         rows.append(f"| {data_set} | moved | - | {mean(line['moved'] for line in group):.4f} | - | - |")
     return "\n".join(rows)
@@ -160,12 +165,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="transitions of an update; default the data set's")
     parser.add_argument("--iterations", type=int, help="updates; default the data set's")
+    parser.add_argument("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="other settings of every run")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and starts.json")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each training")
     parser.add_argument("--write", metavar="BLOCK", help="put the table into that block of bench/RESULTS.md")
     arguments = parser.parse_args(argv)
     common = {k: v for k in ("data_dir", "steps", "iterations") if (v := getattr(arguments, k)) is not None}
+    common |= {name: json.loads(value) for name, value in (text.split("=", 1) for text in arguments.settings)}
     chosen = list(itertools.product(arguments.data, arguments.inits, arguments.seeds))
     resolved = {trial: settings_of(*trial, common) for trial in chosen}
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,67 @@
+"""The bench of chain starts: how many transitions a start needs, its tables, and the whole of it on small runs."""
+
+import json
+
+import pytest
+import torch
+
+from bench import starts
+from fastanila import MALA, GradientDescent, config, exact, runs
+from fastanila.config import Settings
+from fastanila.energies import GaussianMixture
+
+ENERGY = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), sd=0.7)
+
+
+def run_of(chains, sampler, init="persistent"):
+    return runs.Run(ENERGY, sampler, chains, config.resolve(Settings(init=init, fused=False)), 10)
+
+
+def test_transitions_needed(monkeypatch):
+    monkeypatch.setattr(starts, "LOOKS", (0, 5, 50, 200))
+    monkeypatch.setattr(starts, "_CHAINS", 4096)
+    exactly = ENERGY.sample(4096, seed=0)
+    mala = MALA(0.3)
+    assert starts.needed(run_of(exactly, mala)) == 0
+    assert starts.needed(run_of(exactly[:64], mala)) in (0, 5)  # few chains, compared with as few
+    assert starts.needed(run_of(exactly * 0.1, mala)) in (50, 200)  # from about the middle
+    one_side = torch.where(exactly[:, :1] > 0, exactly * torch.tensor([-1.0, 1.0]), exactly)
+    assert starts.needed(run_of(one_side, GradientDescent(0.01))) is None
+    assert starts.needed(run_of(exactly, mala, init="noise")) in (5, 50)
+
+
+def test_spread_and_tables():
+    lines = [dict(x=x) for x in (3.0, None, 1.0)]
+    assert starts.spread(lines, "x", "{:.0f}") == f"3 (1 to > {starts.LOOKS[-1]})"
+    assert starts.spread([], "x", "{:.0f}") == "-"
+    plane = dict(
+        data="25gaussians", init="vae", diverged=False, gap=0.5, tv=0.25, modes=25, modes_covered_model=24,
+        modes_covered_chains=25, transitions=20,
+    )  # fmt: skip
+    text = starts.plane_table([plane, plane | dict(diverged=True)])
+    assert "| 25gaussians | vae | 0.500 (0.500 to 0.500) | 0.250 (0.250 to 0.250) | 24 (24 to 24) of 25 |" in text
+    assert text.endswith("| 20 (20 to 20) | 1 of 2 |")
+    image = dict(
+        data="digits", diverged=False, energy_proposals=1.0, energy_revised=0.5, frechet_start=0.4, frechet=0.1,
+        frechet_train=0.03, mmd_start=0.2, mmd=0.1, moved=0.3,
+    )  # fmt: skip
+    text = starts.image_table([image, image | dict(frechet=0.2)])
+    # 0.4 to 0.1 and to 0.2: the least improvement is 0.2, the larger standard deviation 0.0707
+    assert "| digits | Frechet distance | 0.4000 +- 0.0000 | 0.1500 +- 0.0707 | 0.0300 | 2.8 |" in text
+
+
+@pytest.mark.parametrize("data_set", ["rings", "digits"])
+def test_the_whole_of_it(data_set, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(starts, "LOOKS", (0, 1))
+    monkeypatch.setattr(starts, "_CHAINS", 1024)
+    small = "fused=false width=4 vae_width=4 latent=2 batch_size=16 log_every=2".split()
+    inits = ["noise", "vae"] if data_set == "rings" else ["vae"]
+    arguments = ["--data", data_set, "--inits", *inits, "--seeds", "0", "1", "--steps", "2", "--iterations", "3"]
+    assert starts.main([*arguments, "--settings", *small, "--out", str(tmp_path / "out"), "--jobs", "2"]) == 0
+    text = capsys.readouterr().out
+    assert f"| {data_set} |" in text and "3 updates of 2 transitions each" in text
+    found = json.loads((tmp_path / "out" / "starts.json").read_text())
+    assert [(line["init"], line["seed"]) for line in found] == [(init, seed) for init in inits for seed in (0, 1)]
+    if data_set == "rings":
+        run = runs.load(tmp_path / "out" / "rings-vae-1", "cpu")
+        assert found[-1]["gap"] == pytest.approx(exact.evaluate(run.energy, starts.data.load("rings"))["gap"])
