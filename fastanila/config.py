@@ -106,7 +106,7 @@ class Settings:
     vae_warm_up: int | None = setting(
         None,
         "Updates at the start in which the VAE learns from data, with a weight of KL that falls from ten times its "
-        "own, and the energy stands still. Default a quarter of all for completion and in two dimensions, else none.",
+        "own, and the energy stands still. Default a quarter of all.",
     )
     vae_lr: float | None = setting(None, "Learning rate of the VAE's Adam at the start.")
     vae_lr_decay: Literal["linear", "none"] = setting("linear", "The VAE's learning rate over the run, as --lr-decay.")
@@ -245,8 +245,8 @@ def resolve(settings: Settings) -> Settings:
     own = defaults(settings.data, settings.sampler, settings.init, settings.task)
     settings = dataclasses.replace(settings, **{k: v for k, v in own.items() if getattr(settings, k) is None})
     if settings.vae_warm_up is None:
-        warms = settings.init == "vae" and (settings.data in PLANES or settings.task == "completion")
-        settings = dataclasses.replace(settings, vae_warm_up=settings.iterations // 4 if warms else 0)
+        warm_up = settings.iterations // 4 if settings.init == "vae" else 0
+        settings = dataclasses.replace(settings, vae_warm_up=warm_up)
     if settings.chains is None:
         batches = DEFAULTS[settings.data]["chains"] // settings.batch_size if settings.init == "persistent" else 1
         settings = dataclasses.replace(settings, chains=max(1, batches) * settings.batch_size)
