@@ -45,8 +45,8 @@ ABOUT_IMAGES = (
     "{updates} updates of {steps} transitions each; mean of {seeds} seeds, and their standard deviation. 1,024 fresh "
     "pairs a run: what the decoder proposes, and what the transitions make of it. Energies are means; Frechet distance "
     "and squared MMD are to held-out images, on principal components of the training images; floor is as many training "
-    "images; moved is the root mean square of how far an element moves, units of data. Margin: the least of any "
-    "seed's improvement over the larger of the two standard deviations."
+    "images; moved is the root mean square of how far an element moves, units of data. Margin: proposals less revised, "
+    "run by run."
 )
 
 
@@ -122,7 +122,7 @@ def spread(lines: Sequence[dict[str, Any]], name: str, form: str) -> str:
 
 
 def image_table(lines: Sequence[dict[str, Any]]) -> str:
-    rows = ["| data | | proposals | revised | floor | margin |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    rows = ["| data | | proposals | revised | margin | floor |", "| --- | --- | ---: | ---: | ---: | ---: |"]
     for data_set, group in itertools.groupby(lines, lambda line: line["data"]):
         group = [line for line in group if not line["diverged"]]
         for name, before, after, floor in (
@@ -131,13 +131,9 @@ def image_table(lines: Sequence[dict[str, Any]]) -> str:
             ("MMD, squared", "mmd_start", "mmd", None),
         ):
             a, b = ([line[key] for line in group] for key in (before, after))
-            noise = max(stdev(a), stdev(b)) if len(group) > 1 else 0.0
-            least = min(x - y for x, y in zip(a, b, strict=True))
-            cells = [f"{mean(x):.4f} +- {stdev(x) if len(x) > 1 else math.nan:.4f}" for x in (a, b)]
-            cells += [
-                f"{mean(line[floor] for line in group):.4f}" if floor else "-",
-                f"{least / noise:.1f}" if noise else "-",
-            ]
+            margins = [x - y for x, y in zip(a, b, strict=True)]
+            cells = [f"{mean(x):.4f} +- {stdev(x) if len(x) > 1 else math.nan:.4f}" for x in (a, b, margins)]
+            cells.append(f"{mean(line[floor] for line in group):.4f}" if floor else "-")
             rows.append(f"| {data_set} | {name} | {' | '.join(cells)} |")
         rows.append(f"| {data_set} | moved | - | {mean(line['moved'] for line in group):.4f} | - | - |")
     return "\n".join(rows)
