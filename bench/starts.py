@@ -61,7 +61,7 @@ def needed(run: runs.Run) -> int | None:
     log_q = exact.model_log_density(run.energy, cells)
     truth = exact.bin_masses(log_q, cells, density.box, _BINS)
     if run.settings.init == "persistent":
-        distinct = run.chains[: _CHAINS - _CHAINS % len(run.chains)]
+        distinct = exact.spaced(run.chains, _CHAINS)
     else:
         distinct = draws.sample(run, _CHAINS, start=run.settings.init, steps=0)
     alike = exact.draw(log_q, cells, len(distinct), seed=0, step=3)
@@ -72,10 +72,10 @@ def needed(run: runs.Run) -> int | None:
 
 def trace(run: runs.Run, z: Tensor, truth: Tensor, box: tuple[float, float]) -> Iterator[float]:
     """The total variation of chains from z to the masses ``truth``, at each of LOOKS."""
-    made = 0
+    made, first = 0, runs.updates_past(run) * run.settings.steps  # past the noise of training
     for look in LOOKS:
         if look > made:
-            z = run.sampler.run(run.energy, z, steps=look - made, seed=1, step=made, compile=run.settings.fused)
+            z = run.sampler.run(run.energy, z, steps=look - made, seed=1, step=first + made, compile=run.settings.fused)
             made = look
         yield exact.histogram_tv(exact.histogram(z, box, _BINS), truth)
 
@@ -125,6 +125,8 @@ def image_table(lines: Sequence[dict[str, Any]]) -> str:
     rows = ["| data | | proposals | revised | margin | floor |", "| --- | --- | ---: | ---: | ---: | ---: |"]
     for data_set, group in itertools.groupby(lines, lambda line: line["data"]):
         group = [line for line in group if not line["diverged"]]
+        if not group:
+            continue
         for name, before, after, floor in (
             ("mean energy", "energy_proposals", "energy_revised", None),
             ("Frechet distance", "frechet_start", "frechet", "frechet_train"),
@@ -157,7 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", default=["rings", "25gaussians"], help="data sets, of one kind")
     parser.add_argument("--data-dir", help="folder of the images")
-    parser.add_argument("--inits", nargs="+", default=["persistent", "noise", "vae"], help="where chains start")
+    inits = ["persistent", "noise", "vae"]
+    parser.add_argument("--inits", nargs="+", choices=inits, default=inits, help="where chains start; of images vae")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="transitions of an update; default the data set's")
     parser.add_argument("--iterations", type=int, help="updates; default the data set's")
@@ -169,6 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     common = {k: v for k in ("data_dir", "steps", "iterations") if (v := getattr(arguments, k)) is not None}
     common |= {name: json.loads(value) for name, value in (text.split("=", 1) for text in arguments.settings)}
+    if len({name in config.PLANES for name in arguments.data}) > 1:
+        parser.error(f"data must be all in two dimensions or all images, got {' '.join(arguments.data)}")
+    if arguments.data[0] not in config.PLANES and arguments.inits != ["vae"]:
+        parser.error(f"inits must be vae for images, got {' '.join(arguments.inits)}")
     chosen = list(itertools.product(arguments.data, arguments.inits, arguments.seeds))
     resolved = {trial: settings_of(*trial, common) for trial in chosen}
     arguments.out.mkdir(parents=True, exist_ok=True)

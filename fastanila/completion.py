@@ -63,6 +63,14 @@ def free(z: Tensor) -> Tensor:
     return torch.cat((missing(z).expand_as(images(z)), torch.zeros_like(z[:, -1:], dtype=torch.bool)), 1)
 
 
+def share(z: Tensor, norm: str) -> Tensor:
+    """The share, 0-dim, of a state's elements whose gain can be below 1: those that may move; of norm="channel" those of
+    the region's pixels; of "chain", where all elements have one gain, all."""
+    if norm == "chain":
+        return torch.ones((), device=z.device)
+    return (missing(z) if norm == "channel" else free(z)).float().mean()
+
+
 def fill(z: Tensor, decoded: Tensor) -> Tensor:
     """States with the region of z filled in from images (B, C, H, W), and all else kept."""
     return torch.cat((torch.where(missing(z), decoded.to(z.dtype), images(z)), z[:, -1:]), 1)
@@ -76,8 +84,7 @@ def hidden(z: Tensor, shade: float = 0.0) -> Tensor:
 class ConditionalEnergy(nn.Module):
     """U(x | c) of states, by a network of as many channels: (B, C + 1, H, W) -> (B,).
 
-    Its score is zero but where chains may move, so that a norm over channels or chains, and the statistics, see only
-    that.
+    Its score is zero but where chains may move, so that a norm over channels or chains sees only that.
     """
 
     def __init__(self, network: nn.Module):

@@ -106,7 +106,7 @@ class Settings:
     vae_warm_up: int | None = setting(
         None,
         "Updates at the start in which the VAE learns from data, with a weight of KL that falls from ten times its "
-        "own, and the energy stands still. Default a quarter of all.",
+        "own, and the energy stands still, while its learning rate decays. Default a quarter of all.",
     )
     vae_lr: float | None = setting(None, "Learning rate of the VAE's Adam at the start.")
     vae_lr_decay: Literal["linear", "none"] = setting("linear", "The VAE's learning rate over the run, as --lr-decay.")
@@ -297,6 +297,9 @@ def check(settings: Settings) -> None:
     if (settings.energy == "convnet") != (settings.data in IMAGES):
         wanted = DEFAULTS[settings.data]["energy"]
         raise ValueError(f"energy must be {wanted} for {settings.data}, got {settings.energy}")
+    if settings.init == "vae" and settings.vae_warm_up >= settings.iterations:
+        wanted = f"below iterations ({settings.iterations}), or the energy never learns"
+        raise ValueError(f"vae_warm_up must be {wanted}, got {settings.vae_warm_up}")
     if settings.task == "completion":
         if settings.data not in IMAGES:
             raise ValueError(f"data must be images with task=completion ({', '.join(IMAGES)}), got {settings.data}")

@@ -48,6 +48,8 @@ def sample(
     """
     if start is None:
         start = "chains" if run.vae is None else "vae"
+    if start not in STARTS:
+        raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
     if run.settings.task == "completion":
         raise ValueError("task of the run is completion, which draws no images but completes them: see `completions`")
     if start == "chains":
@@ -70,6 +72,8 @@ def moved(
 ) -> Tensor:  # fmt: skip
     """Where the run's sampler takes states (N, ...) in so many transitions; arguments as for `sample`. Where ``mask``
     (bool, of their shape) is False they stay."""
+    if warm_up and not steps:
+        raise ValueError(f"warm_up must be 0 with no steps to follow, got {warm_up}")
     if warm_up and not run.sampler.is_exact:
         raise ValueError(f"warm_up adapts an exact sampler's step size, got sampler {run.settings.sampler}")
     first = runs.updates_past(run) * run.settings.steps

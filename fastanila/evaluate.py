@@ -41,6 +41,11 @@ _BATCH = 1024  # states whose energy is taken at a time
 
 def evaluate(run: runs.Run, *, data_dir: str | None = None, fused: bool = True) -> dict[str, float]:
     """The numbers above, as Python floats. Raises FileNotFoundError where a run's images are not there."""
+    with runs.matmul_precision(run.settings.precision):
+        return _evaluate(run, data_dir, fused)
+
+
+def _evaluate(run: runs.Run, data_dir: str | None, fused: bool) -> dict[str, float]:
     device, settings = run.chains.device, run.settings
     dataset = runs.load_data(settings, device, data_dir)
     report: dict[str, float] = {"iteration": run.iteration}

@@ -39,28 +39,30 @@ def save_images(path: str | Path, images: Tensor, box: tuple[float, float], colu
 
 
 def save_under(path: str | Path, sets: Sequence[Tensor], box: tuple[float, float], columns: int = 16) -> None:
-    """A PNG grid of equally many images each, (N, C, H, W): a row of the first, under it the same of the second, ..."""
+    """A PNG grid of equally many images each, (N, C, H, W): a row of the first, under it the same of the second, ...;
+    a last row that they do not fill is filled up in white."""
     columns = min(columns, len(sets[0]))
-    rows = zip(*(images[: len(images) // columns * columns].split(columns) for images in sets), strict=True)
+    left = -len(sets[0]) % columns
+    full = [torch.cat((images, images.new_full((left, *images.shape[1:]), box[1]))) for images in sets]
+    rows = zip(*(images.split(columns) for images in full), strict=True)
     save_images(path, torch.cat([row for group in rows for row in group]), box, columns)
 
 
 def save_plane(
     path: str | Path, energy: Callable[[Tensor], Tensor], density, chains: Tensor, title: str = "",
-    *, proposals: Tensor | None = None,
+    *, proposals: Tensor | None = None, names: tuple[str, str] | None = None,
 ) -> None:  # fmt: skip
-    """Data, where the chains started if ``proposals`` says so, chains and learned density, in the data's box."""
+    """Data, where the chains started if ``proposals`` says so, chains and learned density, in the data's box.
+
+    ``names``: what proposals and chains are called."""
     from matplotlib.figure import Figure
 
     low, high = density.box
     cells = exact.grid(density.box, 200, chains.device)
     learned = exact.model_log_density(energy, cells).exp().reshape(cells.n, cells.n).cpu()
     points = density.draw(4096, seed=0, step=0, purpose="held-out").cpu()
-    panels = [
-        ("data", points, "black"),
-        ("proposals", proposals, "tab:blue"),
-        (f"{len(chains)} chains", chains, "tab:red"),
-    ]
+    above, below = names or ("proposals", f"{len(chains)} chains")
+    panels = [("data", points, "black"), (above, proposals, "tab:blue"), (below, chains, "tab:red")]
     panels = [panel for panel in panels if panel[1] is not None]
     figure = Figure(figsize=(4 * len(panels) + 4, 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels) + 1)

@@ -75,12 +75,14 @@ class Watch:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.count = {name: 0 for name in ("exploding", "dead", "collapse")}
+        self.told: set[str] = set()
 
     def see(self, row: dict) -> list[str]:
         found = []
         for name, line in self._found(row):
             self.count[name] = self.count[name] + 1 if line else 0
-            if line and self.count[name] == _PATIENCE:
+            if line and self.count[name] == _PATIENCE and name not in self.told:
+                self.told.add(name)
                 found.append(f"warning: update {row['iteration']}: {line}")
         return found
 

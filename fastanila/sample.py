@@ -33,23 +33,24 @@ def write(path: Path, z: Tensor, run: runs.Run) -> None:
         plots.save_images(path, z, data.box_of(run.settings.data))
 
 
-def write_pairs(path: Path, pairs: draws.Pairs, run: runs.Run) -> None:
-    """Proposals above revised states; .npz: samples, and proposals."""
+def write_pairs(path: Path, run: runs.Run, **pair: Tensor) -> None:
+    """Two sets of as many states, by name: the first above the second, or beside it; .npz: both."""
+    above, below = pair.values()
     if path.suffix == ".npz":
-        write_arrays(path, samples=pairs.revised, proposals=pairs.proposals)
-    elif pairs.revised.dim() == 2:
-        title = f"{run.settings.data}, {len(pairs.revised)} samples"
-        density = data.load(run.settings.data)
-        plots.save_plane(path, run.energy, density, pairs.revised, title, proposals=pairs.proposals)
+        write_arrays(path, **pair)
+    elif below.dim() == 2:
+        density, title = data.load(run.settings.data), f"{run.settings.data}, {len(below)} {list(pair)[1]}"
+        plots.save_plane(path, run.energy, density, below, title, proposals=above, names=tuple(pair))
     else:
-        plots.save_under(path, pairs, data.box_of(run.settings.data))
+        plots.save_under(path, (above, below), data.box_of(run.settings.data))
 
 
 def write_completed(path: Path, found: draws.Completed, run: runs.Run) -> None:
     """A row an image: with the region blank, the VAE's first proposal if there is one, the completions, the truth.
     .npz: samples, truth, missing, and proposals if there are any."""
     if path.suffix == ".npz":
-        write_arrays(path, samples=found.completions, **{k: v for k, v in found._asdict().items() if v is not None})
+        others = {k: v for k, v in found._asdict().items() if v is not None and k != "completions"}
+        write_arrays(path, samples=found.completions, **others)
         return
     blank = torch.where(found.missing, 0.0, found.truth)
     first = [] if found.proposals is None else [found.proposals[:, :1]]
@@ -73,6 +74,9 @@ def draw(run: runs.Run, arguments: argparse.Namespace, out: Path) -> str:
         if getattr(arguments, flag) and (run.vae is None or run.vae.conditional):
             got = f"init={settings.init} and task={settings.task}"
             raise ValueError(f"{flag} needs a run with init=vae and task=generation, got one with {got}")
+    plain = not (arguments.interpolate or arguments.reconstruct or arguments.inpaint or settings.task == "completion")
+    if arguments.start and not plain:
+        raise ValueError(f"start is for plain samples, and none are drawn here; got {arguments.start}")
     if arguments.inpaint or settings.task == "completion":
         dataset = runs.load_data(settings, run.chains.device, arguments.data_dir)
         found = draws.completions(run, dataset, count, region=arguments.inpaint, each=arguments.completions, **how)
@@ -90,12 +94,13 @@ def draw(run: runs.Run, arguments: argparse.Namespace, out: Path) -> str:
         update, device = runs.updates_past(run), run.chains.device
         x = dataset.draw(count, seed=arguments.seed, step=update, purpose="held-out", device=device)
         back = draws.reconstructed(run.vae, x)
-        write_pairs(out, draws.Pairs(x, back), run)
+        write_pairs(out, run, truth=x, reconstructions=back)
         error = 0.5 * (back - x).square().flatten(1).sum(1).mean()
         return f"{count} held-out draws above their reconstructions (reconstruction {error:.4f})"
     z = sample(run, count, start=arguments.start, **how)
     if run.vae is not None and arguments.start in (None, "vae") and arguments.steps != 0:
-        write_pairs(out, draws.Pairs(sample(run, count, start="vae", steps=0, seed=arguments.seed), z), run)
+        proposals = sample(run, count, start="vae", steps=0, seed=arguments.seed)
+        write_pairs(out, run, proposals=proposals, samples=z)
     else:
         write(out, z, run)
     return f"{len(z)} samples"
@@ -162,7 +167,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: cannot write {out}: {error}", file=sys.stderr)
         return 2
     try:
-        drawn = draw(run, arguments, out)
+        with runs.matmul_precision(run.settings.precision):
+            drawn = draw(run, arguments, out)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -48,6 +48,8 @@ def train(settings: Settings, resume: str | Path | None = None, say: Callable[[s
 
 def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
     """Check the settings and build a run's parts; writes nothing. Raises ValueError or FileNotFoundError."""
+    if resume is not None and settings.vae_warm_up is None:  # its default follows the iterations, which may change
+        settings = dataclasses.replace(settings, vae_warm_up=runs.read_settings(resume).vae_warm_up)
     settings = config.resolve(settings)
     if resume is not None:
         settings = resumed_settings(settings, resume)
@@ -140,9 +142,10 @@ def check_finite(job: Job) -> None:
     if job.broken.item():
         job.iteration = int(job.made)
         save(job)
+        also, rates = ("", "--lr") if job.vae is None else (", the VAE's gradient", "--lr, --vae-lr")
         raise Diverged(
-            f"diverged at update {job.iteration + 1}: the energies, their gradient or the chains are no longer "
-            f"finite. {job.directory} holds the last finite state; a smaller --lr or --step-size, or a larger "
+            f"diverged at update {job.iteration + 1}: the energies, their gradient{also} or the chains are no longer "
+            f"finite. {job.directory} holds the last finite state; a smaller {rates} or --step-size, or a larger "
             "--threshold (fewer clipped elements, less bias), may help"
         )
 
@@ -159,14 +162,17 @@ def path(job: Job) -> str:
 def summary(job: Job, made: Update) -> dict[str, float | int]:
     """A line of metrics.jsonl."""
     on_data, on_chains = made.energy_data.item(), made.energy_chains.item()
+    free = gains = 1.0  # shares of the elements that the statistics are to be of; those of the others are 0 and 1
+    if job.settings.task == "completion":
+        free, gains = (completion.share(job.chains, norm).item() for norm in ("element", job.sampler.norm))
     row = {
         "iteration": job.iteration,
         "energy_data": on_data,
         "energy_chains": on_chains,
         "energy_gap": on_chains - on_data,
-        "score_rms": made.info.score_rms.square().mean().sqrt().item(),
-        "clip_fraction": made.info.clip_fraction.mean().item(),
-        "gamma_mean": made.info.gamma_mean.mean().item(),
+        "score_rms": (made.info.score_rms.square().mean() / free).sqrt().item(),
+        "clip_fraction": made.info.clip_fraction.mean().item() / gains,
+        "gamma_mean": 1 - (1 - made.info.gamma_mean.mean().item()) / gains,
         "acceptance": made.info.acceptance.mean().item(),
         "grad_norm": made.grad_norms[0].item(),
         "lr": job.ebm.rate(job.iteration - 1),

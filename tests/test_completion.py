@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastanila import AdjustedAniLA, AniLA, completion, data, draws, evaluate, runs, sample
+from fastanila import AdjustedAniLA, AniLA, completion, data, draws, evaluate, reference, runs, sample
 from fastanila import train as command
 from fastanila.config import Settings
 from fastanila.energies import ConvNet
@@ -87,6 +87,21 @@ def test_errors_are_those_of_the_region():
     assert psnr == pytest.approx(np.mean([10 * math.log10(4 / s) for s in squares]))
 
 
+@pytest.mark.parametrize("norm", ["element", "channel", "chain"])
+@pytest.mark.parametrize("kind", ["centre", "blocks"])
+def test_statistics_are_of_what_may_move(norm, kind):
+    """A threshold below every score that there is, and one above: all clipped, none clipped."""
+    z = completion.state(torch.rand(3, 2, 8, 8), completion.region(kind, 3, 8, seed=0, step=0))
+    free, score = completion.free(z), torch.zeros(3, 3, 8, 8)
+    score[free] = 2.0
+    for threshold, clipped in ((1e-3, 1.0), (1e3, 0.0)):
+        gain = reference.gain(score, threshold, norm).expand_as(score)
+        share = (gain < 1).float().mean() / completion.share(z, norm)
+        assert share == pytest.approx(clipped)
+    rms = (score.square().mean() / completion.share(z, "element")).sqrt()
+    assert rms == pytest.approx(2.0)
+
+
 SMALL = dict(
     data="digits", width=4, vae_width=4, latent=3, steps=3, batch_size=16, iterations=4, log_every=2, sample_every=2,
     fused=False,
@@ -124,7 +139,12 @@ def test_completion_trains_evaluates_and_samples(completing, tmp_path, capsys):
     for name in ("vae", "revised", "mean", "vae_average", "revised_average"):
         assert report[f"psnr_{name}"] > 0 and report[f"mse_{name}"] > 0
     assert report["mse_vae_average"] < report["mse_vae"]  # which any average of different completions has
-    assert report["diversity_revised"] > 0
+    found = draws.completions(run, runs.load_data(run.settings, "cpu"), 200, each=8, fused=False)
+    inside = found.missing.expand_as(found.truth)
+    for name, sets in (("vae", found.proposals), ("revised", found.completions)):
+        spread = np.sqrt((sets.numpy().var(1, ddof=1)[inside.numpy()]).mean())
+        assert report[f"diversity_{name}"] == pytest.approx(spread, rel=1e-4)
+    assert report["diversity_revised"] > report["diversity_vae"]
     out = tmp_path / "c.npz"
     flags = ["--count", "3", "--completions", "2", "--no-fused"]
     assert sample.main([str(completing), *flags, "--out", str(out)]) == 0
@@ -168,6 +188,7 @@ def test_an_unconditional_run_inpaints(generating, tmp_path, region, capsys):
         ("--init vae --latent 0", "latent must be an integer of at least 1, got 0"),
         ("--init vae --kl-weight -1", "kl_weight must be at least 0 and finite, got -1.0"),
         ("--init vae --vae-lr 0", "vae_lr must be positive and finite, got 0.0"),
+        ("--init vae --vae-warm-up 4000", "vae_warm_up must be below iterations (4000), or the energy never learns"),
         ("--reference-sd 0", "reference_sd must be positive or inf, got 0.0"),
         ("--init vae --chains 128 --batch-size 64", "chains must be with init=vae equal to batch_size (64), got 128"),
     ],

@@ -16,7 +16,7 @@ from fastanila import distances, exact
 class Gaussian:
     """N(0, s**2 I) with the face of a fastanila.data density; closed=False hides what is known of it."""
 
-    name, box = "gaussian", (-4.0, 4.0)
+    name, box, modes = "gaussian", (-4.0, 4.0), None
 
     def __init__(self, s=0.5, closed=True):
         self.s = s

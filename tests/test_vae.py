@@ -257,16 +257,23 @@ def test_the_joint_scheme_finds_a_gaussian():
         assert np.abs(found[3:] / other - 1).max() > 0.15
 
 
-@pytest.mark.parametrize("still", ["ebm", "vae"])
-def test_an_update_moves_each_network_as_if_the_other_stood_still(still):
-    """One update with the other's learning rate at zero: the same parameters, bit for bit."""
+@pytest.mark.parametrize("other", ["likelihood", "elbo"])
+def test_an_update_moves_each_network_by_its_own_loss(other, monkeypatch):
+    """A hundred times the other's loss makes no difference, bit for bit."""
+    loss = getattr(updates, other)
+
+    def larger(*arguments):
+        found = loss(*arguments)
+        return found._replace(loss=100 * found.loss)
+
     jobs = [joint_job(fused=False), joint_job(fused=False)]
-    getattr(jobs[1], still).rate = lambda iteration: 0.0
-    before = [p.clone() for p in getattr(jobs[1], still).module.parameters()]
-    for job in jobs:
-        updates.build_update(job)()
-    moving = "vae" if still == "ebm" else "ebm"
-    a, b = ([p.detach() for p in getattr(job, moving).module.parameters()] for job in jobs)
+    updates.build_update(jobs[0])()
+    monkeypatch.setattr(updates, other, larger)
+    updates.build_update(jobs[1])()
+    own = "vae" if other == "likelihood" else "ebm"
+    a, b = ([p.detach() for p in getattr(job, own).module.parameters()] for job in jobs)
     assert all(map(torch.equal, a, b))
-    assert all(map(torch.equal, before, getattr(jobs[1], still).module.parameters()))
-    assert not any(map(torch.equal, before, getattr(jobs[0], still).module.parameters()))
+    theirs = "ebm" if own == "vae" else "vae"
+    moments = [list(getattr(job, theirs).optimizer.state.values()) for job in jobs]
+    for one, hundred in zip(*moments, strict=True):  # teeth: the other network did see it
+        torch.testing.assert_close(100 * one["exp_avg"], hundred["exp_avg"])
