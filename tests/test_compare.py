@@ -140,4 +140,4 @@ def test_a_run_given_another_sampler(compared, tmp_path, capsys):
     assert sample.main([*common, "--warm-up", "5"]) == 2
     assert capsys.readouterr().err == "error: warm_up adapts an exact sampler's step size, got sampler langevin\n"
     assert sample.main([*common, "--sampler", "mala", "--warm-up", "-5"]) == 2
-    assert "warm_up must be at least 0, got -5" in capsys.readouterr().err
+    assert "warm_up must be an integer of at least 0, got -5" in capsys.readouterr().err

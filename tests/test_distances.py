@@ -190,12 +190,14 @@ def test_evaluate_images_orders_what_is_closer():
 
     train, held_out, chains = images(600, 0), images(300, 1), images(200, 2)
     report = distances.evaluate_images(chains, held_out, train, randn(200, 1, 8, 8, seed=3).float())
-    assert list(report) == ["frechet", "frechet_start", "frechet_gaussian", "frechet_train", "mmd", "components"]
+    names = "frechet frechet_start frechet_gaussian frechet_train mmd mmd_start components"
+    assert list(report) == names.split()
     assert json.loads(json.dumps(report)) == report and report["components"] == 32
     assert report["frechet"] < 3 * report["frechet_train"] < report["frechet_gaussian"] < 1
-    assert report["frechet"] < report["frechet_start"]
+    assert report["frechet"] < report["frechet_start"] and abs(report["mmd"]) < report["mmd_start"]
     again = distances.evaluate_images(chains, held_out, train, chains, components=5)
     assert again["components"] == 5 and again["frechet_start"] == again["frechet"]
+    assert again["mmd_start"] == again["mmd"]
     broken = distances.evaluate_images(chains * math.nan, held_out, train, chains)
     assert math.isnan(broken["frechet"]) and math.isfinite(broken["frechet_gaussian"])
     mean = train.mean(0, keepdim=True).expand(200, -1, -1, -1)
