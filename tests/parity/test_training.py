@@ -30,7 +30,8 @@ def test_twenty_updates(tmp_path, monkeypatch, way):
     assert any(row["clip_fraction"] > 0.05 for row in seen)
 
 
-@pytest.mark.parametrize("task", ["generation", "completion"])
+# slow: in the interpreter it takes minutes to compile; on a GPU `-m gpu` runs both
+@pytest.mark.parametrize("task", [pytest.param("generation", marks=pytest.mark.slow), "completion"])
 def test_updates_with_a_vae(tmp_path, monkeypatch, task):
     """Chains of completions move by the step's mask, which is part of the same launch."""
     if task == "generation":
