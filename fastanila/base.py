@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import checks, noise
 from .calibration import calibrate
-from .energies import Evaluate, evaluator, sampling
+from .energies import Evaluate, evaluator, for_chains, sampling
 from .reference import NORMS, REFRESHES, Proposal
 from .transitions import Info, State, chain_of
 
@@ -142,6 +142,8 @@ class Sampler:
         with torch.no_grad(), sampling(energy if score is None else score):
             if energy is not None and compile:
                 _check_depends(energy, evaluator(energy), z)
+            if compile:
+                energy = for_chains(energy)
             chain = chain_of(self, energy, score, z=z, mask=mask, compile=compile, whole=whole)
             yield chain, State(z.detach()), noise.as_word64(seed, z.device), noise.as_word64(step, z.device)
 

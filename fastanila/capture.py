@@ -9,7 +9,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,12 +37,17 @@ def _inductor(graph, example_inputs) -> Callable:
         # that float32 products could be TF32; whoever wants them says so, see runs.matmul_precision
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         run = torch._dynamo.lookup_backend("inductor")(graph, example_inputs)
+    last = None
 
     def call(*inputs):
-        reads = getattr(_watched, "reads", None)
-        if reads is not None:
-            reads.append((run, tuple(map(_read, inputs))))
-        return run(*inputs)
+        nonlocal last
+        watch = getattr(_watched, "watch", None)
+        if watch is None:
+            return run(*inputs)
+        watch.reads.append((run, tuple(map(_read, inputs))))
+        if last is None or not watch.rehearsing:
+            last = run(*inputs)
+        return last
 
     return call
 
@@ -60,19 +65,26 @@ _watched = threading.local()
 Reads = list[tuple[Callable, tuple]]
 
 
+class _Watch(NamedTuple):
+    reads: Reads
+    rehearsing: bool
+
+
 @contextlib.contextmanager
-def watching() -> Iterator[Reads]:
+def watching(*, rehearsing: bool = False) -> Iterator[Reads]:
     """What compiled graphs read meanwhile.
 
     A CUDA graph replays kernels on addresses and knows nothing of the Python that launched them. A call under this
     context passes Dynamo's guards, so that equal reads prove that a graph captured from the same call is still good.
+    ``rehearsing``: that is all that is wanted: a graph that ran under this context before launches nothing, and
+    returns what it returned then.
     """
-    before = getattr(_watched, "reads", None)
-    _watched.reads = reads = []
+    before = getattr(_watched, "watch", None)
+    _watched.watch = watch = _Watch([], rehearsing)
     try:
-        yield reads
+        yield watch.reads
     finally:
-        _watched.reads = before
+        _watched.watch = before
 
 
 def cuda_graph(function: Callable[[], T], device: torch.device) -> Callable[[], T]:
@@ -80,19 +92,29 @@ def cuda_graph(function: Callable[[], T], device: torch.device) -> Callable[[], 
     stream, and returns the same tensors, which the next call overwrites.
 
     The function reads and writes tensors that live as long as the result, and has run before, so that everything
-    is compiled and every library has its workspace; it does not run now. Raises RuntimeError if it synchronises with
-    the host or does anything else that a capture forbids.
+    is compiled and every library has its workspace; it does not run now.
+
+    Raises:
+        RuntimeError: it synchronises with the host or does anything else that a capture forbids. torch is then as it
+            was before: random numbers, freed memory and later captures work.
+        torch.OutOfMemoryError: the device's memory does not hold what it needs.
     """
-    graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
-        stream = _capture_stream(torch.cuda.current_device())
+        index = torch.cuda.current_device()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        clean = torch.cuda.default_generators[index].clone_state()
         # the outer context, because torch 2.11 leaves the capture's stream current when a capture fails
         with torch.cuda.stream(torch.cuda.current_stream()):
             try:
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool, _capture_stream(index), capture_error_mode="thread_local"):
                     result = function()
-            except RuntimeError as error:  # of what broke the capture, its end then says no more than that it is broken
-                raise RuntimeError(str(error.__context__ or error)) from error
+            except RuntimeError as error:
+                _end_capture(index, pool, clean)
+                # of what broke the capture; its end then says no more than that it is broken
+                cause = error.__context__ or error
+                if isinstance(cause, torch.OutOfMemoryError):
+                    raise cause from None
+                raise RuntimeError(str(cause)) from error
 
     def replay() -> T:
         with torch.cuda.device(device):
@@ -100,6 +122,20 @@ def cuda_graph(function: Callable[[], T], device: torch.device) -> Callable[[], 
         return result
 
     return replay
+
+
+def _end_capture(device: int, pool: tuple[int, int], clean: torch.Generator) -> None:
+    """What torch leaves out when the end of a capture raises: else its allocator goes on to record into the pool, so
+    that no freed memory is given back, and random numbers on the device raise for good. (torch 2.11 and 2.14)
+
+    clean: the device's generator as it was ahead of the capture.
+    """
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # not recording: the capture ended in order, and the function failed for reasons of its own
+        return
+    torch._C._cuda_releasePool(device, pool)
+    torch.cuda.default_generators[device].graphsafe_set_state(clean)
 
 
 @functools.cache
@@ -125,9 +161,22 @@ def leaves(tree) -> list[Tensor]:
 
 
 def copy(target, source) -> None:
-    """Write the tensors of one tree into those of another of the same form."""
+    """Write the tensors of one tree into those of another of the same form: one launch for each dtype."""
+    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for into, value in zip(leaves(target), leaves(source), strict=True):
-        into.copy_(value)
+        if into is not value:
+            both = groups.setdefault(into.dtype, ([], []))
+            both[0].append(into)
+            both[1].append(value)
+    for into, values in groups.values():
+        torch._foreach_copy_(into, values)
+
+
+def cloned(tree):
+    """A copy of every tensor of a tree, contiguous."""
+    fresh = mapped(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), tree)
+    copy(fresh, tree)
+    return fresh
 
 
 def first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -85,7 +86,16 @@ class ConvNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPU and GPU
 
     def forward(self, x: Tensor) -> Tensor:
-        return _reduced(self.head, self.layers(x)) + _confined(self.confinement, x)
+        return _reduced(self.head, self.layers(channels_last(x))) + _confined(self.confinement, x)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Images (B, C, H, W) in the layout of the convolutions' weights.
+
+    The backward of a convolution whose input has another layout than its weight copies its largest tensor to the one
+    layout and back.
+    """
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def fourier(x: Tensor, projections: Tensor) -> Tensor:
@@ -113,10 +123,38 @@ class Autocast(nn.Module):
     def __init__(self, energy: nn.Module, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
         self.energy, self.dtype = energy, dtype
+        self._twin: tuple[Autocast | None, list[Tensor]] = (None, [])  # (see `for_chains`, what it was made from)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, self.dtype):
             return self.energy(x)
+
+    @torch.no_grad()
+    def for_chains(self) -> Autocast:
+        """This energy with the layers' weights in ``dtype`` already, for chains: autocast casts frozen weights in every
+        call, K times a chain.
+
+        It is kept, and each call writes the parameters of now into it, so that what was compiled or captured of it
+        stays good. It shares all other tensors. Of networks that it does not know, it is the energy itself.
+        """
+        networks = [m for m in self.modules() if isinstance(m, (MLP, ConvNet))]
+        masters = [p for network in networks for p in network.layers.parameters()]
+        if not masters:
+            return self
+        everything = [*self.parameters(), *self.buffers()]
+        twin, source = self._twin
+        if len(source) != len(everything) or any(a is not b for a, b in zip(source, everything, strict=True)):
+            twin = self._cast(masters)
+            self._twin = twin, everything
+        copies = [p for m in twin.modules() if isinstance(m, (MLP, ConvNet)) for p in m.layers.parameters()]
+        torch._foreach_copy_(copies, [p.detach() for p in masters])
+        return twin
+
+    def _cast(self, masters: list[nn.Parameter]) -> Autocast:
+        casts = {id(p): nn.Parameter(p.detach().to(self.dtype), requires_grad=False) for p in masters}
+        shared = {id(t): t for t in (*self.parameters(), *self.buffers())} | casts
+        twin = copy.deepcopy(self, shared | {id(self._twin): (None, [])})
+        return twin.eval()
 
 
 class Tempered(nn.Module):
@@ -180,26 +218,33 @@ def evaluator(energy, score=None, *, traced: bool = False) -> Evaluate:
     if energy is None:
         raise ValueError("energy must be a callable (B, ...) -> (B,) unless score is given, got None")
 
-    def total(z: Tensor) -> tuple[Tensor, Tensor]:
+    def log_density(z: Tensor) -> tuple[Tensor, Tensor]:
         u = energy(z)
         if u.shape != z.shape[:1]:
             raise ValueError(f"energy must map (B, ...) to (B,) = ({z.shape[0]},), got {tuple(u.shape)}")
-        return u.sum(), u
+        # the sign goes in here, where it folds into the backward's first kernel, and not onto the gradient, where it
+        # is a kernel of its own; rounding is symmetric, so the bits are the same
+        return -u.sum(), u
 
     def by_func(z: Tensor) -> tuple[Tensor, Tensor]:
-        gradient, u = torch.func.grad(total, has_aux=True)(z)
-        return u.detach(), -gradient
+        score, u = torch.func.grad(log_density, has_aux=True)(z)
+        return u.detach(), score
 
     def by_autograd(z: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             z = z.detach().requires_grad_()
-            whole, u = total(z)
+            whole, u = log_density(z)
             if not whole.requires_grad:
                 raise ValueError("energy must be differentiable in z, but its value does not depend on z")
-            (gradient,) = torch.autograd.grad(whole, z)
-        return u.detach(), -gradient
+            (score,) = torch.autograd.grad(whole, z)
+        return u.detach(), score
 
     return by_func if traced else by_autograd
+
+
+def for_chains(energy):
+    """The energy as chains take it, with what does not change meanwhile done ahead: see `Autocast.for_chains`."""
+    return energy.for_chains() if isinstance(energy, Autocast) else energy
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import ops, trajectory
-from .capture import Reads, compiled, copy, cuda_graph, first_line, leaves, mapped, watching
+from .capture import Reads, cloned, compiled, copy, cuda_graph, first_line, leaves, mapped, watching
 from .energies import evaluator
 from .reference import Statistics
 
@@ -59,7 +59,7 @@ Chain = Callable[..., tuple[State, Info]]
 #: Transitions of one CUDA graph at most: longer runs replay it, and a graph's nodes take memory.
 _LONGEST = 128
 #: Captured shapes kept by a chain, and graphs by a shape.
-_SHAPES, _LENGTHS = 4, 4
+_SHAPES, _GRAPHS = 4, 6
 
 
 def chain_of(
@@ -172,7 +172,10 @@ def _compiled_transition(energy, score, kind: type, static: tuple) -> Callable:
 
 
 class _FallingBack:
-    """A chain that is ``fused`` until its energy fails to compile as one graph, and ``plain`` from then on."""
+    """A chain that is ``fused`` until its energy fails to compile as one graph, and ``plain`` from then on.
+
+    Where the energy traces and the compiler behind it fails, that is no fault of the energy's, and raises.
+    """
 
     def __init__(self, fused: Chain, plain: Chain):
         self.fused, self.plain, self.works = fused, plain, True
@@ -181,6 +184,10 @@ class _FallingBack:
         if self.works:
             try:
                 return self.fused(*arguments)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                raise RuntimeError(
+                    f"the compiler failed on the transition ({first_line(error)}); compile=False runs without it"
+                ) from error
             except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
                 self.works = False
                 warnings.warn(
@@ -196,15 +203,18 @@ class _FallingBack:
 
 @dataclasses.dataclass
 class _Held:
-    """The tensors that the graphs of one set of shapes read and write, and the graphs by number of transitions."""
+    """The tensors that the graphs of one set of shapes read and write, and the graphs."""
 
     numbers: tuple[Tensor, ...]
-    state: State
+    state: State  #: where a call starts
     seed: Tensor
     step: Tensor
     mask: Tensor | None
-    graphs: dict[int, Callable[[], Info]] = dataclasses.field(default_factory=dict)
+    after: State | None = None  #: where its transitions have led; ``state`` itself where both have the same parts
+    #: by number of transitions, and whether they go on from ``after``
+    graphs: dict[tuple[int, bool], Callable[[], Info]] = dataclasses.field(default_factory=dict)
     reads: Reads = dataclasses.field(default_factory=list)
+    works: bool = True
 
     @property
     def inputs(self):
@@ -214,8 +224,8 @@ class _Held:
 class Captured:
     """A chain whose transitions are captured as CUDA graphs, by shape and number, and replayed. Threads take turns.
 
-    Every call makes its first transition outside the graph. That lets Dynamo's guards see whatever Python state the
-    energy depends on, and tells which tensors it reads: where either has changed, the graphs are captured anew.
+    Every call rehearses its first transition: nothing is launched, but Dynamo's guards see whatever Python state the
+    energy depends on, and tell which tensors it reads. Where either has changed, the graphs are captured anew.
     ``record(function, device)`` gives the function's replay; tests on a CPU pass one that calls it.
     """
 
@@ -223,74 +233,82 @@ class Captured:
         self.advance, self.record = advance, record
         self.stepwise = Stepwise(advance, sparing=True)
         self.held: dict[tuple, _Held] = {}
-        self.works = True
         self.lock = threading.Lock()
 
     def __call__(self, count, numbers, state, seed, step, offset=0, mask=None):
-        if count == 1 or not self.works:
-            return self.stepwise(count, numbers, state, seed, step, offset, mask)
         with self.lock:
             return self._replayed(count, numbers, state, seed, step, offset, mask)
 
     def _replayed(self, count, numbers, state, seed, step, offset, mask):
-        with watching() as reads:
-            first, info = self.advance(numbers, state, seed, step, offset, mask, False)
-        began = tuple(part is None for part in state)  # a chain's first transition is another graph than the others
-        held = self._held_for((numbers, first, seed, step + 1, mask), offset, began)
-        reads = _beside(reads, (numbers, state, seed, step, mask))
+        inputs = numbers, state, seed, step, mask
+        held = self._held_for(inputs, offset, alone=count == 1)
+        if not held.works:
+            return self.stepwise(count, numbers, state, seed, step, offset, mask)
+        with watching(rehearsing=True) as reads:
+            self.advance(numbers, state, seed, step, offset, mask, count == 1)
+        reads = _beside(reads, inputs)
         if not _same(reads, held.reads):
             held.graphs.clear()
             held.reads = reads
-        left = count - 1
-        replays = -(-left // _LONGEST)
-        length = left // replays
-        for _ in range(replays):
-            replay = self._graph(held, length, offset)
+        copy(held.inputs, inputs)
+        made = 0
+        for length in _pieces(count, _LONGEST):
+            start = held.after if made else held.state
+            replay = self._graph(held, length, start, offset)
             if replay is None:
-                break
-            info = replay()
-            left -= length
-        if left:
-            after, info = self.stepwise(left, held.numbers, held.state, held.seed, held.step, offset, held.mask)
-        else:
-            after = held.state
-        return mapped(torch.clone, after), mapped(torch.clone, info)
+                return self.stepwise(count - made, held.numbers, start, held.seed, held.step, offset, held.mask)
+            info, made = replay(), made + length
+        return cloned((held.after, info))
 
-    def _held_for(self, inputs, offset: int, began: tuple[bool, ...]) -> _Held:
-        """The tensors for inputs of these shapes, holding these values."""
+    def _held_for(self, inputs, offset: int, alone: bool) -> _Held:
+        """The tensors for inputs of these shapes. ``alone``: a single transition, whose graph has the statistics."""
         tensors = tuple((x.shape, x.dtype, x.device) for x in leaves(inputs))
         absent = tuple(part is None for part in (*inputs[1], inputs[4]))
-        key = (tensors, absent, began, offset, *_arithmetic())
+        key = (tensors, absent, alone, offset, *_arithmetic())
         held = self.held.pop(key, None)
         if held is None:
             held = _Held(*mapped(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), inputs))
         self.held[key] = held  # the latest last
         if len(self.held) > _SHAPES:
             self.held.pop(next(iter(self.held)))
-        copy(held.inputs, inputs)
         return held
 
-    def _graph(self, held: _Held, length: int, offset: int) -> Callable[[], Info] | None:
-        """The replay of that many transitions; None, with a warning, if they cannot be captured."""
-        if length not in held.graphs:
+    def _graph(self, held: _Held, length: int, start: State, offset: int) -> Callable[[], Info] | None:
+        """The replay of that many transitions from ``start``; None, with a warning, if they cannot be captured."""
+        key = length, start is not held.state
+        if key not in held.graphs:
 
-            def transitions() -> Info:
-                after, info = self.stepwise(length, held.numbers, held.state, held.seed, held.step, offset, held.mask)
-                copy(held.state, after)
+            def transitions(count: int) -> tuple[State, Info]:
+                return self.stepwise(count, held.numbers, start, held.seed, held.step, offset, held.mask)
+
+            def recorded() -> Info:
+                after, info = transitions(length)
+                copy(held.after, after)
                 held.step.add_(length)
                 return info
 
+            # every variant of the transition that the capture meets, so that nothing is compiled under it
+            after, _ = transitions(min(length, 3))
+            if held.after is None:
+                alike = all((a is None) == (b is None) for a, b in zip(after, held.state, strict=True))
+                held.after = held.state if alike else cloned(after)
             try:
-                # with and without statistics, so that nothing is compiled under the capture
-                self.stepwise(2, held.numbers, held.state, held.seed, held.step, offset, held.mask)
-                held.graphs[length] = self.record(transitions, held.seed.device)
+                held.graphs[key] = self.record(recorded, held.seed.device)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
-                self.works = False
+                held.works = False
                 warnings.warn(f"the chain runs uncaptured: {first_line(error)}", stacklevel=4)
                 return None
-            if len(held.graphs) > _LENGTHS:
+            if len(held.graphs) > _GRAPHS:
                 held.graphs.pop(next(iter(held.graphs)))
-        return held.graphs[length]
+        return held.graphs[key]
+
+
+def _pieces(count: int, most: int) -> list[int]:
+    """``count`` as the fewest parts of at most ``most``, as equal as can be."""
+    parts = -(-count // most)
+    return [count // parts + (i < count % parts) for i in range(parts)]
 
 
 def _captured(transition: Callable) -> Captured:

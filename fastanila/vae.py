@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import checks, completion, noise
-from .energies import fourier
+from .energies import channels_last, fourier
 
 _LATENT_SCALE = 5.0  #: standard deviation of the frequencies of a latent's Fourier features
 _INITIAL = noise.Stream.INITIAL
@@ -132,7 +132,7 @@ class Pyramid(nn.Module):
         self.down = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in itertools.pairwise(self.widths))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        features = [functional.silu(self.stem(x))]
+        features = [functional.silu(self.stem(channels_last(x)))]
         for layer in self.down:
             features.append(functional.silu(layer(features[-1])))
         return features
