@@ -106,7 +106,7 @@ def cuda_graph(function: Callable[[], T], device: torch.device) -> Callable[[], 
         # the outer context, because torch 2.11 leaves the capture's stream current when a capture fails
         with torch.cuda.stream(torch.cuda.current_stream()):
             try:
-                with torch.cuda.graph(graph, pool, _capture_stream(index), capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool, capture_stream(index), capture_error_mode="thread_local"):
                     result = function()
             except RuntimeError as error:
                 _end_capture(index, pool, clean)
@@ -138,9 +138,14 @@ def _end_capture(device: int, pool: tuple[int, int], clean: torch.Generator) -> 
     torch.cuda.default_generators[device].graphsafe_set_state(clean)
 
 
-@functools.cache
-def _capture_stream(device: int) -> torch.cuda.Stream:
+def capture_stream(device: torch.device | int) -> torch.cuda.Stream:
     """One a device: torch's own default is a single stream, of the device that captured first."""
+    with torch.cuda.device(device):
+        return _stream(torch.cuda.current_device())
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 

@@ -218,26 +218,29 @@ def evaluator(energy, score=None, *, traced: bool = False) -> Evaluate:
     if energy is None:
         raise ValueError("energy must be a callable (B, ...) -> (B,) unless score is given, got None")
 
-    def log_density(z: Tensor) -> tuple[Tensor, Tensor]:
+    # Where the score's sign costs no kernel; rounding is symmetric, so its bits are the same. Inside the function it
+    # folds into the backward's first kernel. On the gradient it folds into the sum with a confinement's, which it also
+    # keeps out of the product's own kernel, ahead of which that would take a copy.
+    inside = not getattr(energy, "confinement", 0.0)
+
+    def total(z: Tensor) -> tuple[Tensor, Tensor]:
         u = energy(z)
         if u.shape != z.shape[:1]:
             raise ValueError(f"energy must map (B, ...) to (B,) = ({z.shape[0]},), got {tuple(u.shape)}")
-        # the sign goes in here, where it folds into the backward's first kernel, and not onto the gradient, where it
-        # is a kernel of its own; rounding is symmetric, so the bits are the same
-        return -u.sum(), u
+        return -u.sum() if inside else u.sum(), u
 
     def by_func(z: Tensor) -> tuple[Tensor, Tensor]:
-        score, u = torch.func.grad(log_density, has_aux=True)(z)
-        return u.detach(), score
+        gradient, u = torch.func.grad(total, has_aux=True)(z)
+        return u.detach(), gradient if inside else -gradient
 
     def by_autograd(z: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             z = z.detach().requires_grad_()
-            whole, u = log_density(z)
+            whole, u = total(z)
             if not whole.requires_grad:
                 raise ValueError("energy must be differentiable in z, but its value does not depend on z")
-            (score,) = torch.autograd.grad(whole, z)
-        return u.detach(), score
+            (gradient,) = torch.autograd.grad(whole, z)
+        return u.detach(), gradient if inside else -gradient
 
     return by_func if traced else by_autograd
 

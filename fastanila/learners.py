@@ -62,31 +62,42 @@ def averaged(energy: nn.Module) -> nn.Module:
 # ----------------------------------------------------------------------------------------------------- an update's step
 
 
-def gradient_norm(learner: Learner, clip: float) -> Tensor:
-    """The norm of the gradient, which is then clipped to ``clip``, unless that is 0."""
-    parameters = list(learner.module.parameters())
+def gradients(learner: Learner) -> list[Tensor]:
+    return [p.grad for p in learner.module.parameters()]
+
+
+def clipped_norm(norms: list[Tensor], grads: list[Tensor], clip: float) -> Tensor:
+    """The norm of the gradient, 0-dim, from each parameter's; with ``clip`` > 0 the gradient is then scaled to a norm of
+    at most that, in place, as `torch.nn.utils.clip_grad_norm_` does."""
+    total = torch.linalg.vector_norm(torch.stack(norms))
     if clip:
-        return nn.utils.clip_grad_norm_(parameters, clip).detach()
-    return nn.utils.get_total_norm([p.grad for p in parameters])
+        torch._foreach_mul_(grads, torch.clamp(clip / (total + 1e-6), max=1.0))
+    return total
 
 
-def move(learner: Learner, rate: Tensor, decay: Tensor, broken: Tensor) -> None:
-    """A step of the optimizer and of the moving average, unless ``broken`` (0-dim bool) says no."""
-    learner.optimizer.found_inf = broken.float()  # what a gradient scaler sets: 1 skips the step
-    for group in learner.optimizer.param_groups:
-        group["lr"].copy_(rate)
+def move(learner: Learner, unless: Tensor) -> None:
+    """A step of the optimizer at the learning rate it holds, unless the 0-dim float tensor is 1."""
+    learner.optimizer.found_inf = unless  # what a gradient scaler sets
     learner.optimizer.step()
     del learner.optimizer.found_inf
-    if learner.average is not None:
-        follow(learner.average, learner.module, torch.where(broken, 1.0, decay))
+
+
+def averaged_parameters(learners: list[Learner]) -> tuple[list[Tensor], list[Tensor]]:
+    """The moving averages of all parameters that have one, and these parameters, detached."""
+    pairs = [
+        (average, p.detach())
+        for learner in learners
+        if learner.average is not None
+        for average, p in zip(learner.average.parameters(), learner.module.parameters(), strict=True)
+    ]
+    return [a for a, _ in pairs], [p for _, p in pairs]
 
 
 @torch.no_grad()
-def follow(average: nn.Module, module: nn.Module, decay: Tensor) -> None:
-    """Move the average's parameters by 1 - decay (0-dim) of the way towards the module's."""
-    averages = list(average.parameters())
+def follow(averages: list[Tensor], parameters: list[Tensor], decay: Tensor) -> None:
+    """Move a moving average's parameters by 1 - decay (0-dim) of the way towards the module's."""
     torch._foreach_mul_(averages, decay)
-    torch._foreach_add_(averages, torch._foreach_mul([p.detach() for p in module.parameters()], 1 - decay))
+    torch._foreach_add_(averages, torch._foreach_mul(parameters, 1 - decay))
 
 
 # ---------------------------------------------------------------------------------------------------- saving, resuming

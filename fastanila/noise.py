@@ -59,6 +59,10 @@ def words(
     count: int, *, seed: int | Tensor, step: int | Tensor, stream: int = 0, start: int = 0, device=None
 ) -> Tensor:
     """The 32-bit words of elements ``start`` to ``start + count``: (count,) int64, each in [0, 2**32)."""
+    if _by_element(count, device):
+        k, (r0, r1, r2, r3) = _elements(count, seed, step, stream, start, device)
+        second = (k & 2) != 0
+        return torch.where((k & 1) != 0, torch.where(second, r3, r1), torch.where(second, r2, r0))
     lanes = _quads(count, seed, step, stream, start, device)
     return _interleave(lanes, count, start)
 
@@ -92,8 +96,13 @@ def normal(
     float32 uniform on, which makes ``dtype=torch.float64`` the oracle for every other implementation.
     """
     count, start = _extent(shape, offset)
-    r0, r1, r2, r3 = _quads(count, seed, step, stream, start, device)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if _by_element(count, device):
+        k, (r0, r1, r2, r3) = _elements(count, seed, step, stream, start, device)
+        second = (k & 2) != 0
+        even, odd = _box_muller(torch.where(second, r2, r0), torch.where(second, r3, r1), wide)
+        return torch.where((k & 1) != 0, odd, even).to(dtype).reshape(shape)
+    r0, r1, r2, r3 = _quads(count, seed, step, stream, start, device)
     lanes = (*_box_muller(r0, r1, wide), *_box_muller(r2, r3, wide))
     return _interleave(lanes, count, start).to(dtype).reshape(shape)
 
@@ -135,17 +144,37 @@ def _(value, device):
     return torch.empty((), dtype=torch.int64, device=device)
 
 
+#: Draws up to this size are compiled for a GPU as one kernel, a Philox call an element. Larger ones, whose arithmetic
+#: counts, take a call for four elements, and a second kernel that lays them side by side.
+_SMALL = 1 << 20
+
+
+def _by_element(count: int, device) -> bool:
+    if device is None or not torch.compiler.is_compiling():
+        return False
+    return torch.device(device).type == "cuda" and count <= _SMALL
+
+
 def _quads(count: int, seed, step, stream: int, start: int, device) -> tuple[Tensor, ...]:
     """The four words of each Philox counter that touches elements start .. start + count."""
+    q = torch.arange(start // 4, (start + count + 3) // 4, dtype=torch.int64, device=device)
+    return _counters(q, seed, step, stream, start)
+
+
+def _elements(count: int, seed, step, stream: int, start: int, device) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The elements k = start .. start + count, and the four words of each one's counter k // 4."""
+    k = torch.arange(start, start + count, dtype=torch.int64, device=device)
+    return k, _counters(k >> 2, seed, step, stream, start)
+
+
+def _counters(q: Tensor, seed, step, stream: int, start: int) -> tuple[Tensor, ...]:
     if not isinstance(stream, Stream) and not 0 <= stream < 256:
         raise ValueError(f"stream must be in [0, 256), got {stream}")
     if start < 0:
         raise ValueError(f"offset must be at least 0, got the element {start}")
     if not isinstance(step, Tensor) and not 0 <= step < MAX_STEP:
         raise ValueError(f"step must be in [0, 2**56), got {step}")
-    first = start // 4
-    q = torch.arange(first, (start + count + 3) // 4, dtype=torch.int64, device=device)
-    seed, step = as_word64(seed, device), as_word64(step, device)
+    seed, step = as_word64(seed, q.device), as_word64(step, q.device)
     zero = torch.zeros_like(q)
     return philox(
         q & _MASK,

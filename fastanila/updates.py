@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from . import completion, noise, runs, samplers
-from .capture import compiled, cuda_graph, first_line
+from .capture import capture_stream, compiled, cuda_graph, first_line
 from .config import Settings
-from .energies import sampling
-from .learners import Learner, gradient_norm, move
+from .energies import for_chains, sampling
+from .learners import Learner, averaged_parameters, clipped_norm, follow, gradients, move
 from .noise import Stream
 from .objectives import Likelihood, elbo, likelihood
 from .transitions import Info, State, chain_of
@@ -84,21 +84,21 @@ def build_update(job: Job) -> Callable[[], Update]:
     set and nothing else changes, in this call and in all that follow."""
     s, device = job.settings, job.device
     energy = runs.at_precision(job.ebm.module, s.precision)
-    chain = chain_of(job.sampler, energy, z=job.chains, compile=s.fused, capture=False, strict=True)
+    on_chains = for_chains(energy) if s.fused else energy
+    chain = chain_of(job.sampler, on_chains, z=job.chains, compile=s.fused, capture=False, strict=True)
     numbers = job.sampler.numbers_on(device)
     seed = noise.as_word64(s.seed, device)
+    one = torch.ones((), device=device)
+    rates = [group["lr"] for learner in job.learners for group in learner.optimizer.param_groups]
 
     def begin(iteration: Tensor):
-        one = torch.ones((), device=device)
-        decay = torch.clamp((1 + iteration) / (10 + iteration), max=s.ema)
+        """What an update draws, and the step of its first transition: a chain's index is its place in this update's
+        batch, and transitions never share a step, so no noise repeats."""
         batch, free = draw_data(job, iteration, seed)
-        rates = [learner.rate(iteration) * one for learner in job.learners]
-        return batch, free, job.start.draw(iteration, batch), rates, decay
+        return batch, free, job.start.draw(iteration, batch), iteration * s.steps
 
-    def learn(batch: Tensor, chains: Tensor) -> tuple[Likelihood, Tensor]:
-        result = likelihood(energy, batch, chains, s.energy_l2)
-        energies = torch.stack((result.energy_data, result.energy_chains))
-        return result, (energies.abs() < _LARGEST_ENERGY).all() & torch.isfinite(chains).all()
+    def learn(batch: Tensor, chains: Tensor, proposals: Tensor | None) -> Likelihood:
+        return likelihood(energy, batch, chains, s.energy_l2, starts=proposals)
 
     def teach(batch: Tensor, proposals: Tensor, chains: Tensor, free: Tensor | None, iteration: Tensor):
         network = job.vae.module
@@ -109,45 +109,65 @@ def build_update(job: Job) -> Callable[[], Update]:
         with torch.no_grad():
             share = 1.0 if free is None else free.float().mean()
             moved = ((chains - proposals).square().mean() / share).sqrt()
-            spread = (_variance(proposals, free) / _variance(chains, free)).sqrt()
-            seen = Teaching(energy(proposals).mean(), moved, spread, result.reconstruction, result.kl)
-        return result.loss, seen
+            spread, spread_revised = _variances(torch.stack((proposals, chains)), free).sqrt()
+        return result, moved, spread / spread_revised
+
+    def settle(iteration: Tensor, batch_energies: list[Tensor], norms, grads, z: Tensor, start: Tensor):
+        """Judge whether all is finite, and if it is, keep what the update has made, all but the parameters."""
+        totals = [clipped_norm(*of, s.clip_grad) for of in zip(norms, grads, strict=True)]
+        small = torch.stack(batch_energies).abs() < _LARGEST_ENERGY
+        finite = small.all() & torch.isfinite(z).all() & torch.isfinite(torch.stack(totals)).all()
+        broken = job.broken | ~finite
+        for rate, learner in zip(rates, job.learners, strict=True):
+            rate.copy_(learner.rate(iteration) * one)
+        decay = torch.clamp((1 + iteration) / (10 + iteration), max=s.ema)
+        job.start.keep(iteration, z, unless=broken)
+        job.chains.copy_(torch.where(broken, job.chains, z))
+        if job.proposals is not None:
+            job.proposals.copy_(torch.where(broken, job.proposals, start))
+        job.broken.copy_(broken)
+        job.made.copy_(iteration + (~broken).long())
+        return totals, broken.float(), torch.where(broken, 1.0, decay)
 
     begin_of, learn_of, teach_of = map(compiled, (begin, learn, teach)) if s.fused else (begin, learn, teach)
+    # these two run once an update: on a CPU they take less time than their compilation could save
+    settle_of, follow_of = map(compiled, (settle, follow)) if s.fused and device.type == "cuda" else (settle, follow)
 
     def update() -> Update:
         for learner in job.learners:
             learner.module.train()
             learner.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad(), sampling(energy):
-            batch, free, start, rates, decay = begin_of(job.made)
-            # A chain's index is its place in this update's batch: transitions never share a step, so none repeats.
-            state, info = chain(s.steps, numbers, State(start), seed, job.made * s.steps, 0, free)
-        result, finite = learn_of(batch, state.z)
-        result.loss.backward()
+            batch, free, start, first = begin_of(job.made)
+            if s.fused:
+                for_chains(energy)  # the parameters of now
+            state, info = chain(s.steps, numbers, State(start), seed, first, 0, free)
+        result = learn_of(batch, state.z, start if job.vae is not None else None)
+        result.loss.backward(one)
         teaching = None
         if job.vae is not None:
-            loss, teaching = teach_of(batch, start, state.z, free, job.made)
-            loss.backward()
-        norms = [gradient_norm(learner, s.clip_grad) for learner in job.learners]
+            lesson, moved, spread = teach_of(batch, start, state.z, free, job.made)
+            lesson.loss.backward(one)
+            teaching = Teaching(result.energy_starts, moved, spread, lesson.reconstruction, lesson.kl)
         with torch.no_grad():
-            job.broken.logical_or_(~(finite & torch.isfinite(torch.stack(norms)).all()))
-            for learner, rate in zip(job.learners, rates, strict=True):
-                move(learner, rate, decay, job.broken)
-            job.start.keep(job.made, state.z, unless=job.broken)
-            job.chains.copy_(torch.where(job.broken, job.chains, state.z))
-            if job.proposals is not None:
-                job.proposals.copy_(torch.where(job.broken, job.proposals, start))
-            job.made.add_((~job.broken).long())
-        return Update(result.energy_data, result.energy_chains, norms, info, teaching)
+            grads = [gradients(learner) for learner in job.learners]
+            norms = [torch._foreach_norm(of) for of in grads]
+            energies = [result.energy_data, result.energy_chains]
+            totals, broken, decay = settle_of(job.made, energies, norms, grads, state.z, start)
+            for learner in job.learners:
+                move(learner, unless=broken)
+            averages, parameters = averaged_parameters(job.learners)
+            if averages:
+                follow_of(averages, parameters, decay)
+        return Update(result.energy_data, result.energy_chains, totals, info, teaching)
 
     return _captured(update, device) if s.fused and device.type == "cuda" else update
 
 
-def _variance(x: Tensor, free: Tensor | None) -> Tensor:
-    """The mean over a state's elements, those that may move, of their variance over the batch."""
+def _variances(x: Tensor, free: Tensor | None) -> Tensor:
+    """x: (N, B, ...) -> (N,), the mean over a state's elements, those that may move, of their variance over the batch."""
     variances = x if free is None else torch.where(free, x, 0.0)
-    return variances.var(0, unbiased=False).mean()
+    return variances.var(1, unbiased=False).flatten(1).mean(1)
 
 
 def _captured(update: Callable[[], Update], device: torch.device) -> Callable[[], Update]:
@@ -160,14 +180,17 @@ def _captured(update: Callable[[], Update], device: torch.device) -> Callable[[]
         if calls == _WARM_UP + 1:
             try:
                 replay = cuda_graph(update, device)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 warnings.warn(f"the update runs uncaptured: {first_line(error)}", stacklevel=2)
         if replay is not None:
             return replay()
         if calls > _WARM_UP:
             return update()
-        # on a stream of its own, because autograd would go on to use the stream of the first backward
-        side = torch.cuda.Stream(device)
+        # on the capture's stream, because autograd would go on to use the stream of the first backward, and because
+        # every stream has a cuBLAS workspace of its own
+        side = capture_stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             made = update()
