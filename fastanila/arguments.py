@@ -75,7 +75,7 @@ def as_threshold(value, z: Tensor) -> tuple[float, Tensor | None]:
 
 
 def as_step_size(value, z: Tensor) -> tuple[float, Tensor | None]:
-    return _checked_number("step_size", value, z, functools.partial(checks.positive, finite=True))
+    return _checked_number("step_size", value, z, _positive_and_finite)
 
 
 def as_noise_scale(value, z: Tensor) -> tuple[float, Tensor | None]:
@@ -106,6 +106,9 @@ def check_offset(offset) -> None:
         raise ValueError(f"offset must be at least 0, got {offset}")
 
 
+_positive_and_finite = functools.partial(checks.positive, finite=True)
+
+
 def _checked_number(name: str, value, z: Tensor, check) -> tuple[float, Tensor | None]:
     number, tensor = _number(name, value, z)
     if tensor is None:
@@ -120,7 +123,7 @@ def _number(name: str, value, z: Tensor) -> tuple[float, Tensor | None]:
             raise TypeError(f"{name} must be a number or a 0-dim floating tensor, got {_describe(value)}")
         check_device(name, value, z)
         return 1.0, value.detach()
-    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+    if type(value) is float or isinstance(value, (torch.SymFloat, torch.SymInt)):
         return value, None
     if isinstance(value, numbers.Real):
         return float(value), None

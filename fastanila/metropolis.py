@@ -98,7 +98,8 @@ def metropolis_step(
     if not ops.fused(z, norm):
         return Metropolis(*_reference(*tensors, *rest))  # not the operator, so that Inductor fuses it
     # ahead of the operator, where a compiler fuses the conversion of a channels_last score with what made it
-    return Metropolis(*torch.ops.fastanila.metropolis_step(*(t.contiguous() for t in tensors), *rest))
+    step = _triton if ops.direct(*tensors) else torch.ops.fastanila.metropolis_step
+    return Metropolis(*step(*(t.contiguous() for t in tensors), *rest))
 
 
 def _prepare(
@@ -158,13 +159,13 @@ def _triton(z, score, energy, proposal, proposal_score, proposal_energy, *rest):
     if z.numel() == 0 or not ops._rows.fits(z.shape, norm):
         return _reference(*tensors, *rest)
     out = _outputs(z, energy)
-    with torch.accelerator.device_index(z.device.index):  # Triton launches on the current device
+    with ops.launching_on(z.device):
         _kernel.launch(
-            *(t.contiguous() for t in tensors),
+            *(ops.aligned(t.contiguous()) for t in tensors),
             out,
             chains=len(z),
             **ops._rows.view(z.shape, norm)._asdict(),
-            mask=None if mask is None else mask.expand_as(z).contiguous(),
+            mask=None if mask is None else ops.aligned(mask.expand_as(z).contiguous()),
             threshold=threshold if threshold_t is None else threshold_t,
             step_size=step_size if step_size_t is None else step_size_t,
             seed=seed if seed_t is None else seed_t,

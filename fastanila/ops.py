@@ -112,9 +112,10 @@ def anisotropic_step(
     if not fused(z, arguments[_NORM]):
         return _plainly(z, arguments, statistics)  # not the operator, so that Inductor fuses it
     arguments = _contiguous_score(arguments)
+    step, with_statistics = (_step_triton, _statistics_triton) if direct(z, arguments[0]) else (_op, _op_statistics)
     if not statistics:
-        return torch.ops.fastanila.anisotropic_step(z, *arguments)
-    z, seen = torch.ops.fastanila.anisotropic_step_statistics(z, *arguments)
+        return step(z, *arguments)
+    z, seen = with_statistics(z, *arguments)
     return z, Statistics(*seen.unbind())
 
 
@@ -148,6 +149,32 @@ def anisotropic_step_(
         return z
     seen = torch.ops.fastanila.anisotropic_step_statistics_(target, *arguments)
     return z, Statistics(*seen.unbind())
+
+
+_op = torch.ops.fastanila.anisotropic_step
+_op_statistics = torch.ops.fastanila.anisotropic_step_statistics
+
+
+def direct(*tensors: Tensor) -> bool:
+    """Whether an operator's implementation may be called past torch's dispatcher, which takes longer than a small
+    kernel: nothing traces, transforms or watches the call, and these are tensors of no special kind."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        all(type(t) is Tensor for t in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def launching_on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes the device current, on which Triton launches; where it is, as nearly always, that is nothing."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+_HERE = contextlib.nullcontext()
 
 
 def fused(where: Tensor | torch.device, norm: str = "element") -> bool:
@@ -234,10 +261,10 @@ def _launch(
     seed, seed_t, step, step_t, offset, gamma, mask, bounds,
 ):  # fmt: skip
     """Run the kernel that the shapes select: z and out contiguous, ``seen`` a (3, B) float32 buffer or None."""
-    view = _rows.view(z.shape, "element" if gamma is not None else norm)
+    norm = "element" if gamma is not None else norm
     common = dict(
         gamma=None if gamma is None else gamma.expand_as(z).contiguous(),
-        mask=None if mask is None else _aligned(mask.expand_as(z).contiguous()),
+        mask=None if mask is None else aligned(mask.expand_as(z).contiguous()),
         threshold=threshold if threshold_t is None else threshold_t,
         step_size=step_size if step_size_t is None else step_size_t,
         noise_scale=noise_scale if noise_scale_t is None else noise_scale_t,
@@ -247,14 +274,18 @@ def _launch(
         bounds=bounds,
         fast=z.is_cuda and torch.version.hip is None,
     )
-    if seen is None and view.norm == "element":
+    if seen is None and (norm == "element" or _rows.view(z.shape, norm).norm == "element"):
         _kernel.launch(z, score.contiguous(), out, **common)
     else:
-        _rows.launch(z, score.contiguous(), out, seen, chains=len(z), **view._asdict(), **common)
+        common["gamma"] = None if gamma is None else aligned(common["gamma"])
+        view = _rows.view(z.shape, norm)._asdict()
+        _rows.launch(aligned(z), aligned(score.contiguous()), out, seen, chains=len(z), **view, **common)
 
 
-def _aligned(mask: Tensor) -> Tensor:
-    return mask if mask.data_ptr() % 8 == 0 else mask.clone()  # the kernel reads it by words
+def aligned(t: Tensor) -> Tensor:
+    """The tensor, or a copy of one that does not begin at a multiple of 16 bytes: for such the compiler takes another
+    layout, whose sums have other roundings, and a chain's bits must not depend on its place in memory."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 def _has_kernel(z, arguments: tuple) -> bool:
@@ -267,7 +298,7 @@ _NORM = 7  # its place among the operators' arguments
 def _step_triton(z, *arguments):
     if not _has_kernel(z, arguments):
         return _reference(z, *arguments)
-    with torch.accelerator.device_index(z.device.index):  # Triton launches on the current device
+    with launching_on(z.device):
         z = z.contiguous()
         out = torch.empty_like(z)
         _launch(z, out, None, *arguments)
@@ -277,7 +308,7 @@ def _step_triton(z, *arguments):
 def _statistics_triton(z, *arguments):
     if not _has_kernel(z, arguments):
         return _statistics_reference(z, *arguments)
-    with torch.accelerator.device_index(z.device.index):
+    with launching_on(z.device):
         z = z.contiguous()
         out, seen = torch.empty_like(z), _buffer(z)
         _launch(z, out, seen, *arguments)
@@ -285,22 +316,27 @@ def _statistics_triton(z, *arguments):
 
 
 def _step_triton_(z, *arguments):
-    if z.is_contiguous() and _has_kernel(z, arguments) and not _shares(z, arguments):
-        with torch.accelerator.device_index(z.device.index):
+    if _goes_in_place(z, arguments):
+        with launching_on(z.device):
             _launch(z, z, None, *arguments)
     else:
         z.copy_(_step_triton(z, *arguments))
 
 
 def _statistics_triton_(z, *arguments):
-    if z.is_contiguous() and _has_kernel(z, arguments) and not _shares(z, arguments):
+    if _goes_in_place(z, arguments):
         seen = _buffer(z)
-        with torch.accelerator.device_index(z.device.index):
+        with launching_on(z.device):
             _launch(z, z, seen, *arguments)
     else:
         out, seen = _statistics_triton(z, *arguments)
         z.copy_(out)
     return seen
+
+
+def _goes_in_place(z: Tensor, arguments: tuple) -> bool:
+    in_order = z.is_contiguous() and z.data_ptr() % 16 == 0
+    return in_order and _has_kernel(z, arguments) and not _shares(z, arguments)
 
 
 def _shares(z: Tensor, arguments: tuple) -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 from . import checkpoint, completion, config, data, draws, exact, learners, ops, plots, runs, transitions
 from .config import Settings
 from .report import Metrics, Progress, Watch, tensorboard_writer
-from .updates import Job, Update, build_update
+from .updates import Job, Update, build_update, revision
 
 _PROPOSALS = 20_000  #: whose histogram is compared with the model's law
 #: Updates after which the run looks, at the latest, whether they are finite.
@@ -179,7 +179,7 @@ def summary(job: Job, made: Update) -> dict[str, float | int]:
         "seconds": job.seconds,
     }
     if made.teaching is not None:
-        row |= {name: value.item() for name, value in made.teaching._asdict().items()}
+        row |= {name: value.item() for name, value in made.teaching._asdict().items()} | revision(job)
         row |= {"vae_grad_norm": made.grad_norms[1].item(), "vae_lr": job.vae.rate(job.iteration - 1)}
     return row
 

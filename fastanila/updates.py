@@ -10,6 +10,8 @@ one graph, captured once and replayed.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,7 @@ from .config import Settings
 from .energies import for_chains, sampling
 from .learners import Learner, averaged_parameters, clipped_norm, follow, gradients, move
 from .noise import Stream
-from .objectives import Likelihood, elbo, likelihood
+from .objectives import ELBO, Likelihood, elbo, likelihood
 from .transitions import Info, State, chain_of
 
 #: An energy beyond this has left everything that training could bring back.
@@ -63,8 +65,6 @@ class Teaching(NamedTuple):
     """What one update saw of the VAE: 0-dim each."""
 
     energy_proposals: Tensor  #: mean U of the proposals
-    moved: Tensor  #: root mean square, over the elements that may move, of revised less proposal; units of data
-    spread: Tensor  #: standard deviation of the proposals over the batch, divided by that of the revised
     reconstruction: Tensor  #: of `objectives.elbo`, as is the next
     kl: Tensor
 
@@ -95,26 +95,22 @@ def build_update(job: Job) -> Callable[[], Update]:
         """What an update draws, and the step of its first transition: a chain's index is its place in this update's
         batch, and transitions never share a step, so no noise repeats."""
         batch, free = draw_data(job, iteration, seed)
-        return batch, free, job.start.draw(iteration, batch), iteration * s.steps
+        start, xi = job.start.draw(iteration, batch), None
+        if job.vae is not None:
+            shape = (s.batch_size, job.vae.module.latent)
+            xi = noise.normal(shape, seed=seed, step=iteration, stream=Stream.POSTERIOR, device=device)
+        return batch, free, start, xi, iteration * s.steps
 
     def learn(batch: Tensor, chains: Tensor, proposals: Tensor | None) -> Likelihood:
         return likelihood(energy, batch, chains, s.energy_l2, starts=proposals)
 
-    def teach(batch: Tensor, proposals: Tensor, chains: Tensor, free: Tensor | None, iteration: Tensor):
-        network = job.vae.module
-        shape = (len(chains), network.latent)
-        xi = noise.normal(shape, seed=seed, step=iteration, stream=Stream.POSTERIOR, device=device)
+    def teach(batch: Tensor, chains: Tensor, xi: Tensor, iteration: Tensor) -> ELBO:
         lesson = torch.where(iteration < s.vae_warm_up, batch, chains) if s.vae_warm_up else chains
-        result = elbo(network, lesson, kl_weight(s, iteration), xi)
-        with torch.no_grad():
-            share = 1.0 if free is None else free.float().mean()
-            moved = ((chains - proposals).square().mean() / share).sqrt()
-            spread, spread_revised = _variances(torch.stack((proposals, chains)), free).sqrt()
-        return result, moved, spread / spread_revised
+        return elbo(job.vae.module, lesson, kl_weight(s, iteration), xi)
 
     def settle(iteration: Tensor, batch_energies: list[Tensor], norms, grads, z: Tensor, start: Tensor):
         """Judge whether all is finite, and if it is, keep what the update has made, all but the parameters."""
-        totals = [clipped_norm(*of, s.clip_grad) for of in zip(norms, grads, strict=True)]
+        totals = [clipped_norm(norms_of, of, s.clip_grad) for norms_of, of in zip(norms, grads, strict=True)]
         small = torch.stack(batch_energies).abs() < _LARGEST_ENERGY
         finite = small.all() & torch.isfinite(z).all() & torch.isfinite(torch.stack(totals)).all()
         broken = job.broken | ~finite
@@ -129,16 +125,19 @@ def build_update(job: Job) -> Callable[[], Update]:
         job.made.copy_(iteration + (~broken).long())
         return totals, broken.float(), torch.where(broken, 1.0, decay)
 
-    begin_of, learn_of, teach_of = map(compiled, (begin, learn, teach)) if s.fused else (begin, learn, teach)
+    on_cuda = device.type == "cuda"
+    options = fewest_kernels(job.chains) if on_cuda else {}
+    compile = functools.partial(compiled, options=options) if s.fused else lambda function: function
+    begin_of, learn_of, teach_of = compile(begin), compile(learn), compile(teach)
     # these two run once an update: on a CPU they take less time than their compilation could save
-    settle_of, follow_of = map(compiled, (settle, follow)) if s.fused and device.type == "cuda" else (settle, follow)
+    settle_of, follow_of = (compile(settle), compile(follow)) if on_cuda else (settle, follow)
 
     def update() -> Update:
         for learner in job.learners:
             learner.module.train()
             learner.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad(), sampling(energy):
-            batch, free, start, first = begin_of(job.made)
+            batch, free, start, xi, first = begin_of(job.made)
             if s.fused:
                 for_chains(energy)  # the parameters of now
             state, info = chain(s.steps, numbers, State(start), seed, first, 0, free)
@@ -146,12 +145,13 @@ def build_update(job: Job) -> Callable[[], Update]:
         result.loss.backward(one)
         teaching = None
         if job.vae is not None:
-            lesson, moved, spread = teach_of(batch, start, state.z, free, job.made)
+            lesson = teach_of(batch, state.z, xi, job.made)
             lesson.loss.backward(one)
-            teaching = Teaching(result.energy_starts, moved, spread, lesson.reconstruction, lesson.kl)
+            teaching = Teaching(result.energy_starts, lesson.reconstruction, lesson.kl)
         with torch.no_grad():
             grads = [gradients(learner) for learner in job.learners]
-            norms = [torch._foreach_norm(of) for of in grads]
+            norms = iter(torch._foreach_norm([g for of in grads for g in of]))
+            norms = [list(itertools.islice(norms, len(of))) for of in grads]
             energies = [result.energy_data, result.energy_chains]
             totals, broken, decay = settle_of(job.made, energies, norms, grads, state.z, start)
             for learner in job.learners:
@@ -161,13 +161,33 @@ def build_update(job: Job) -> Callable[[], Update]:
                 follow_of(averages, parameters, decay)
         return Update(result.energy_data, result.energy_chains, totals, info, teaching)
 
-    return _captured(update, device) if s.fused and device.type == "cuda" else update
+    return _captured(update, device) if s.fused and on_cuda else update
 
 
-def _variances(x: Tensor, free: Tensor | None) -> Tensor:
-    """x: (N, B, ...) -> (N,), the mean over a state's elements, those that may move, of their variance over the batch."""
+def fewest_kernels(chains: Tensor) -> dict[str, bool]:
+    """Inductor's options for work so small that a launch costs more than what it does."""
+    if chains.dim() != 2 or len(chains) > 4096:
+        return {}
+    return {"split_reductions": False}  # a sum over the batch as one kernel, not as partial sums and their sum
+
+
+def revision(job: Job) -> dict[str, float]:
+    """How the last update's transitions changed its proposals, of init="vae".
+
+    moved: root mean square, over the elements that may move, of revised less proposal; units of data. spread: standard
+    deviation of the proposals over the batch, divided by that of the revised.
+    """
+    free = completion.free(job.chains) if job.settings.task == "completion" else None
+    share = 1.0 if free is None else free.float().mean()
+    moved = ((job.chains - job.proposals).square().mean() / share).sqrt()
+    spread = (_variance(job.proposals, free) / _variance(job.chains, free)).sqrt()
+    return {"moved": moved.item(), "spread": spread.item()}
+
+
+def _variance(x: Tensor, free: Tensor | None) -> Tensor:
+    """The mean over a state's elements, those that may move, of their variance over the batch."""
     variances = x if free is None else torch.where(free, x, 0.0)
-    return variances.var(1, unbiased=False).flatten(1).mean(1)
+    return variances.var(0, unbiased=False).mean()
 
 
 def _captured(update: Callable[[], Update], device: torch.device) -> Callable[[], Update]:

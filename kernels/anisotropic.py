@@ -10,14 +10,27 @@ which needs neither a division nor a square root an element, and moves infinite 
 Memory bound by construction: z and score are read once, z' written once, 16 bytes an access.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+from .launching import Launcher
 from .philox import four_normals, interleave
 
-# 16 elements a thread: few enough registers for full-width loads in flight, enough work to amortise the addressing.
-BLOCK = 2048
-NUM_WARPS = 4
+
+class Configuration(NamedTuple):
+    block: int  #: elements a program
+    warps: int
+
+
+#: 16 elements a thread: the fewest instructions an element, at 124 to 127 registers a thread (triton 3.6, sm_90).
+WIDE = Configuration(2048, 4)
+#: 8 elements a thread: a fifth more instructions at 44 registers, so that 2.5 times as many threads hide what they wait
+#: for. No device has decided yet between the two; `python -m bench.gpu` times both.
+NARROW = Configuration(1024, 4)
+CONFIGURATION = WIDE  #: what `launch` takes
+
 LANGEVIN_STREAM = tl.constexpr(0)
 
 
@@ -137,13 +150,21 @@ def launch(z, score, out, *, gamma, mask, threshold, step_size, noise_scale, see
     """
     n = z.numel()
     low, high = bounds if bounds is not None else (0.0, 0.0)
-    anisotropic_step_kernel[(triton.cdiv(n, BLOCK),)](
-        z, score, gamma, mask, out, n, first // 4, threshold, step_size, noise_scale, seed, step, low, high,
-        THRESHOLD_PTR=is_tensor(threshold), STEP_SIZE_PTR=is_tensor(step_size), NOISE_SCALE_PTR=is_tensor(noise_scale),
-        SEED_PTR=is_tensor(seed), STEP_PTR=is_tensor(step), LANE=first % 4,
-        HAS_GAMMA=gamma is not None, HAS_MASK=mask is not None, HAS_BOUNDS=bounds is not None,
-        FAST=fast, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
+    block, warps = CONFIGURATION
+    _launch_step(
+        triton.cdiv(n, block),
+        (z, score, gamma, mask, out, n, first // 4, threshold, step_size, noise_scale, seed, step, low, high),
+        dict(
+            THRESHOLD_PTR=is_tensor(threshold), STEP_SIZE_PTR=is_tensor(step_size),
+            NOISE_SCALE_PTR=is_tensor(noise_scale), SEED_PTR=is_tensor(seed), STEP_PTR=is_tensor(step), LANE=first % 4,
+            HAS_GAMMA=gamma is not None, HAS_MASK=mask is not None, HAS_BOUNDS=bounds is not None,
+            FAST=fast, BLOCK=block,
+        ),
+        num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+_launch_step = Launcher(anisotropic_step_kernel)
 
 
 def is_tensor(x) -> bool:

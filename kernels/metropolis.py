@@ -16,6 +16,7 @@ from triton.language.extra import libdevice
 
 from . import rows
 from .anisotropic import element_gain, is_tensor, scalar
+from .launching import Launcher
 from .philox import element_uniforms
 from .rows import CHAIN, CHANNEL, ELEMENT, INF, accumulate, chain_sum, shared_gain, store_moved, tile_normals
 
@@ -180,11 +181,19 @@ def launch(
     threshold and step_size are floats, seed and step int64-valued ints, or any of them a 0-dim tensor.
     """
     tile = tile_of(channels, size, norm)
-    metropolis_kernel[(triton.cdiv(chains, tile.rows),)](
-        z, score, energy, proposal, proposal_score, proposal_energy, mask, *out,
-        chains, channels, size // rows.alignment(size), offset, threshold, step_size, seed, step,
-        THRESHOLD_PTR=is_tensor(threshold), STEP_SIZE_PTR=is_tensor(step_size),
-        SEED_PTR=is_tensor(seed), STEP_PTR=is_tensor(step),
-        HAS_MASK=mask is not None, FAST=fast, **rows.constants(tile, size, norm),
+    _launch_metropolis(
+        triton.cdiv(chains, tile.rows),
+        (
+            z, score, energy, proposal, proposal_score, proposal_energy, mask, *out,
+            chains, channels, size // rows.alignment(size), offset, threshold, step_size, seed, step,
+        ),
+        dict(
+            THRESHOLD_PTR=is_tensor(threshold), STEP_SIZE_PTR=is_tensor(step_size),
+            SEED_PTR=is_tensor(seed), STEP_PTR=is_tensor(step),
+            HAS_MASK=mask is not None, FAST=fast, **rows.constants(tile, size, norm),
+        ),
         num_warps=tile.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+_launch_metropolis = Launcher(metropolis_kernel)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .anisotropic import LANGEVIN_STREAM, element_gain, is_tensor, scalar
+from .launching import Launcher
 from .philox import element_normals, joined_normals
 
 ELEMENT, CHANNEL, CHAIN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -147,7 +148,11 @@ def store_moved(
     tl.store(out_ptr + at, moved.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["chains", "channels", "units", "first", "seed", "step"])
+# the statistics' pointers: parts of one buffer, whose alignment depends on the number of chains
+@triton.jit(
+    do_not_specialize=["chains", "channels", "units", "first", "seed", "step"],
+    do_not_specialize_on_alignment=["gamma_mean_ptr", "score_rms_ptr", "clip_fraction_ptr"],
+)
 def rows_kernel(
     z_ptr, score_ptr, gamma_ptr, mask_ptr, out_ptr, gamma_mean_ptr, score_rms_ptr, clip_fraction_ptr,
     chains: tl.int64, channels: tl.int64, units: tl.int64, first: tl.int64,
@@ -249,15 +254,23 @@ def launch(
     tile = tile_of(channels, size, norm)
     low, high = bounds if bounds is not None else (0.0, 0.0)
     gamma_mean, score_rms, clip_fraction = statistics if statistics is not None else (None, None, None)
-    rows_kernel[(triton.cdiv(chains, tile.rows),)](
-        z, score, gamma, mask, out, gamma_mean, score_rms, clip_fraction,
-        chains, channels, size // alignment(size), first, threshold, step_size, noise_scale, seed, step, low, high,
-        THRESHOLD_PTR=is_tensor(threshold), STEP_SIZE_PTR=is_tensor(step_size), NOISE_SCALE_PTR=is_tensor(noise_scale),
-        SEED_PTR=is_tensor(seed), STEP_PTR=is_tensor(step),
-        HAS_GAMMA=gamma is not None, HAS_MASK=mask is not None, HAS_BOUNDS=bounds is not None,
-        STATISTICS=statistics is not None, FAST=fast, **constants(tile, size, norm),
+    _launch_rows(
+        triton.cdiv(chains, tile.rows),
+        (
+            z, score, gamma, mask, out, gamma_mean, score_rms, clip_fraction,
+            chains, channels, size // alignment(size), first, threshold, step_size, noise_scale, seed, step, low, high,
+        ),
+        dict(
+            THRESHOLD_PTR=is_tensor(threshold), STEP_SIZE_PTR=is_tensor(step_size),
+            NOISE_SCALE_PTR=is_tensor(noise_scale), SEED_PTR=is_tensor(seed), STEP_PTR=is_tensor(step),
+            HAS_GAMMA=gamma is not None, HAS_MASK=mask is not None, HAS_BOUNDS=bounds is not None,
+            STATISTICS=statistics is not None, FAST=fast, **constants(tile, size, norm),
+        ),
         num_warps=tile.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+_launch_rows = Launcher(rows_kernel)
 
 
 def constants(tile: Tile, size: int, norm: str) -> dict:

@@ -1,12 +1,13 @@
 """Energies: shapes, the closed form, autocast, and where chains start."""
 
+import copy
 import math
 
 import pytest
 import scipy.stats
 import torch
 
-from fastanila import chains, data, noise
+from fastanila import AniLA, chains, completion, data, noise
 from fastanila.energies import MLP, Autocast, ConvNet, GaussianMixture, evaluator
 from fastanila.objectives import likelihood
 
@@ -157,3 +158,70 @@ def test_persistent_start_walks_the_population_and_restarts_a_fraction():
 def test_restarts_differ_from_the_starts():
     start = chains.PersistentStart(10, 10, (2,), (-1.0, 1.0), reinit=1.0, seed=0)
     assert not torch.isclose(start.draw(0), start.chains).any()
+
+
+@pytest.mark.parametrize(
+    "build, shape",
+    [
+        (lambda: ConvNet(3, 9, 4, confinement=0.1), (5, 3, 9, 9)),
+        (lambda: MLP(3, 8, features=4), (7, 3)),
+        (lambda: completion.ConditionalEnergy(ConvNet(2, 8, 4)), (3, 2, 8, 8)),
+    ],
+    ids=["convnet", "mlp", "conditional"],
+)
+def test_weights_cast_ahead_change_no_bit(build, shape):
+    torch.manual_seed(0)
+    energy, x = Autocast(build()), torch.randn(shape)
+    twin = energy.for_chains()
+    assert twin is not energy and twin is energy.for_chains()
+    layers = [p for m in twin.modules() if hasattr(m, "layers") for p in m.layers.parameters()]
+    assert layers and all(p.dtype == torch.bfloat16 for p in layers)
+    for _ in range(2):
+        for a, b in zip(evaluator(twin)(x), evaluator(energy)(x), strict=True):
+            assert torch.equal(a, b) and a.dtype == torch.float32
+        before = twin(x)
+        with torch.no_grad():
+            for p in energy.parameters():
+                p.add_(torch.randn_like(p) / 8)
+        energy.for_chains()  # the parameters of now, at the same addresses
+        assert [p.data_ptr() for p in layers] == [
+            p.data_ptr() for m in twin.modules() if hasattr(m, "layers") for p in m.layers.parameters()
+        ]
+        assert not torch.equal(twin(x), before)
+    assert not any(key.startswith("_twin") for key in energy.state_dict()) and len(list(energy.parameters())) == len(
+        list(energy.energy.parameters())
+    )
+
+
+def test_a_network_whose_parts_were_replaced_is_cast_anew():
+    energy, x = Autocast(ConvNet(1, 8, 2)), torch.randn(3, 1, 8, 8)
+    first = energy.for_chains()
+    energy.energy.head = torch.nn.Conv2d(16, 1, 1)
+    second = energy.for_chains()
+    assert second is not first and torch.equal(second(x), energy(x))
+    copied = copy.deepcopy(energy)
+    with torch.no_grad():
+        copied.energy.head.weight.add_(1)
+    assert torch.equal(copied.for_chains()(x), copied(x)) and torch.equal(energy.for_chains()(x), energy(x))
+
+
+def test_what_autocast_does_not_know_stays_as_it_is():
+    energy = Autocast(torch.nn.Flatten())
+    assert energy.for_chains() is energy
+
+
+def test_a_run_in_bfloat16_follows_the_parameters():
+    torch.manual_seed(0)
+    energy, z = Autocast(MLP(2, 8)), torch.randn(5, 2)
+
+    def run(compile):
+        return AniLA(1.0, 0.1).run(energy, z, steps=3, seed=1, compile=compile)
+
+    for _ in range(2):
+        torch.testing.assert_close(run(True), run(False), rtol=1e-2, atol=1e-2)
+        before = run(True)
+        with torch.no_grad():
+            for p in energy.parameters():
+                p.mul_(3)
+    assert not torch.allclose(run(True), before, atol=1e-2)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in energy.parameters())

@@ -207,3 +207,26 @@ def test_every_pair_of_streams_differs():
     for a, b in pairs:
         assert abs(correlation(draws[a], draws[b])) < z_bound(len(pairs)), (a, b)
     assert len({int(s) for s in Stream}) == len(Stream) and max(Stream) < 256
+
+
+@pytest.mark.parametrize("shape, offset", [((7, 3), 0), ((5,), 3), ((1, 1), 2), ((33, 2, 5), 11), ((0, 2), 1)])
+def test_a_philox_call_an_element_draws_the_same_bits(shape, offset, monkeypatch):
+    """What a GPU compiles for small draws, run here."""
+    place = dict(seed=(1 << 63) + 5, step=(1 << 40) + 3, stream=noise.Stream.DATA, offset=offset)
+    drawn = [lambda: noise.uniform(shape, **place), lambda: noise.integers(1000, shape, **place)]
+    drawn += [lambda dtype=dtype: noise.normal(shape, **place, dtype=dtype) for dtype in (torch.float32, torch.float64)]
+    expected = [draw() for draw in drawn]
+    calls = []
+    monkeypatch.setattr(noise, "_by_element", lambda count, device: calls.append(count) or True)
+    for draw, want in zip(drawn, expected, strict=True):
+        got = draw()
+        assert torch.equal(got, want) and got.dtype == want.dtype
+    assert len(calls) == 4
+
+
+def test_small_compiled_draws_on_a_gpu_take_a_call_an_element(monkeypatch):
+    assert not noise._by_element(100, "cuda")  # eager, where one call for four elements is less work
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert noise._by_element(1 << 20, "cuda:0") and noise._by_element(1, torch.device("cuda"))
+    assert not noise._by_element((1 << 20) + 1, "cuda")
+    assert not noise._by_element(100, None) and not noise._by_element(100, "cpu")

@@ -312,3 +312,26 @@ print(z.isfinite().all().item())
 def test_noise_comes_from_the_langevin_stream():
     z = torch.zeros(6, 2)
     assert torch.equal(anisotropic_step(z, z, 1.0, seed=7, step=8), noise.normal(z.shape, seed=7, step=8, stream=0))
+
+
+def test_what_traces_or_watches_goes_through_the_dispatcher():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    z = torch.zeros(3, 2)
+    assert ops.direct(z, z.clone())
+    assert not ops.direct(z, torch.nn.Parameter(z))
+    with TorchDispatchMode():
+        assert not ops.direct(z)
+    with FakeTensorMode() as mode:
+        assert not ops.direct(mode.from_tensor(z))
+    seen = []
+    torch.func.vmap(lambda row: seen.append(ops.direct(row)) or row)(z)
+    assert seen == [False]
+
+
+def test_a_tensor_off_the_16_bytes_is_copied_to_them():
+    buffer = torch.arange(9.0)
+    off = buffer[1:]
+    assert ops.aligned(buffer) is buffer
+    assert torch.equal(ops.aligned(off), off) and ops.aligned(off).data_ptr() % 16 == 0

@@ -172,7 +172,7 @@ def test_a_shape_that_cannot_be_captured_leaves_the_others_captured(frozen):
 
 
 def test_a_compiler_that_fails_is_not_the_energys_fault(frozen, monkeypatch):
-    def broken(graph, inputs):
+    def broken(graph, inputs, config_patches=None):
         raise OSError("no compiler here")
 
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: broken)
