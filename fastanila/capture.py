@@ -19,7 +19,7 @@ _numbers = itertools.count()
 
 
 def compiled(function: Callable, options: Mapping[str, Any] | None = None) -> Callable:
-    """torch.compile(fullgraph=True), with a cache of its own for each call of this function; ``options`` are Inductor's.
+    """torch.compile(fullgraph=True), with a cache of its own for each call of this function. ``options``: Inductor's.
 
     Dynamo keeps its cache, its recompilation limit and what it has learned of changing shapes by code object, which
     all closures of one function share: a program with many energies would run into the limit. A copy of the code

@@ -67,8 +67,8 @@ def gradients(learner: Learner) -> list[Tensor]:
 
 
 def clipped_norm(norms: list[Tensor], grads: list[Tensor], clip: float) -> Tensor:
-    """The norm of the gradient, 0-dim, from each parameter's; with ``clip`` > 0 the gradient is then scaled to a norm of
-    at most that, in place, as `torch.nn.utils.clip_grad_norm_` does."""
+    """The norm of the gradient, 0-dim, from each parameter's; with ``clip`` > 0 the gradient is then scaled in place to
+    a norm of at most that, as `torch.nn.utils.clip_grad_norm_` does."""
     total = torch.linalg.vector_norm(torch.stack(norms))
     if clip:
         torch._foreach_mul_(grads, torch.clamp(clip / (total + 1e-6), max=1.0))
