@@ -131,18 +131,19 @@ def compile_metropolis(
 
 
 def compile_mixture_trajectory(
-    target: str, *, dim=2, components=8, chain_norm=False, frozen=False, bounds=False, pointers=True
+    target: str, *, dim=2, components=8, adjusted=False, chain_norm=False, frozen=False, bounds=False, pointers=True
 ) -> CompiledKernel:
     """The whole-chain kernel of a Gaussian mixture, seed and step and numbers on the device where ``pointers``."""
-    constants = trajectory.mixture_constants(dim, components)
+    constants = trajectory.mixture_constants(dim, components, adjusted)
     return _compile_trajectory(
-        trajectory.mixture_kernel, target, constants, 1, chain_norm, frozen, bounds, pointers, components_="i32"
-    )
+        trajectory.mixture_kernel, target, constants, 1, adjusted, chain_norm, frozen, bounds, pointers,
+        components_="i32",
+    )  # fmt: skip
 
 
 def compile_mlp_trajectory(
-    target: str, *, dim=2, width=64, depth=2, features=0, chains=1024, silu=True, chain_norm=False, frozen=False,
-    bounds=False, pointers=True, shared=None,
+    target: str, *, dim=2, width=64, depth=2, features=0, chains=1024, silu=True, adjusted=False,
+    chain_norm=False, frozen=False, bounds=False, pointers=True, shared=None,
 ) -> CompiledKernel:  # fmt: skip
     """The whole-chain kernel of an MLP energy as launched for that many chains on that target, given ``shared`` bytes
     of shared memory, or all of the target's."""
@@ -152,19 +153,21 @@ def compile_mlp_trajectory(
     if not features:
         constants["projections_ptr"] = None
     return _compile_trajectory(
-        mlp.mlp_kernel, target, constants, warps, chain_norm, frozen, bounds, pointers, confinement="fp32", leak="fp32"
-    )
+        mlp.mlp_kernel, target, constants, warps, adjusted, chain_norm, frozen, bounds, pointers,
+        confinement="fp32", leak="fp32",
+    )  # fmt: skip
 
 
-def _compile_trajectory(kernel, target, constants, warps, chain_norm, frozen, bounds, pointers, **types):
+def _compile_trajectory(kernel, target, constants, warps, adjusted, chain_norm, frozen, bounds, pointers, **types):
     number, word = ("*fp32", "*i64") if pointers else ("fp32", "i64")
+    scale = "fp32" if adjusted else number  # always the number 1
     types |= dict(
-        threshold=number, step_size=number, noise_scale=number, seed=word, step=word,
+        threshold=number, step_size=number, noise_scale=scale, seed=word, step=word,
         chains="i64", steps="i32", offset="i64", low="fp32", high="fp32",
     )  # fmt: skip
-    constants = constants | dict(CHAIN_NORM=chain_norm, FROZEN=frozen, HAS_BOUNDS=bounds)
-    constants |= {name: pointers for name in ("THRESHOLD_PTR", "STEP_SIZE_PTR", "NOISE_SCALE_PTR", "SEED_PTR")}
-    constants |= dict(STEP_PTR=pointers, FAST=TARGETS[target].backend == "cuda")
+    constants = constants | dict(ADJUSTED=adjusted, CHAIN_NORM=chain_norm, FROZEN=frozen, HAS_BOUNDS=bounds)
+    constants |= {name: pointers for name in ("THRESHOLD_PTR", "STEP_SIZE_PTR", "SEED_PTR", "STEP_PTR")}
+    constants |= dict(NOISE_SCALE_PTR=pointers and not adjusted, FAST=TARGETS[target].backend == "cuda")
     pointed = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
     types = {name: kind for name, kind in (pointed | types).items() if name not in constants}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}

@@ -93,7 +93,7 @@ def _metropolis(norm: str, channels: int, size: int, **variant) -> Kernel:
 
 
 def _mixture(**sizes) -> Kernel:
-    constants = trajectory.mixture_constants(sizes["dim"], sizes["components"])
+    constants = trajectory.mixture_constants(sizes["dim"], sizes["components"], sizes.get("adjusted", False))
     return Kernel(
         name="mixture_kernel",
         compile=lambda architecture, dtype: offline.compile_mixture_trajectory(architecture, **sizes),
@@ -103,12 +103,12 @@ def _mixture(**sizes) -> Kernel:
     )
 
 
-def _mlp(*, dim: int, width: int, depth: int = 2, features: int = 0, chains: int) -> Kernel:
+def _mlp(*, dim: int, width: int, depth: int = 2, features: int = 0, chains: int, adjusted: bool = False) -> Kernel:
     sizes = dict(dim=dim, width=width, depth=depth, features=features, chains=chains)
     constants, warps = mlp.mlp_constants(*sizes.values(), offline.SHARED_MEMORY["sm_90"])
     return Kernel(
         name="mlp_kernel",
-        compile=lambda architecture, dtype: offline.compile_mlp_trajectory(architecture, **sizes),
+        compile=lambda architecture, dtype: offline.compile_mlp_trajectory(architecture, **sizes, adjusted=adjusted),
         elements=constants["ROWS"] * dim / (32 * warps),
         dtypes=("fp32",),
         counted="transition",
@@ -141,6 +141,9 @@ KERNELS: dict[str, Kernel] = {
     "mlp-64-2d-16384": _mlp(dim=2, width=64, chains=16384),
     "mlp-128-2d-1024": _mlp(dim=2, width=128, chains=1024),
     "mlp-64-features-64-2d-512": _mlp(dim=2, width=64, features=64, chains=512),
+    "mixture-8-2d-adjusted": _mixture(dim=2, components=8, adjusted=True),
+    "mlp-64-2d-1024-adjusted": _mlp(dim=2, width=64, chains=1024, adjusted=True),
+    "mlp-64-features-64-2d-512-adjusted": _mlp(dim=2, width=64, features=64, chains=512, adjusted=True),  # the default
 }
 
 

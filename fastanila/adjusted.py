@@ -110,8 +110,13 @@ class Adjusted(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class _AdjustedStep(Adjusted):
-    """The Metropolis-adjusted anisotropic step: judges the last proposal and makes the next, one gradient for both."""
+    """The Metropolis-adjusted anisotropic step: judges the last proposal and makes the next, one gradient for both.
 
+    A chain in one kernel (`fastanila.trajectory`) carries its place only: a run in pieces takes the energy and score
+    there anew and makes the same proposal again, with the same noise, so that it makes the same decisions.
+    """
+
+    whole_chain: ClassVar[bool] = True
     target_acceptance: ClassVar[float] = 0.574
 
     def proposal(self, z: Tensor, score: Tensor) -> Proposal:

@@ -42,8 +42,8 @@ class Sampler:
     #: annotation here: a dataclass would put them ahead of the others
     norm = "element"
     refresh = "transition"
-    #: whether a transition is one anisotropic step and nothing else, which the whole-chain kernels can make
-    is_one_step: ClassVar[bool] = False
+    #: whether a transition is one anisotropic step, which exact samplers judge: what the whole-chain kernels can make
+    whole_chain: ClassVar[bool] = False
     #: whether a transition compiles as one graph; otherwise its energy and score do
     is_one_graph: ClassVar[bool] = True
     #: settings that change freely under a compiled transition

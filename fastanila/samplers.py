@@ -25,7 +25,7 @@ class Unadjusted(Sampler):
     """Samplers whose transition is `fastanila.ops.anisotropic_step` and nothing else. Use a subclass."""
 
     is_exact: ClassVar[bool] = False
-    is_one_step: ClassVar[bool] = True
+    whole_chain: ClassVar[bool] = True
 
     def __post_init__(self):
         _check(self)

@@ -1,4 +1,7 @@
-"""Whole chains in one kernel: K transitions of an unadjusted sampler in a single launch, for two kinds of energy.
+"""Whole chains in one kernel: K transitions of a sampler in a single launch, for two kinds of energy.
+
+The samplers are those whose transition is the anisotropic step, as it is (`samplers.AniLA`, `Langevin`) or accepted or
+rejected (`AdjustedAniLA`, `MALA`).
 
 The state stays in registers, the network on chip, and the noise is the stream of `fastanila.noise`, so that `run` gives
 what the transitions would give one by one, to rounding. It exists for `energies.GaussianMixture` and `energies.MLP` of
@@ -30,10 +33,11 @@ class Trajectory(NamedTuple):
     """The chains after a run, and what its last transition saw of each at the state it started from."""
 
     z: Tensor  #: (B, D)
-    energy: Tensor  #: (B,) float32, as are the next three
+    energy: Tensor  #: (B,) float32, as are the next four
     gamma_mean: Tensor  #: mean of the gain over the elements, in (0, 1]
     score_rms: Tensor  #: root mean square of the score's elements, 1 / unit of z
     clip_fraction: Tensor  #: fraction of elements whose gain is below 1
+    acceptance: Tensor  #: probability of acceptance; 1 without correction
 
 
 def supports(energy, z: Tensor, *, mask: Tensor | None = None) -> bool:
@@ -52,10 +56,11 @@ def run(
     *,
     threshold: float | Tensor,
     step_size: float | Tensor,
-    noise_scale: float | Tensor,
+    noise_scale: float | Tensor = 1.0,
     norm: str = "element",
     refresh: str = "transition",
     bounds: tuple[float, float] | None = None,
+    adjusted: bool = False,
     seed: int | Tensor,
     step: int | Tensor,
     steps: int,
@@ -70,16 +75,22 @@ def run(
         norm: "element", or "chain" ("channel" is the same here). refresh: "transition", or "update", which takes the
             gain at the chains' start and keeps it for all transitions; the drift is then gamma * s.
         bounds: (low, high), to which the chains are clamped after each transition.
+        adjusted: accept or reject each move, as `fastanila.metropolis.metropolis_step` does. The noise scale is then 1,
+            and there are no bounds and no gain held for the update.
         seed, step: name the noise: seed is taken mod 2**64, and 0 <= step < 2**56. offset: global index of chain 0.
         steps: at least 1.
 
     threshold, step_size, noise_scale (floating) and seed, step (int64) may each be a 0-dim tensor on z's device, which
     a captured graph's replays read anew. Values inside tensors are not checked.
 
-    Law and source: those of `samplers.AniLA` (STANLEY, Algorithm 1), or of `samplers.Langevin` where b = inf.
+    Law and source: those of `samplers.AniLA` (STANLEY, Algorithm 1), or of `samplers.Langevin` where b = inf. Adjusted:
+    exp(-U), up to float32's rounding of energies and states (Metropolis et al. 1953, Hastings 1970; Roberts and Tweedie
+    1996 where b = inf). Transition t makes its proposal with the normals of step t and judges it by the acceptance
+    uniform of step t, so that runs one after the other make the decisions of one long run.
 
     Returns:
         A Trajectory of new, detached tensors. A NaN score gives NaN; infinite ones move an element by eps * b / 2.
+        Adjusted: a proposal whose acceptance ratio is not finite is rejected, with acceptance 0.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what was expected; also where `supports` is False.
@@ -93,8 +104,10 @@ def run(
         raise ValueError(f"refresh must be one of {', '.join(reference.REFRESHES)}, got {refresh!r}")
     if bounds is not None:
         bounds = checks.bounds("bounds", bounds)
+    if adjusted:
+        _check_adjusted(noise_scale, bounds, refresh)
     numbers = _numbers(z, threshold, step_size, noise_scale, seed, step, steps, offset)
-    arguments = (*numbers, norm != "element", refresh == "update", bounds)
+    arguments = (*numbers, norm != "element", refresh == "update", bounds, bool(adjusted))
     z = z.detach().contiguous()
     if isinstance(energy, GaussianMixture):
         out, statistics = torch.ops.fastanila.mixture_trajectory(
@@ -195,6 +208,16 @@ def _shared_memory(z: Tensor) -> int:
     return _mlp.shared_memory(z.device.index) if z.is_cuda else _INTERPRETERS_SHARED_MEMORY
 
 
+def _check_adjusted(noise_scale, bounds, refresh: str) -> None:
+    """Raise ValueError for what has no place beside a correction (why not: `fastanila.adjusted.REFUSALS`)."""
+    if isinstance(noise_scale, Tensor) or noise_scale != 1:
+        raise ValueError(f"noise_scale must be 1, a number, where adjusted is True, got {noise_scale!r}")
+    if bounds is not None:
+        raise ValueError(f"bounds must be None where adjusted is True, got {bounds!r}")
+    if refresh != "transition":
+        raise ValueError(f"refresh must be 'transition' where adjusted is True, got {refresh!r}")
+
+
 def _numbers(z, threshold, step_size, noise_scale, seed, step, steps, offset) -> tuple:
     """The number-valued arguments, checked, as the operators take them."""
     checks.count("steps", steps)
@@ -210,7 +233,7 @@ def _numbers(z, threshold, step_size, noise_scale, seed, step, steps, offset) ->
 _ARGUMENTS = (
     "float threshold, Tensor? threshold_t, float step_size, Tensor? step_size_t, float noise_scale, "
     "Tensor? noise_scale_t, SymInt seed, Tensor? seed_t, SymInt step, Tensor? step_t, SymInt steps, SymInt offset, "
-    "bool chain_norm, bool frozen, float[]? bounds"
+    "bool chain_norm, bool frozen, float[]? bounds, bool adjusted"
 )
 _library = torch.library.Library("fastanila", "FRAGMENT")
 _library.define(
@@ -243,16 +266,17 @@ def _mlp_triton(z, weights, biases, head, head_bias, projections, confinement, l
 
 def _launched(
     z, launch, threshold, threshold_t, step_size, step_size_t, noise_scale, noise_scale_t, seed, seed_t, step, step_t,
-    steps, offset, chain_norm, frozen, bounds,
+    steps, offset, chain_norm, frozen, bounds, adjusted,
 ):  # fmt: skip
-    """(z after the steps, statistics (4, B)) of a kernel; z is contiguous."""
+    """(z after the steps, statistics (5, B)) of a kernel; z is contiguous."""
     out, statistics = _outputs(z)
     options = dict(
         threshold=threshold if threshold_t is None else threshold_t,
         step_size=step_size if step_size_t is None else step_size_t,
         noise_scale=noise_scale if noise_scale_t is None else noise_scale_t,
         seed=seed if seed_t is None else seed_t, step=step if step_t is None else step_t, steps=steps, offset=offset,
-        bounds=bounds, chain_norm=chain_norm, frozen=frozen, fast=z.is_cuda and torch.version.hip is None,
+        adjusted=adjusted, bounds=bounds, chain_norm=chain_norm, frozen=frozen,
+        fast=z.is_cuda and torch.version.hip is None,
     )  # fmt: skip
     if z.numel():
         with torch.accelerator.device_index(z.device.index):  # Triton launches on the current device
@@ -261,7 +285,7 @@ def _launched(
 
 
 def _outputs(z: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z, memory_format=torch.contiguous_format), z.new_empty((4, z.shape[0]))
+    return torch.empty_like(z, memory_format=torch.contiguous_format), z.new_empty((5, z.shape[0]))
 
 
 for _device in (["CUDA"] if ops._kernel is not None else []) + (["CPU"] if ops.INTERPRETED else []):

@@ -86,7 +86,7 @@ def chain_of(
 
 def makes_whole_chains(sampler, energy, z: Tensor, mask: Tensor | None = None) -> bool:
     """Whether a single kernel can make the chain's transitions: see `fastanila.trajectory`."""
-    return sampler.is_one_step and energy is not None and trajectory.supports(energy, z, mask=mask)
+    return sampler.whole_chain and energy is not None and trajectory.supports(energy, z, mask=mask)
 
 
 def path(sampler, energy, z: Tensor, *, fused: bool, update: bool = False) -> str:
@@ -337,10 +337,11 @@ def _arithmetic() -> tuple[str, str]:
 
 
 def _whole_chain(sampler, energy, count, numbers, state, seed, step, offset=0, mask=None):
+    """Of the state only z counts: energy and score are taken there anew, and the proposal is that of ``step`` again."""
     s = sampler.with_numbers(numbers)
     out = trajectory.run(
         energy, state.z, threshold=s.threshold, step_size=s.step_size, noise_scale=s.noise_scale, norm=s.norm,
-        refresh=s.refresh, bounds=s.bounds, seed=seed, step=step, steps=count, offset=offset,
+        refresh=s.refresh, bounds=s.bounds, adjusted=s.is_exact, seed=seed, step=step, steps=count, offset=offset,
     )  # fmt: skip
-    info = Info(out.energy, out.score_rms, out.clip_fraction, out.gamma_mean, torch.ones_like(out.energy))
+    info = Info(out.energy, out.score_rms, out.clip_fraction, out.gamma_mean, out.acceptance)
     return State(out.z), info

@@ -16,9 +16,12 @@ from triton.language.extra import libdevice
 from .philox import element_normals
 from .trajectory import (
     LANGEVIN_STREAM,
+    adjusted_transition,
     launch_constants,
     launch_numbers,
-    scalar,
+    places,
+    read_numbers,
+    store_acceptance,
     store_statistics,
     transition,
 )
@@ -89,37 +92,62 @@ def activated(y, leak, SILU: tl.constexpr, WIDTH: tl.constexpr):
     return h, slope
 
 
+@triton.jit
+def head_matrix(ptr, SIZE: tl.constexpr, SIZE_P2: tl.constexpr, DIM_P2: tl.constexpr):
+    """ptr (SIZE,) -> (SIZE_P2, DIM_P2), its first column; zeros beyond."""
+    i, j = tl.arange(0, SIZE_P2)[:, None], tl.arange(0, DIM_P2)[None, :]
+    return tl.load(ptr + i + j, mask=(i < SIZE) & (j == 0), other=0.0)
+
+
+@triton.jit
+def through(h, w):
+    """h @ w, (ROWS, N) and (N, DIM_P2), such that the threads of a warp hold different chains and columns, and the
+    warps share the sum. Over the first axis: a sum over the middle one becomes a tl.dot in triton 3.6, in TF32."""
+    return tl.sum(tl.trans(h)[:, :, None] * w[:, None, :], axis=0)
+
+
+@triton.jit
+def network_energy(h, head, head_bias, x, confinement):
+    """(ROWS,), of the last layer's units h (ROWS, WIDTH_P2) at x (ROWS, DIM_P2), head as `head_matrix` has it.
+
+    By a product like the score's, so that energies come to lie as scores do. Were they summed where h lies, triton
+    would have the state there as well, and all noise drawn twice.
+    """
+    return tl.sum(through(h, head) + 0.5 * confinement * x * x, axis=1) + head_bias
+
+
 @triton.jit(do_not_specialize=["chains", "steps", "seed", "step", "offset"])
 def mlp_kernel(
     z_ptr, w0_ptr, b0_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, head_ptr, head_bias_ptr, projections_ptr,
     out_ptr, statistics_ptr, confinement: tl.float32, leak: tl.float32, chains: tl.int64,
     steps: tl.int32, threshold, step_size, noise_scale, seed, step, offset: tl.int64, low: tl.float32, high: tl.float32,
     THRESHOLD_PTR: tl.constexpr, STEP_SIZE_PTR: tl.constexpr, NOISE_SCALE_PTR: tl.constexpr,
-    SEED_PTR: tl.constexpr, STEP_PTR: tl.constexpr, CHAIN_NORM: tl.constexpr, FROZEN: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr, FAST: tl.constexpr, SILU: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_P2: tl.constexpr, DEPTH: tl.constexpr, FEATURES: tl.constexpr, FEATURES_P2: tl.constexpr,
-    ROWS: tl.constexpr, HELD: tl.constexpr,
+    SEED_PTR: tl.constexpr, STEP_PTR: tl.constexpr, ADJUSTED: tl.constexpr, CHAIN_NORM: tl.constexpr,
+    FROZEN: tl.constexpr, HAS_BOUNDS: tl.constexpr, FAST: tl.constexpr, SILU: tl.constexpr, DIM: tl.constexpr,
+    DIM_P2: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P2: tl.constexpr, DEPTH: tl.constexpr, FEATURES: tl.constexpr,
+    FEATURES_P2: tl.constexpr, ROWS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """``steps`` transitions of chains z (chains, DIM).
 
     w0 (WIDTH, DIM or 2 FEATURES), w1 and w2 (WIDTH, WIDTH), b0..b2 and head (WIDTH,), projections (FEATURES, DIM), all
-    as torch stores them. HELD counts the matrices that stay on chip, in the order in which they appear below.
+    as torch stores them. HELD counts the matrices that stay on chip, in the order in which they appear below. ADJUSTED
+    has no noise scale, bounds or frozen gain.
     """
-    threshold = scalar(threshold, THRESHOLD_PTR, tl.float32)
-    step_size = scalar(step_size, STEP_SIZE_PTR, tl.float32)
-    noise_scale = scalar(noise_scale, NOISE_SCALE_PTR, tl.float32)
-    seed = scalar(seed, SEED_PTR, tl.int64)
-    step = scalar(step, STEP_PTR, tl.int64)
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, DIM_P2)[None, :]
-    at = rows[:, None] * DIM + column
-    inside = (rows < chains)[:, None] & (column < DIM)
-    z = tl.load(z_ptr + at, mask=inside, other=0.0)
-    held = tl.full((ROWS, DIM_P2), 1.0, tl.float32)
-    k = (offset + rows)[:, None] * DIM + column
+    threshold, step_size, noise_scale, seed, step = read_numbers(
+        threshold, step_size, noise_scale, seed, step,
+        THRESHOLD_PTR, STEP_SIZE_PTR, NOISE_SCALE_PTR, SEED_PTR, STEP_PTR,
+    )  # fmt: skip
+    rows, at, inside = places(chains, ROWS, DIM, DIM_P2)
+    x = tl.load(z_ptr + at, mask=inside, other=0.0)
+    stretch = tl.full((ROWS, 1 if ADJUSTED and CHAIN_NORM else DIM_P2), 1.0, tl.float32)
+    if ADJUSTED:
+        z, score, drift, energy = x, x, x, tl.zeros((ROWS,), tl.float32)
+    k = (offset + rows)[:, None] * DIM + tl.arange(0, DIM_P2)[None, :]
 
     bias0, head = vector(b0_ptr, WIDTH, WIDTH_P2), vector(head_ptr, WIDTH, WIDTH_P2)
     head_bias = tl.load(head_bias_ptr)
+    if ADJUSTED:
+        head_column = head_matrix(head_ptr, WIDTH, WIDTH_P2, DIM_P2)
     if DEPTH > 1:
         bias1 = vector(b1_ptr, WIDTH, WIDTH_P2)
         if HELD > 0:
@@ -149,10 +177,9 @@ def mlp_kernel(
         inward = forward_matrix(w0_ptr, DIM, WIDTH, DIM, WIDTH_P2, DIM_P2)
         outward = backward_matrix(w0_ptr, DIM, WIDTH, DIM, WIDTH_P2, DIM_P2)
 
-    for j in range(steps):
+    for j in range(steps + 1 if ADJUSTED else steps):
         # The network, keeping the derivatives of its activations.
-        # Summed over the first axis: a sum over the middle one becomes a tl.dot in triton 3.6, in TF32.
-        y = tl.sum(tl.trans(z)[:, :, None] * inward[:, None, :], axis=0)
+        y = through(x, inward)
         if FEATURES > 0:
             sine, cosine = sine_cosine(y, FAST)
             if HELD <= HIDDEN + 2:
@@ -189,24 +216,38 @@ def mlp_kernel(
             if HELD <= HIDDEN + 1:
                 to_cosine = backward_matrix(w0_ptr + FEATURES, F, WIDTH, FEATURES, WIDTH_P2, FEATURES_P2)
             back = along - product(back, to_cosine) * sine
-        # So the threads of a warp hold different chains and dimensions, and the warps share the sum.
-        gradient = tl.sum(tl.trans(back)[:, :, None] * outward[:, None, :], axis=0) + confinement * z
+        x_score = -(through(back, outward) + confinement * x)
 
-        score = -gradient
         noise = element_normals(seed, step + j, LANGEVIN_STREAM, k, FAST)
-        before = z
-        z, held = transition(
-            z, score, held, j, noise, threshold, step_size, noise_scale, low, high, CHAIN_NORM, FROZEN, HAS_BOUNDS, DIM
-        )
-        if j + 1 == steps:
-            energy = tl.sum(h * head, axis=1) + head_bias + 0.5 * confinement * tl.sum(before * before, axis=1)
-            store_statistics(statistics_ptr, rows, chains, energy, held, score, DIM)
-    tl.store(out_ptr + at, z, mask=inside)
+        if ADJUSTED:
+            x, z, energy, score, stretch, drift = adjusted_transition(
+                x, network_energy(h, head_column, head_bias, x, confinement), x_score, z, energy, score, stretch, drift,
+                j, steps, noise, statistics_ptr, rows, chains, threshold, step_size, seed, step, offset,
+                CHAIN_NORM, FAST, DIM,
+            )  # fmt: skip
+        else:
+            before = x
+            x, stretch = transition(
+                x, x_score, stretch, j, noise, threshold, step_size, noise_scale, low, high,
+                CHAIN_NORM, FROZEN, HAS_BOUNDS, DIM,
+            )  # fmt: skip
+            if j + 1 == steps:
+                head_column = head_matrix(head_ptr, WIDTH, WIDTH_P2, DIM_P2)
+                seen = network_energy(h, head_column, head_bias, before, confinement)
+                store_statistics(statistics_ptr, rows, chains, seen, stretch, x_score, DIM)
+    if ADJUSTED:
+        tl.store(out_ptr + at, z, mask=inside)
+    else:
+        tl.store(out_ptr + at, x, mask=inside)
+        store_acceptance(statistics_ptr, rows, chains, 1.0)
 
 
 # ----------------------------------------------------------------------------------------------------------- launching
 
 
+#: Warps of a program with layers of at most 64 units and features, and the number to try in its place: 8 hide more
+#: latency and take some 14 % more instructions. No device has decided yet; a benchmark sets `WARPS`.
+WARPS, WARPS_TO_TRY = 4, 8
 #: Programs that fill a large GPU (an H100 has 132 multiprocessors); beyond them, programs take more rows.
 PROGRAMS = 132
 
@@ -228,7 +269,7 @@ def mlp_constants(dim: int, width: int, depth: int, features: int, chains: int, 
         held = _held(matrices, shared - _scratch(rows, width_p2, features_p2))
     if held < 0:
         return None
-    warps = 8 if max(width_p2, features_p2) > 64 and rows > 2 else 4
+    warps = 4 if rows <= 2 else 8 if max(width_p2, features_p2) > 64 else WARPS
     constants = dict(
         DIM=dim, DIM_P2=triton.next_power_of_2(dim), WIDTH=width, WIDTH_P2=width_p2, DEPTH=depth,
         FEATURES=features, FEATURES_P2=features_p2, ROWS=rows, HELD=held,
@@ -251,9 +292,9 @@ def _scratch(rows: int, width_p2: int, features_p2: int) -> int:
 
 def launch_mlp(
     z, weights, biases, head, head_bias, projections, out, statistics,
-    *, confinement, leak, bounds, frozen, chain_norm, fast, shared, **numbers,
+    *, confinement, leak, adjusted, bounds, frozen, chain_norm, fast, shared, **numbers,
 ):  # fmt: skip
-    """Launch over contiguous float32 tensors: z and out (B, D), statistics (4, B), the network's as torch stores them.
+    """Launch over contiguous float32 tensors: z and out (B, D), statistics (5, B), the network's as torch stores them.
 
     ``leak``: the slope of a leaky ReLU, None for SiLU. ``shared``: bytes of shared memory that a program may take.
     ``numbers`` as for `launch_mixture`.
@@ -268,7 +309,7 @@ def launch_mlp(
     mlp_kernel[(triton.cdiv(chains, constants["ROWS"]),)](
         z, *layers, head, head_bias, projections if len(projections) else None, out, statistics,
         confinement, 0.0 if leak is None else leak, chains, *launch_numbers(bounds, **numbers),
-        **launch_constants(bounds, frozen, chain_norm, fast, **numbers), SILU=leak is None, **constants,
+        **launch_constants(adjusted, bounds, frozen, chain_norm, fast, **numbers), SILU=leak is None, **constants,
         num_warps=warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""Whole chains of unadjusted transitions in one launch, the state in registers: what all energies share, and the
-Gaussian mixture. The multilayer perceptron is in mlp.py.
+"""Whole chains in one launch, the state in registers: what all energies share, and the Gaussian mixture. The
+multilayer perceptron is in mlp.py.
 
 A kernel owns ROWS chains, z (ROWS, DIM_P2) with columns beyond DIM zero, and for each of ``steps`` transitions computes
 the energy's score and then, with b the threshold, eps the step size and sigma the noise scale,
@@ -8,16 +8,50 @@ the energy's score and then, with b the threshold, eps the step size and sigma t
     z'      = z + eps/2 drift + sigma sqrt(eps / stretch) noise
 
 where the drift is gamma s, written so that it stays finite however large the score (fastanila.reference.clipped).
-The last transition also writes what it saw of each chain: energy, mean gamma, RMS score, clipped fraction.
+
+ADJUSTED makes Metropolis transitions of it, as fastanila.reference.metropolis_step defines them, with sigma = 1. The
+energy and score are then those of x, the proposal; they judge it, and those of the place that is chosen make the next.
+That takes one pass of the loop more than there are transitions: in pass 0, x is where the chains start, and is taken as
+it is.
+
+The last transition also writes what it saw of each chain at the state it started from: energy, mean gamma, RMS score
+and clipped fraction, and the probability of acceptance, which is 1 where nothing is judged.
 """
 
 import triton
 import triton.language as tl
 
 from .anisotropic import LANGEVIN_STREAM, scalar
-from .philox import box_muller, element_normals, joined_normals, words
+from .metropolis import ACCEPTANCE_STREAM, log2
+from .philox import box_muller, element_normals, element_uniforms, joined_normals, words
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+# ------------------------------------------------------------------------------------------------ what a launch reads
+
+
+@triton.jit
+def read_numbers(
+    threshold, step_size, noise_scale, seed, step, THRESHOLD_PTR: tl.constexpr, STEP_SIZE_PTR: tl.constexpr,
+    NOISE_SCALE_PTR: tl.constexpr, SEED_PTR: tl.constexpr, STEP_PTR: tl.constexpr,
+):  # fmt: skip
+    """The number-valued arguments, those of them that are pointers read."""
+    return (
+        scalar(threshold, THRESHOLD_PTR, tl.float32),
+        scalar(step_size, STEP_SIZE_PTR, tl.float32),
+        scalar(noise_scale, NOISE_SCALE_PTR, tl.float32),
+        scalar(seed, SEED_PTR, tl.int64),
+        scalar(step, STEP_PTR, tl.int64),
+    )
+
+
+@triton.jit
+def places(chains, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr):
+    """This program's chains, (ROWS,) int64, and where their elements lie and whether they exist, (ROWS, DIM_P2)."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, DIM_P2)[None, :]
+    return rows, rows[:, None] * DIM + column, (rows < chains)[:, None] & (column < DIM)
 
 
 # ------------------------------------------------------------------------------------------------------- a transition
@@ -72,8 +106,63 @@ def transition(
 
 
 @triton.jit
+def log_ratio(
+    moved, stretch, drift, stretch_back, drift_back, step_size,
+    CHAIN_NORM: tl.constexpr, FAST: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """log q(z | x) - log q(x | z) of each row, (ROWS,), where x = z + moved: the formula is that of metropolis.py."""
+    forth = moved - (0.5 * step_size) * drift
+    back = moved + (0.5 * step_size) * drift_back
+    squared = stretch * forth * forth - stretch_back * back * back
+    # a shared norm multiplies the logarithm's error by the elements that share it
+    ROUGH: tl.constexpr = FAST and not CHAIN_NORM
+    logs = 0.34657359027997264 * (log2(stretch_back, ROUGH) - log2(stretch, ROUGH))  # ln 2 / 2
+    terms = (0.5 / step_size) * squared + logs
+    if moved.shape[1] != DIM:
+        terms = tl.where(tl.arange(0, moved.shape[1])[None, :] < DIM, terms, 0.0)
+    return tl.sum(terms, axis=1)
+
+
+@triton.jit
+def adjusted_transition(
+    x, x_energy, x_score, z, energy, score, stretch, drift, j, steps, noise, statistics_ptr, rows, chains,
+    threshold, step_size, seed, step, offset,
+    CHAIN_NORM: tl.constexpr, FAST: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Pass j of this launch: (x, z, energy, score, stretch, drift), the next proposal and the state that it leaves.
+
+    x is the proposal of transition j - 1 with its energy and score, z the state that it starts from with its own, and
+    with its score's stretch and drift, of the shapes of `stretch_and_drift`. In pass 0 the state counts for nothing.
+    """
+    x_stretch, x_drift = stretch_and_drift(x_score, threshold, CHAIN_NORM)
+    log_q = log_ratio(x - z, stretch, drift, x_stretch, x_drift, step_size, CHAIN_NORM, FAST, DIM)
+    log_alpha = energy - x_energy + log_q
+    finite = tl.abs(log_alpha) < float("inf")  # which NaN is not
+    if j == steps:
+        acceptance = tl.where(finite, tl.exp(tl.minimum(log_alpha, 0.0)), 0.0)
+        store_statistics(statistics_ptr, rows, chains, energy, stretch, score, DIM)
+        store_acceptance(statistics_ptr, rows, chains, acceptance)
+    uniform = element_uniforms(seed, step + j - 1, ACCEPTANCE_STREAM, offset + rows, FAST)
+    accepted = (j == 0) | (finite & (tl.log(uniform) < log_alpha))
+    energy = tl.where(accepted, x_energy, energy)
+    taken = accepted[:, None]
+    z, score = tl.where(taken, x, z), tl.where(taken, x_score, score)
+    stretch, drift = tl.where(taken, x_stretch, stretch), tl.where(taken, x_drift, drift)
+    x = moved(z, drift, stretch, noise, step_size, 1.0, 0.0, 0.0, False)
+    if z.shape[1] != DIM:
+        x = tl.where(tl.arange(0, z.shape[1])[None, :] < DIM, x, 0.0)
+    return x, z, energy, score, stretch, drift
+
+
+@triton.jit
+def store_acceptance(out_ptr, rows, count, acceptance):
+    """The last row of what `store_statistics` begins."""
+    tl.store(out_ptr + 4 * count + rows, acceptance, mask=rows < count)
+
+
+@triton.jit
 def store_statistics(out_ptr, rows, count, energy, stretch, score, DIM: tl.constexpr):
-    """(4, count) float32: energy, mean gamma, RMS score and clipped fraction of each row."""
+    """Of (5, count) float32 the first four: energy, mean gamma, RMS score and clipped fraction of each row."""
     inside = rows < count
     own = tl.arange(0, score.shape[1])[None, :] < DIM
     tl.store(out_ptr + rows, energy, mask=inside)
@@ -148,77 +237,93 @@ def accumulate(z, top, total, pull, means, rates, constants, CHUNK: tl.constexpr
     return highest, total, pull
 
 
+@triton.jit
+def mixture_energy(top, total):
+    return (top + tl.log2(total)) * -0.6931471805599453
+
+
 @triton.jit(do_not_specialize=["chains", "components_", "steps", "seed", "step", "offset"])
 def mixture_kernel(
     z_ptr, means_ptr, sd_ptr, log_scale_ptr, out_ptr, statistics_ptr, chains: tl.int64, components_: tl.int32,
     steps: tl.int32, threshold, step_size, noise_scale, seed, step, offset: tl.int64, low: tl.float32, high: tl.float32,
     THRESHOLD_PTR: tl.constexpr, STEP_SIZE_PTR: tl.constexpr, NOISE_SCALE_PTR: tl.constexpr,
-    SEED_PTR: tl.constexpr, STEP_PTR: tl.constexpr, CHAIN_NORM: tl.constexpr, FROZEN: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr, FAST: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr, HELD: tl.constexpr,
+    SEED_PTR: tl.constexpr, STEP_PTR: tl.constexpr, ADJUSTED: tl.constexpr, CHAIN_NORM: tl.constexpr,
+    FROZEN: tl.constexpr, HAS_BOUNDS: tl.constexpr, FAST: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """``steps`` transitions of chains z (chains, DIM) on a mixture of ``components_`` isotropic Gaussians.
 
-    HELD: CHUNK is the number of components, and they stay in registers; else they are read CHUNK at a time.
+    HELD: CHUNK is the number of components, and they stay in registers; else they are read CHUNK at a time. ADJUSTED
+    has no noise scale, bounds or frozen gain.
     """
-    threshold = scalar(threshold, THRESHOLD_PTR, tl.float32)
-    step_size = scalar(step_size, STEP_SIZE_PTR, tl.float32)
-    noise_scale = scalar(noise_scale, NOISE_SCALE_PTR, tl.float32)
-    seed = scalar(seed, SEED_PTR, tl.int64)
-    step = scalar(step, STEP_PTR, tl.int64)
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, DIM_P2)[None, :]
-    at = rows[:, None] * DIM + column
-    inside = (rows < chains)[:, None] & (column < DIM)
-    z = tl.load(z_ptr + at, mask=inside, other=0.0)
-    held = tl.full((ROWS, DIM_P2), 1.0, tl.float32)
+    threshold, step_size, noise_scale, seed, step = read_numbers(
+        threshold, step_size, noise_scale, seed, step,
+        THRESHOLD_PTR, STEP_SIZE_PTR, NOISE_SCALE_PTR, SEED_PTR, STEP_PTR,
+    )  # fmt: skip
+    rows, at, inside = places(chains, ROWS, DIM, DIM_P2)
+    x = tl.load(z_ptr + at, mask=inside, other=0.0)
+    stretch = tl.full((ROWS, 1 if ADJUSTED and CHAIN_NORM else DIM_P2), 1.0, tl.float32)
+    if ADJUSTED:
+        z, score, drift, energy = x, x, x, tl.zeros((ROWS,), tl.float32)
     if HELD:
         means, rates, constants = components(means_ptr, sd_ptr, log_scale_ptr, 0, components_, CHUNK, ROWS, DIM, DIM_P2)
-    for j in range(steps):
+    for j in range(steps + 1 if ADJUSTED else steps):
         top = tl.full((ROWS,), -LARGEST, tl.float32)  # finite, so that a chain far from everything has an energy
         total = tl.zeros((ROWS,), tl.float32)
         pull = tl.zeros((ROWS, DIM_P2), tl.float32)
         if HELD:
-            top, total, pull = accumulate(z, top, total, pull, means, rates, constants, CHUNK)
+            top, total, pull = accumulate(x, top, total, pull, means, rates, constants, CHUNK)
         else:
             for first in range(0, components_, CHUNK):
                 chunk = components(means_ptr, sd_ptr, log_scale_ptr, first, components_, CHUNK, ROWS, DIM, DIM_P2)
-                top, total, pull = accumulate(z, top, total, pull, chunk[0], chunk[1], chunk[2], CHUNK)
-        score = pull * (-1.3862943611198906 / total)[:, None]  # -2 ln 2, which turns rates into 1 / sd^2
+                top, total, pull = accumulate(x, top, total, pull, chunk[0], chunk[1], chunk[2], CHUNK)
+        x_score = pull * (-1.3862943611198906 / total)[:, None]  # -2 ln 2, which turns rates into 1 / sd^2
         noise = chain_normals(seed, step + j, offset + rows, DIM, DIM_P2, FAST)
-        z, held = transition(
-            z, score, held, j, noise, threshold, step_size, noise_scale, low, high, CHAIN_NORM, FROZEN, HAS_BOUNDS, DIM
-        )
-        if j + 1 == steps:
-            energy = (top + tl.log2(total)) * -0.6931471805599453
-            store_statistics(statistics_ptr, rows, chains, energy, held, score, DIM)
-    tl.store(out_ptr + at, z, mask=inside)
+        if ADJUSTED:
+            x, z, energy, score, stretch, drift = adjusted_transition(
+                x, mixture_energy(top, total), x_score, z, energy, score, stretch, drift, j, steps, noise,
+                statistics_ptr, rows, chains, threshold, step_size, seed, step, offset, CHAIN_NORM, FAST, DIM,
+            )  # fmt: skip
+        else:
+            x, stretch = transition(
+                x, x_score, stretch, j, noise, threshold, step_size, noise_scale, low, high,
+                CHAIN_NORM, FROZEN, HAS_BOUNDS, DIM,
+            )  # fmt: skip
+            if j + 1 == steps:
+                store_statistics(statistics_ptr, rows, chains, mixture_energy(top, total), stretch, x_score, DIM)
+    if ADJUSTED:
+        tl.store(out_ptr + at, z, mask=inside)
+    else:
+        tl.store(out_ptr + at, x, mask=inside)
+        store_acceptance(statistics_ptr, rows, chains, 1.0)
 
 
 #: Chains a program of one warp: a chain a thread, and so few that ten thousand reach every multiprocessor.
 MIXTURE_ROWS = 32
-#: Numbers of the components that a thread holds at most; beyond, they are read from the first-level cache.
+#: Numbers that a thread holds at most of the components, and of the state that an adjusted chain keeps beside its
+#: proposal; beyond, components are read from the first-level cache.
 MIXTURE_HELD = 104
 MIXTURE_CHUNK = 8
 
 
-def mixture_constants(dim: int, components: int) -> dict:
+def mixture_constants(dim: int, components: int, adjusted: bool = False) -> dict:
     """The sizes a launch is compiled for."""
     dim_p2 = triton.next_power_of_2(dim)
-    held = components * (dim_p2 + 2) <= MIXTURE_HELD
+    held = components * (dim_p2 + 2) + (4 * dim_p2 if adjusted else 0) <= MIXTURE_HELD
     chunk = components if held else MIXTURE_CHUNK
     return dict(DIM=dim, DIM_P2=dim_p2, ROWS=MIXTURE_ROWS, CHUNK=chunk, HELD=held)
 
 
-def launch_mixture(z, means, sd, log_scale, out, statistics, *, bounds, frozen, chain_norm, fast, **numbers):
-    """Launch over contiguous float32 tensors: z and out (B, D), means (M, D), sd and log_scale (M,), statistics (4, B).
+def launch_mixture(z, means, sd, log_scale, out, statistics, *, adjusted, bounds, frozen, chain_norm, fast, **numbers):
+    """Launch over contiguous float32 tensors: z and out (B, D), means (M, D), sd and log_scale (M,), statistics (5, B).
 
     ``numbers``: threshold, step_size, noise_scale, seed and step, each a number or a 0-dim tensor; steps and offset.
     """
     chains, dim = z.shape
     mixture_kernel[(triton.cdiv(chains, MIXTURE_ROWS),)](
         z, means, sd, log_scale, out, statistics, chains, len(means), *launch_numbers(bounds, **numbers),
-        **launch_constants(bounds, frozen, chain_norm, fast, **numbers), **mixture_constants(dim, len(means)),
+        **launch_constants(adjusted, bounds, frozen, chain_norm, fast, **numbers),
+        **mixture_constants(dim, len(means), adjusted),
         num_warps=1, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -231,10 +336,12 @@ def launch_numbers(bounds, *, threshold, step_size, noise_scale, seed, step, ste
     return steps, threshold, step_size, noise_scale, seed, step, offset, low, high
 
 
-def launch_constants(bounds, frozen, chain_norm, fast, *, threshold, step_size, noise_scale, seed, step, **_) -> dict:
+def launch_constants(
+    adjusted, bounds, frozen, chain_norm, fast, *, threshold, step_size, noise_scale, seed, step, **_
+) -> dict:
     pointers = dict(
         THRESHOLD_PTR=threshold, STEP_SIZE_PTR=step_size, NOISE_SCALE_PTR=noise_scale, SEED_PTR=seed, STEP_PTR=step
     )
     return {name: hasattr(x, "data_ptr") for name, x in pointers.items()} | dict(
-        CHAIN_NORM=chain_norm, FROZEN=frozen, HAS_BOUNDS=bounds is not None, FAST=fast
+        ADJUSTED=adjusted, CHAIN_NORM=chain_norm, FROZEN=frozen, HAS_BOUNDS=bounds is not None, FAST=fast
     )

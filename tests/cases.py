@@ -25,6 +25,24 @@ NETWORKS = [  # dim, width, depth, features, activation
     (2, 128, 3, 64, "silu"),
 ]
 BATCHES = [(1, 1), (33, 16)]  # chains, and rows of a program that they are given where its matrices allow
+ADJUSTED_MIXTURES = [  # dim, components, norm
+    (1, 1, "chain"), (2, 3, "element"), (2, 3, "channel"), (3, 2, "chain"), (8, 3, "element"), (4, 15, "element"),
+    (6, 1, "element"),
+]  # fmt: skip
+SLOW_ADJUSTED_MIXTURES = [(8, 13, "chain"), (5, 27, "chain")]  #: in the interpreter, as are the next
+ADJUSTED_NETWORKS = [  # dim, width, depth, features, activation, norm, chains, rows of a program
+    (1, 5, 1, 0, "silu", "element", 1, 1),
+    (2, 5, 2, 3, "leaky-relu", "chain", 7, 4),
+    (3, 20, 1, 3, "silu", "channel", 5, 8),
+    (2, 64, 2, 64, "silu", "element", 9, 8),
+    (8, 20, 3, 0, "leaky-relu", "element", 13, 16),
+    (5, 20, 2, 20, "silu", "chain", 7, 8),
+]
+SLOW_ADJUSTED_NETWORKS = [
+    (8, 100, 3, 0, "leaky-relu", "chain", 33, 16),
+    (2, 128, 3, 64, "silu", "element", 9, 4),
+    (2, 64, 2, 64, "silu", "chain", 33, 8),
+]
 SAMPLERS = [  # norm, refresh, bounds
     ("element", "transition", (-0.7, 1.2)),
     ("element", "update", None),

@@ -1,13 +1,26 @@
 """The whole-chain kernels compile for every target without a GPU, stay in registers, and refuse what they cannot do."""
 
 import math
+import re
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
-from cases import BATCHES, DIMS, MIXTURES, NETWORKS, SAMPLERS, SHARED_MEMORIES, SQUEEZED  # noqa: E402
+from cases import (  # noqa: E402
+    ADJUSTED_MIXTURES,
+    ADJUSTED_NETWORKS,
+    BATCHES,
+    DIMS,
+    MIXTURES,
+    NETWORKS,
+    SAMPLERS,
+    SHARED_MEMORIES,
+    SLOW_ADJUSTED_MIXTURES,
+    SLOW_ADJUSTED_NETWORKS,
+    SQUEEZED,
+)
 
 from bench.offline import (  # noqa: E402
     SHARED_MEMORY,
@@ -15,11 +28,13 @@ from bench.offline import (  # noqa: E402
     compile_mixture_trajectory,
     compile_mlp_trajectory,
     disassemble,
+    resources,
 )
 from fastanila import ops, trajectory  # noqa: E402
 from fastanila.energies import MLP, GaussianMixture  # noqa: E402
 from fastanila.kernels import mlp  # noqa: E402
 from fastanila.kernels.mlp import mlp_constants  # noqa: E402
+from fastanila.kernels.trajectory import mixture_constants  # noqa: E402
 
 pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter replaces the compiler")
 
@@ -32,15 +47,29 @@ SPILLS = {"LDL", "STL"}
 TENSOR_CORES = {"HMMA", "QGMMA", "HGMMA", "DMMA", "UTCHMMA", "UTCQMMA"}
 
 
+def spilled(compiled) -> int:
+    """Bytes of a thread's local memory, or registers that it spills on AMD."""
+    if "amdgcn" in compiled.asm:
+        return sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])))
+    return resources(compiled).local_bytes
+
+
+@pytest.mark.parametrize("adjusted", [False, True])
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_mixture_compiles_for_every_target(target):
-    compiled = compile_mixture_trajectory(target)
+def test_a_mixture_compiles_for_every_target(target, adjusted):
+    compiled = compile_mixture_trajectory(target, adjusted=adjusted)
     assert compiled.asm["ttgir"] and compiled.metadata.shared == 0, "a chain a thread exchanges nothing"
+    assert spilled(compiled) == 0
 
 
 @pytest.mark.parametrize(
-    "options", [dict(chain_norm=True), dict(frozen=True), dict(bounds=True), dict(pointers=False)], ids=str
-)
+    "options",
+    [
+        dict(chain_norm=True), dict(frozen=True), dict(bounds=True), dict(pointers=False),
+        dict(adjusted=True, chain_norm=True), dict(adjusted=True, pointers=False),
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_every_variant_of_a_mixture_compiles(target, options):
     assert compile_mixture_trajectory(target, dim=3, components=40, **options).asm["ttgir"]
@@ -52,32 +81,51 @@ def test_a_mixture_stays_in_registers(dim, components):
     assert "MUFU" in found and not found & (SPILLS | {"BAR"})
 
 
+@pytest.mark.parametrize("chain_norm", [False, True])
+@pytest.mark.parametrize(("dim", "components"), [(1, 33), (2, 24), (3, 14), (8, 7), (8, 8)])
+def test_an_adjusted_mixture_stays_in_registers(dim, components, chain_norm):
+    """At the most components that are held, and beyond."""
+    compiled = compile_mixture_trajectory("sm_90", dim=dim, components=components, adjusted=True, chain_norm=chain_norm)
+    assert not opcodes(compiled) & (SPILLS | {"BAR"})
+    assert mixture_constants(dim, components, True)["HELD"] == ((dim, components) != (8, 8))
+    assert not mixture_constants(dim, components + 1, True)["HELD"]
+
+
+@pytest.mark.parametrize(("adjusted", "warps"), [(False, 4), (True, 4), (True, 8)])
 @pytest.mark.parametrize("features", [0, 64])
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_network_compiles_for_every_target(target, features):
-    compiled = compile_mlp_trajectory(target, features=features, chains=512)
+def test_a_network_compiles_for_every_target(monkeypatch, target, features, adjusted, warps):
+    monkeypatch.setattr(mlp, "WARPS", warps)
+    compiled = compile_mlp_trajectory(target, features=features, chains=512, adjusted=adjusted)
     assert 0 < compiled.metadata.shared <= SHARED_MEMORY[target]
+    assert compiled.metadata.num_warps == warps and spilled(compiled) == 0
     if TARGETS[target].backend == "cuda":
         assert not opcodes(compiled) & (SPILLS | TENSOR_CORES)
 
 
 @pytest.mark.parametrize(
     "options",
-    [dict(chain_norm=True), dict(frozen=True), dict(bounds=True), dict(pointers=False), dict(silu=False)],
+    [
+        dict(chain_norm=True), dict(frozen=True), dict(bounds=True), dict(pointers=False), dict(silu=False),
+        dict(adjusted=True, chain_norm=True), dict(adjusted=True, pointers=False, silu=False),
+    ],
     ids=str,
-)
+)  # fmt: skip
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_every_variant_of_a_network_compiles(target, options):
     assert compile_mlp_trajectory(target, dim=3, width=20, depth=3, features=3, chains=9, **options).asm["ttgir"]
 
 
+@pytest.mark.parametrize("adjusted", [False, True])
 @pytest.mark.parametrize("chains", [64, 1024, 16384])
 @pytest.mark.parametrize("dim", [2, 8])
 @pytest.mark.parametrize("features", [0, 64])
 @pytest.mark.parametrize("width", [64, 128])
-def test_a_network_stays_on_chip(width, features, dim, chains):
+def test_a_network_stays_on_chip(width, features, dim, chains, adjusted):
     """No spills, and products in full float32: not one instruction of a tensor core."""
-    compiled = compile_mlp_trajectory("sm_90", dim=dim, width=width, features=features, chains=chains)
+    compiled = compile_mlp_trajectory(
+        "sm_90", dim=dim, width=width, features=features, chains=chains, adjusted=adjusted
+    )
     words = [word.split(".")[0] for word in disassemble(compiled).split()]
     assert "FFMA" in words and not set(words) & TENSOR_CORES
     # ptxas may give up a register or four for one more program a multiprocessor
@@ -124,6 +172,27 @@ def test_the_networks_of_the_parity_tests_compile(monkeypatch, dim, width, depth
     assert compiled.metadata.shared <= SHARED_MEMORY["sm_90"] and not opcodes(compiled) & TENSOR_CORES
 
 
+@pytest.mark.parametrize(("dim", "components", "norm"), [*ADJUSTED_MIXTURES, *SLOW_ADJUSTED_MIXTURES])
+def test_the_adjusted_mixtures_of_the_parity_tests_compile(dim, components, norm):
+    options = dict(adjusted=True, chain_norm=norm != "element", pointers=False)
+    assert spilled(compile_mixture_trajectory("sm_90", dim=dim, components=components, **options)) == 0
+
+
+@pytest.mark.parametrize(
+    ("dim", "width", "depth", "features", "activation", "norm", "count", "rows"),
+    [*ADJUSTED_NETWORKS, *SLOW_ADJUSTED_NETWORKS],
+)
+def test_the_adjusted_networks_of_the_parity_tests_compile(
+    monkeypatch, dim, width, depth, features, activation, norm, count, rows
+):
+    monkeypatch.setattr(mlp, "PROGRAMS", -(-count // rows))
+    compiled = compile_mlp_trajectory(
+        "sm_90", dim=dim, width=width, depth=depth, features=features, chains=count, silu=activation == "silu",
+        adjusted=True, chain_norm=norm != "element", pointers=False,
+    )  # fmt: skip
+    assert compiled.metadata.shared <= SHARED_MEMORY["sm_90"] and not opcodes(compiled) & TENSOR_CORES
+
+
 @pytest.mark.parametrize("dim", sorted({*DIMS} - {2, 3, 8}))  # which the networks above have
 def test_the_networks_of_every_dimension_compile(monkeypatch, dim):
     monkeypatch.setattr(mlp, "PROGRAMS", 2)
@@ -157,6 +226,15 @@ def test_sizes_follow_from_shapes():
     assert mlp_constants(2, 128, 2, 0, 64, SHARED_MEMORY["gfx942"]) is None
 
 
+def test_a_benchmark_may_set_the_warps(monkeypatch):
+    def warps(chains, width=64):
+        return mlp_constants(2, width, 2, 64, chains, SHARED_MEMORY["sm_90"])[1]
+
+    assert [warps(64), warps(512), warps(512, 128)] == [4, mlp.WARPS, 8]
+    monkeypatch.setattr(mlp, "WARPS", mlp.WARPS_TO_TRY)
+    assert [warps(64), warps(512), warps(512, 128)] == [4, 8, 8]
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 
 Z = torch.zeros(3, 2)
@@ -173,6 +251,21 @@ ERRORS = {
     "step": (dict(step=-1), ValueError, "step must be at least 0 and leave room for 1 steps below 2"),
     "last step": (dict(step=(1 << 56) - 4, steps=5), ValueError, "leave room for 5 steps"),
     "step device": (dict(step=torch.zeros((), dtype=torch.int64, device="meta")), ValueError, "step must be on z's"),
+    "adjusted, noise_scale": (
+        dict(adjusted=True, noise_scale=0.9),
+        ValueError,
+        "noise_scale must be 1, a number, where adjusted is True, got 0.9",
+    ),
+    "adjusted, bounds": (
+        dict(adjusted=True, bounds=(-1, 1)),
+        ValueError,
+        "bounds must be None where adjusted is True, got",
+    ),
+    "adjusted, refresh": (
+        dict(adjusted=True, refresh="update"),
+        ValueError,
+        "refresh must be 'transition' where adjusted is True, got 'upd",
+    ),
     "steps": (dict(steps=0), ValueError, "steps must be an integer of at least 1, got 0"),
     "offset": (dict(offset=-1), ValueError, "offset must be an integer of at least 0, got -1"),
 }

@@ -20,13 +20,14 @@ pytestmark = [
 SMALL = dict(sampler="anila", step_size=0.005, steps=6, chains=8, batch_size=8, threshold=1.0)
 
 
-@pytest.mark.parametrize("way", ["whole chains", "one by one", "exact"])
+@pytest.mark.parametrize("way", ["whole chains", "one by one", "exact", "exact, one by one"])
 def test_twenty_updates(tmp_path, monkeypatch, way):
-    if way == "one by one":
+    """The default job's sampler is the exact one."""
+    if "one by one" in way:
         monkeypatch.setattr(trajectory, "supports", lambda *a, **k: False)
-    changes = dict(sampler="anila-mh", step_size=0.02) if way == "exact" else {}
-    launches = {"whole chains": 1, "one by one": 6, "exact": 7}[way]
-    seen = compare(tmp_path, monkeypatch, launches, way == "whole chains", **SMALL | changes, iterations=20)
+    changes = dict(sampler="anila-mh", step_size=0.02) if "exact" in way else {}
+    launches = {"one by one": 6, "exact, one by one": 7}.get(way, 1)
+    seen = compare(tmp_path, monkeypatch, launches, launches == 1, **SMALL | changes, iterations=20)
     assert any(row["clip_fraction"] > 0.05 for row in seen)
 
 

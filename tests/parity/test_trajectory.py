@@ -1,14 +1,28 @@
 """Whole chains in one kernel against the same transitions one by one in float64: on CUDA, else in the interpreter."""
 
 import copy
+import dataclasses
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
-from cases import BATCHES, DIMS, MIXTURES, NETWORKS, SAMPLERS, SHARED_MEMORIES, SQUEEZED
+from cases import (
+    ADJUSTED_MIXTURES,
+    ADJUSTED_NETWORKS,
+    BATCHES,
+    DIMS,
+    MIXTURES,
+    NETWORKS,
+    SAMPLERS,
+    SHARED_MEMORIES,
+    SLOW_ADJUSTED_MIXTURES,
+    SLOW_ADJUSTED_NETWORKS,
+    SQUEEZED,
+)
 from torch._dynamo.testing import CompileCounter
 
-from fastanila import noise, ops, reference, trajectory
+from fastanila import MALA, AdjustedAniLA, noise, ops, reference, trajectory
 from fastanila.energies import MLP, Autocast, ConvNet, GaussianMixture, evaluator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +69,8 @@ def one_by_one(
             z, score, **gained, step_size=step_size, noise_scale=noise_scale, bounds=bounds, noise=xi
         )
     clipped = (gamma < 1).double().mean(1)
-    return trajectory.Trajectory(z, u.detach(), gamma.mean(1), score.square().mean(1).sqrt(), clipped)
+    rms = score.square().mean(1).sqrt()
+    return trajectory.Trajectory(z, u.detach(), gamma.mean(1), rms, clipped, torch.ones_like(rms))
 
 
 def value(energy, x):
@@ -151,7 +166,8 @@ def test_one_transition_is_the_operators(few_programs, kind):
     u, score = evaluator(energy)(z)
     out = trajectory.run(energy, z, **SETTINGS, steps=1)
     want, seen = ops.anisotropic_step(z, score, SETTINGS["threshold"], **without_threshold(SETTINGS), statistics=True)
-    for a, b in zip(out, (want, u, seen.gamma_mean, seen.score_rms, seen.clip_fraction), strict=True):
+    seen = (seen.gamma_mean, seen.score_rms, seen.clip_fraction, torch.ones_like(u))
+    for a, b in zip(out, (want, u, *seen), strict=True):
         torch.testing.assert_close(a, b, rtol=3e-5, atol=3e-5)
 
 
@@ -243,6 +259,262 @@ def test_huge_and_infinite_scores_move_a_step(few_programs):
         torch.testing.assert_close(length, torch.full_like(length, 0.5), rtol=1e-6, atol=1e-6)
 
 
+# ----------------------------------------------------------------------------------------------- accepted or rejected
+
+EXACT = dict(threshold=1.5, step_size=2.5, seed=(1 << 63) + 5, step=(1 << 33) - 4, steps=5)
+
+
+class Judged(NamedTuple):
+    """What `judged_one_by_one` finds."""
+
+    out: trajectory.Trajectory
+    accepted: torch.Tensor  #: (steps, B) bool
+    margin: torch.Tensor  #: (B,), the smallest |log alpha - log u| of a chain's transitions
+
+
+def judged_one_by_one(
+    energy, z, *, threshold, step_size, seed, step, steps, norm="element", offset=0,
+    ratio=reference.log_accept, uniform_step=0, stream=noise.Stream.ACCEPTANCE, element=0, noise_step=1, first=False,
+    carried=("energy", "score"), seen="before",
+):  # fmt: skip
+    """Metropolis transitions in float64 on the CPU. The last eight arguments make mutants of them."""
+    energy, z = copy.deepcopy(energy).double().cpu(), z.double().cpu()
+
+    def at(x):
+        x = x.clone().requires_grad_()
+        u = value(energy, x)
+        return u.detach(), -torch.autograd.grad(u.sum(), x)[0]
+
+    def proposal(z, score, t):
+        xi = noise.normal(z.shape, seed=seed, step=t, offset=offset, dtype=torch.float64)
+        return reference.anisotropic_step(z, score, threshold, step_size=step_size, norm=norm, noise=xi)
+
+    def seen_at(u, score):
+        found = reference.statistics(score, threshold, norm)
+        return dict(energy=u, gamma_mean=found.gamma_mean, score_rms=found.score_rms, clip_fraction=found.clip_fraction)
+
+    u, score = at(z)
+    y = z if first else proposal(z, score, step)
+    accepted, margin = [], []
+    for j in range(steps):
+        before, (new_u, new_score) = (u, score), at(y)
+        log_alpha = ratio(z, score, u, y, new_score, new_u, threshold, step_size=step_size, norm=norm)
+        place = dict(seed=seed, step=step + j + uniform_step, stream=stream, offset=offset + element)
+        log_u = noise.uniform(z.shape[:1], **place).double().log()
+        judged = reference.Judgement(log_alpha.isfinite() & (log_u < log_alpha), reference.acceptance(log_alpha))
+        z = judged.pick(y, z)
+        u = judged.pick(new_u, u) if "energy" in carried else new_u
+        score = judged.pick(new_score, score) if "score" in carried else new_score
+        y = proposal(z, score, step + j + noise_step)
+        accepted.append(judged.accepted)
+        margin.append((log_alpha - log_u).abs().nan_to_num(math.inf))
+    found = seen_at(*(before if seen == "before" else (u, score)))
+    out = trajectory.Trajectory(z=z, **found, acceptance=judged.acceptance)
+    return Judged(out, torch.stack(accepted), torch.stack(margin).amin(0))
+
+
+def only(out, which):
+    return trajectory.Trajectory(*(x[which.to(x.device)] for x in out))
+
+
+def check_adjusted(energy, z, **settings):
+    """The kernel's chains are those of the definition, but for the few with a decision that rounding could turn."""
+    before, want = z.clone(), judged_one_by_one(energy, z, **settings)
+    out = trajectory.run(energy, z, adjusted=True, **settings)
+    clear = want.margin > 1e-3
+    assert (~clear).sum() <= 1
+    assert_close(only(out, clear), only(want.out, clear), 3e-4)
+    assert torch.equal(z, before)
+    return want
+
+
+def with_slow(cases, slow):
+    """The cases, and those that take the interpreter long."""
+    return [*cases, *(pytest.param(*case, marks=pytest.mark.slow) for case in slow)]
+
+
+@pytest.mark.parametrize(("dim", "components", "norm"), with_slow(ADJUSTED_MIXTURES, SLOW_ADJUSTED_MIXTURES))
+def test_an_adjusted_mixture(poisoned, dim, components, norm):
+    want = check_adjusted(mixture(dim, components), chains(21, dim), norm=norm, **EXACT)
+    assert 0.1 < want.accepted.double().mean() < 0.97
+
+
+@pytest.mark.parametrize(
+    ("dim", "width", "depth", "features", "activation", "norm", "count", "rows"),
+    with_slow(ADJUSTED_NETWORKS, SLOW_ADJUSTED_NETWORKS),
+)
+def test_an_adjusted_network(poisoned, monkeypatch, dim, width, depth, features, activation, norm, count, rows):
+    monkeypatch.setattr("fastanila.kernels.mlp.PROGRAMS", -(-count // rows))
+    energy = mlp(dim, width, depth, features=features, activation=activation)
+    want = check_adjusted(energy, chains(count, dim), norm=norm, **EXACT)
+    assert count == 1 or 0.1 < want.accepted.double().mean() < 0.97
+
+
+def without_log_gamma(z, score, energy, y, new_score, new_energy, threshold, **settings):
+    sd, back = (reference.proposal(s, s, threshold, **settings).sd for s in (score, new_score))
+    right = reference.log_accept(z, score, energy, y, new_score, new_energy, threshold, **settings)
+    return right - (sd / back).log().sum(1)
+
+
+def without_energy(z, score, energy, y, new_score, new_energy, *rest, **settings):
+    return reference.log_accept(z, score, energy, y, new_score, energy, *rest, **settings)
+
+
+def energy_reversed(z, score, energy, y, new_score, new_energy, *rest, **settings):
+    return reference.log_accept(z, score, new_energy, y, new_score, energy, *rest, **settings)
+
+
+def another_threshold(z, score, energy, y, new_score, new_energy, threshold, **settings):
+    return reference.log_accept(z, score, energy, y, new_score, new_energy, 1.1 * threshold, **settings)
+
+
+def another_step_size(*tensors, step_size, norm):
+    return reference.log_accept(*tensors, step_size=1.1 * step_size, norm=norm)
+
+
+def stale_score(z, score, energy, y, new_score, new_energy, threshold, **settings):
+    return reference.log_accept(z, score, energy, y, score, new_energy, threshold, **settings)
+
+
+def backwards(z, score, energy, y, new_score, new_energy, threshold, **settings):
+    return -reference.log_accept(z, score, energy, y, new_score, new_energy, threshold, **settings)
+
+
+ADJUSTED_MUTANTS = {
+    "the next step's uniform": dict(uniform_step=1),
+    "the last step's uniform": dict(uniform_step=-1),
+    "the stream of the normals": dict(stream=noise.Stream.LANGEVIN),
+    "the next chain's uniform": dict(element=1),
+    "the same normals again": dict(noise_step=0),
+    "normals of a step too late": dict(noise_step=2),
+    "log gamma missing": dict(ratio=without_log_gamma),
+    "the energies missing": dict(ratio=without_energy),
+    "the energies' difference reversed": dict(ratio=energy_reversed),
+    "the ratio reversed": dict(ratio=backwards),
+    "judged by another threshold": dict(ratio=another_threshold),
+    "judged by another step size": dict(ratio=another_step_size),
+    "the reverse move by the score at z": dict(ratio=stale_score),
+    "always accepted": dict(ratio=lambda *a, **k: torch.zeros_like(a[2])),
+    "the first pass counts as a transition": dict(first=True),
+    "the energy of a refused place": dict(carried=("score",)),
+    "the score of a refused place": dict(carried=("energy",)),
+    "statistics of where the transition ends": dict(seen="after"),
+}
+
+
+def test_mutants_of_adjusted_transitions_are_told():
+    """By the comparison above, on its mixture and its network."""
+    for energy, z, norm in ((mixture(2), chains(21, 2), "element"), (mlp(2, features=64), chains(9, 2), "element")):
+        settings = EXACT | dict(norm=norm)
+        want = judged_one_by_one(energy, z, **settings)
+        clear = want.margin > 1e-3
+        for name, change in ADJUSTED_MUTANTS.items():
+            mutant = only(rounded(judged_one_by_one(energy, z, **settings | change).out), clear)
+            try:
+                assert_close(mutant, only(want.out, clear), 3e-4)
+            except AssertionError:
+                continue
+            pytest.fail(f"{name} is not told on a {type(energy).__name__}")
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("kind", ENERGIES)
+def test_adjusted_randomness_is_the_stream(few_programs, kind, dim):
+    """At any offset, step and seed, in numbers or tensors."""
+    energy, z = mixture(dim, 1) if kind == "mixture" else mlp(dim, 5, 1), chains(3, dim)
+    cases = ((-1, 0, 1), ((1 << 64) - 7, (1 << 56) - 3, (1 << 40) + 1))
+    for case, (seed, step, offset) in enumerate(cases):
+        settings = EXACT | dict(seed=seed, step=step, offset=offset, steps=2)
+        check_adjusted(energy, z, **settings)
+        if case == 0 and dim == 2:
+            tensors = {
+                name: torch.tensor(
+                    settings[name], device=DEVICE, dtype=torch.int64 if name in ("seed", "step") else torch.float32
+                )
+                for name in ("threshold", "step_size", "seed", "step")
+            }
+            some, other = (trajectory.run(energy, z, adjusted=True, **settings | x) for x in ({}, tensors))
+            assert all(map(torch.equal, some, other))
+
+
+ADJUSTED_SAMPLERS = {
+    "mala": MALA(2.0),
+    "element": AdjustedAniLA(1.0, 2.0),
+    "chain": AdjustedAniLA(1.0, 2.0, "chain"),
+}
+
+
+@pytest.mark.parametrize("kind", ENERGIES)
+@pytest.mark.parametrize("name", ADJUSTED_SAMPLERS)
+def test_an_exact_sampler_in_pieces_is_the_sampler_step_by_step(few_programs, monkeypatch, kind, name):
+    """Decisions and statistics, seen at every second transition; and at once."""
+    energy, z, sampler = ENERGIES[kind](2), chains(7, 2), ADJUSTED_SAMPLERS[name]
+    settings = dict(steps=4, seed=3, step=5, offset=2)
+    launches, run = [], trajectory.run
+    monkeypatch.setattr(trajectory, "run", lambda *a, **k: (launches.append(k["steps"]), run(*a, **k))[1])
+    infos, plain = [], []
+    watch = dict(callback_every=2, keep_every=2)
+    kept = sampler.run(energy, z, **settings, **watch, callback=infos.append)
+    assert launches == [2, 2]
+    with ops.plain():
+        want = sampler.run(energy, z, **settings, **watch, callback=plain.append, compile=False)
+    torch.testing.assert_close(kept, want, rtol=1e-4, atol=1e-4)
+    for a, b in zip(infos, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-4, atol=3e-4)
+    assert 0 < plain[-1].acceptance.min() < 1 and not torch.equal(kept[0], kept[1])
+    torch.testing.assert_close(sampler.run(energy, z, **settings), kept[-1], rtol=1e-5, atol=1e-5)
+
+
+def test_adapt_finds_the_same_step_size(few_programs):
+    energy, z = mixture(2, 1), chains(9, 2)
+    found = AdjustedAniLA(1.0, 2.0).adapt(energy, z, steps=6, seed=3)
+    with ops.plain():
+        plain = AdjustedAniLA(1.0, 2.0).adapt(energy, z, steps=6, seed=3, compile=False)
+    assert found.sampler.step_size == pytest.approx(plain.sampler.step_size, rel=1e-3)
+    torch.testing.assert_close(found.z, plain.z, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["element", "chain"])
+def test_what_is_not_finite_is_rejected(few_programs, norm):
+    def check(energy, z, sampler, acceptance=None):
+        settings, infos = dict(steps=2, seed=1, callback_every=2), ([], [])
+        out = sampler.run(energy, z, **settings, callback=infos[0].append)
+        with ops.plain():
+            want = sampler.run(energy, z, **settings, callback=infos[1].append, compile=False)
+        torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4, equal_nan=True)
+        torch.testing.assert_close(infos[0][0], infos[1][0], rtol=3e-4, atol=3e-4, equal_nan=True)
+        return out, infos[0][0].acceptance
+
+    sampler = AdjustedAniLA(2.0, 0.5, norm)
+    for energy in (mixture(3), mlp(3, 20, 2)):
+        z = chains(5, 3)
+        z[1, 2], z[3] = math.nan, 1e25  # whose energy is inf
+        out, acceptance = check(energy, z, sampler)
+        assert torch.equal(out[[1, 3]].nan_to_num(), z[[1, 3]].nan_to_num()) and (acceptance[[1, 3]] == 0).all()
+        z = chains(5, 3)
+        out, acceptance = check(energy, z, dataclasses.replace(sampler, threshold=math.inf, step_size=1e38))
+        assert torch.equal(out, z) and (acceptance == 0).all()  # proposals so far out that their energies overflow
+    z = torch.tensor([[3.0, -2.0, 0.5], [0.0, 0.0, 0.0]], device=DEVICE)
+    out, acceptance = check(mlp(3, 20, 1, confinement=3e38), z, sampler)  # the score is infinite where |x| > 1
+    assert torch.equal(out[0], z[0]) and acceptance[0] == 0
+
+
+@pytest.mark.parametrize("kind", ENERGIES)
+def test_adjusted_it_is_one_launch_of_new_tensors(monkeypatch, few_programs, kind):
+    from fastanila.kernels import mlp as networks
+    from fastanila.kernels import trajectory as mixtures
+
+    kernel = {"mixture": mixtures.mixture_kernel, "mlp": networks.mlp_kernel}[kind]
+    launches, run = [], kernel.run
+    monkeypatch.setattr(kernel, "run", lambda *a, **k: (launches.append(k["grid"]), run(*a, **k))[1])
+    energy, z = ENERGIES[kind](2), chains(3, 2).requires_grad_()
+    out = trajectory.run(energy, z, **EXACT, adjusted=True)
+    assert len(launches) == 1 and not any(x.requires_grad for x in out) and out.z.data_ptr() != z.data_ptr()
+    empty = trajectory.run(energy, torch.zeros(0, 2, device=DEVICE), **EXACT, adjusted=True)
+    assert empty.z.shape == (0, 2) and empty.acceptance.shape == (0,)
+    assert len(launches) == 1
+
+
 # ------------------------------------------------------------------------------------------------------------ the law
 
 
@@ -260,15 +532,18 @@ def test_the_law_of_short_chains():
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="takes the interpreter hours")
 def test_the_law_of_long_chains():
-    """AniLA's small-step law on N(0, 1), exp(-x^2/2) max(1, |x|/b): variance 1.42 at b = 1, not 1."""
+    """AniLA's small-step law on N(0, 1), exp(-x^2/2) max(1, |x|/b): variance 1.42 at b = 1, not 1; adjusted it is 1."""
     x = torch.linspace(-12, 12, 100001, dtype=torch.float64)
     density = torch.exp(-0.5 * x**2) * x.abs().clamp(min=1)
     want = ((density * x**2).sum() / density.sum()).item()
     energy = GaussianMixture(torch.zeros(1, 2, device=DEVICE))
-    settings = dict(threshold=1.0, step_size=0.02, noise_scale=1.0, seed=1, step=0, steps=2000)
-    out = trajectory.run(energy, torch.zeros(100_000, 2, device=DEVICE), **settings).z
+    settings = dict(threshold=1.0, seed=1, step=0, steps=2000)
+    start = torch.zeros(100_000, 2, device=DEVICE)
+    out = trajectory.run(energy, start, step_size=0.02, **settings).z
     assert want == pytest.approx(1.42, abs=0.01)
     assert out.var().item() == pytest.approx(want, rel=0.03)
+    exact = trajectory.run(energy, start, step_size=0.5, adjusted=True, **settings).z
+    assert exact.var().item() == pytest.approx(1.0, rel=0.02)  # six standard errors
 
 
 # ------------------------------------------------------------------------------------------ launches and registration
