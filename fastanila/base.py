@@ -30,7 +30,7 @@ from . import checks, noise
 from .calibration import calibrate
 from .energies import Evaluate, evaluator, for_chains, sampling
 from .reference import NORMS, REFRESHES, Proposal
-from .transitions import Info, State, chain_of
+from .transitions import Info, State, chain_of, whole_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +119,12 @@ class Sampler:
         checks.count("callback_every", callback_every)
         if keep_every is not None:
             checks.count("keep_every", keep_every)
+        if compile and steps and not (callback or keep_every or score):
+            # ahead of all that other ways need, which would take the host longer than the launch takes the device
+            placed = self.placed_on(z.device)
+            made = whole_run(placed, energy, z, steps=steps, seed=seed, step=step, offset=offset, mask=mask)
+            if made is not None:
+                return made
         watched = [every for every, wanted in ((callback_every, callback), (keep_every, keep_every)) if wanted]
         pieces = _pieces(steps, watched)
         whole = self.refresh == "transition" or len(pieces) <= 1
@@ -164,6 +170,12 @@ class Sampler:
     def numbers_on(self, device: torch.device | str | None) -> tuple[Tensor, ...]:
         """The number-valued settings, in the order of ``numbers``, as 0-dim float32 tensors on the device."""
         return tuple(_number(getattr(self, name), device) for name in self.numbers)
+
+    def placed_on(self, device: torch.device) -> Sampler:
+        """This sampler, its 0-dim tensors on the device as float32; numbers stay numbers."""
+        settings = {name: getattr(self, name) for name in self.numbers}
+        moved = {name: _number(x, device) for name, x in settings.items() if isinstance(x, Tensor)}
+        return dataclasses.replace(self, **moved) if moved else self
 
     def with_numbers(self, numbers: tuple[Tensor, ...]) -> Sampler:
         return dataclasses.replace(self, **dict(zip(self.numbers, numbers, strict=True)))

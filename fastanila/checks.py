@@ -9,7 +9,8 @@ import torch
 
 
 def count(name: str, value: int, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+    whole = type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
+    if not whole or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 

@@ -10,6 +10,8 @@ limited size, float32, on CUDA (or in Triton's interpreter); `supports` says for
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,7 +49,8 @@ def supports(energy, z: Tensor, *, mask: Tensor | None = None) -> bool:
 
 def refusal(energy, z: Tensor, *, mask: Tensor | None = None) -> str | None:
     """Why `run` does not take them, as a phrase; None where it does."""
-    return _unfit(energy, z, mask) or _too_large(energy, z)
+    found = _fitting(energy, z, mask)
+    return found if isinstance(found, str) else None
 
 
 def run(
@@ -95,9 +98,24 @@ def run(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what was expected; also where `supports` is False.
     """
-    reason = _unfit(energy, z, None)
-    if reason is not None:
-        raise ValueError(f"energy and z must be what fastanila.trajectory supports, but {reason}")
+    made = attempt(
+        energy, z, threshold=threshold, step_size=step_size, noise_scale=noise_scale, norm=norm, refresh=refresh,
+        bounds=bounds, adjusted=adjusted, seed=seed, step=step, steps=steps, offset=offset,
+    )  # fmt: skip
+    if isinstance(made, str):
+        raise ValueError(f"energy and z must be what fastanila.trajectory supports, but {made}")
+    out, statistics = made
+    return Trajectory(out, *statistics.unbind())
+
+
+def attempt(
+    energy, z: Tensor, *, threshold, step_size, noise_scale, norm: str, refresh: str, bounds, adjusted: bool,
+    seed, step, steps: int, offset: int, mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | str:  # fmt: skip
+    """`run` as (z, statistics (5, B)), or, as a phrase, why no kernel makes it."""
+    parts = _fitting(energy, z, mask)
+    if isinstance(parts, str):
+        return parts
     if norm not in reference.NORMS:
         raise ValueError(f"norm must be one of {', '.join(reference.NORMS)}, got {norm!r}")
     if refresh not in reference.REFRESHES:
@@ -109,31 +127,19 @@ def run(
     numbers = _numbers(z, threshold, step_size, noise_scale, seed, step, steps, offset)
     arguments = (*numbers, norm != "element", refresh == "update", bounds, bool(adjusted))
     z = z.detach().contiguous()
+    straight = ops.direct(z)
     if isinstance(energy, GaussianMixture):
-        out, statistics = torch.ops.fastanila.mixture_trajectory(
-            z, energy.means, energy.sd, energy.log_scale, *arguments
-        )
-    else:
-        layers = _linears(energy)
-        out, statistics = torch.ops.fastanila.mlp_trajectory(
-            z,
-            [layer.weight.detach() for layer in layers],
-            [layer.bias.detach() for layer in layers],
-            energy.head.weight.detach(),
-            energy.head.bias.detach(),
-            energy.projections,
-            float(energy.confinement),
-            _leak(energy),
-            *arguments,
-        )
-    return Trajectory(out, *statistics.unbind())
+        operator = _mixture_triton if straight else torch.ops.fastanila.mixture_trajectory
+        return operator(z, *parts.tensors, *arguments)
+    operator = _mlp_triton if straight else torch.ops.fastanila.mlp_trajectory
+    return operator(z, *parts.tensors, float(energy.confinement), parts.leak, *arguments)
 
 
 # --------------------------------------------------------------------------------------------------- what is supported
 
 
-def _unfit(energy, z: Tensor, mask: Tensor | None) -> str | None:
-    """What is wrong with the energy's type or structure, or with the chains; traced by torch.compile."""
+def _fitting(energy, z: Tensor, mask: Tensor | None) -> _Parts | str:
+    """What a launch reads of the energy; or, as a phrase, what no kernel takes. Traced by torch.compile."""
     if type(energy) not in (GaussianMixture, MLP):
         return f"energy is a {type(energy).__name__}, not a GaussianMixture or MLP"
     if z.device.type not in ("cuda", "cpu") or not ops.fused(z.device):
@@ -146,21 +152,98 @@ def _unfit(energy, z: Tensor, mask: Tensor | None) -> str | None:
         return f"z is {z.dtype}, not float32"
     if not 1 <= z.shape[1] <= MAX_DIM:
         return f"a state has {z.shape[1]} elements, not 1 to {MAX_DIM}"
-    tensors = [*energy.parameters(), *energy.buffers()]
-    if any(t.dtype != torch.float32 or t.device != z.device for t in tensors):
-        return "the energy's parameters are not all float32 on z's device"
     if torch.is_autocast_enabled(z.device.type):
         return "autocast is on"
+    parts = _parts(energy)
+    if parts.unfit is not None:
+        return parts.unfit
+    if parts.device != z.device:
+        return f"the energy's parameters are on {parts.device}, and z on {z.device}"
+    if parts.dim != z.shape[1]:
+        return f"the energy is of {parts.dim} elements, and z has {z.shape[1]}"
+    if isinstance(energy, MLP):
+        weights, *_, projections = parts.tensors
+        sizes = z.shape[1], len(weights[0]), len(weights), len(projections), len(z)
+        if _mlp.mlp_constants(*sizes, _shared_memory(z)) is None:
+            return "a layer of the energy exceeds the device's shared memory"
+    return parts
+
+
+class _Parts(NamedTuple):
+    """What a launch reads of an energy, and what of its structure, if anything, no kernel takes."""
+
+    unfit: str | None
+    device: torch.device | None = None
+    dim: int = 0  #: elements of a state
+    leak: float | None = None  #: the slope of the leaky ReLU, None for SiLU
+    #: of an MLP weights, biases, the head's weight and bias, projections; of a mixture means, sd, log_scale. Detached:
+    #: they share the parameters' memory
+    tensors: tuple = ()
+
+
+def _parts(energy: GaussianMixture | MLP) -> _Parts:
+    """Looked up once for each energy, and again whenever a part of it was exchanged or moved."""
+    if torch.compiler.is_compiling():
+        return _parts_of(energy)
+    known = _known.get(energy)
+    if known is None or _fingerprint((energy, *known.below)) != known.fingerprint:
+        modules = tuple(energy.modules())
+        known = _known[energy] = _Known(modules[1:], _fingerprint(modules), _parts_of(energy))
+    return known.parts
+
+
+class _Known(NamedTuple):
+    below: tuple[nn.Module, ...]  #: all modules but the energy itself, with whose life this knowledge ends
+    fingerprint: tuple
+    parts: _Parts
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+
+
+def _fingerprint(modules: Sequence[nn.Module]) -> tuple:
+    """Equal while every part is the same object, every tensor lies where it lay, and hooks and slopes are the same."""
+    found: list[float | None] = []
+    for m in modules:
+        found += map(id, m._modules.values())
+        for t in (*m._parameters.values(), *m._buffers.values()):
+            if t is not None:
+                found += (id(t), t.data_ptr())
+        found += (len(m._forward_hooks) + len(m._forward_pre_hooks), m.__dict__.get("negative_slope"))
+    return tuple(found)
+
+
+def _parts_of(energy: GaussianMixture | MLP) -> _Parts:
+    tensors = [*energy.parameters(), *energy.buffers()]
+    if any(t.dtype != torch.float32 or t.device != tensors[0].device for t in tensors):
+        return _Parts("the energy's parameters are not all float32 on z's device")
     if any(m._forward_hooks or m._forward_pre_hooks for m in energy.modules()):
-        return "the energy has forward hooks"
+        return _Parts("the energy has forward hooks")
     if isinstance(energy, GaussianMixture):
-        if energy.means.shape[1] != z.shape[1]:
-            return f"the energy is of {energy.means.shape[1]} elements, and z has {z.shape[1]}"
-        return None
-    return _unfit_network(energy, z.shape[1])
+        return _Parts(
+            None, energy.means.device, energy.means.shape[1], None, (energy.means, energy.sd, energy.log_scale)
+        )
+    unfit = _unfit_network(energy)
+    if unfit is not None:
+        return _Parts(unfit)
+    layers, activation = _linears(energy), energy.layers[1]
+    features = len(energy.projections)
+    return _Parts(
+        None,
+        energy.head.weight.device,
+        energy.projections.shape[1] if features else layers[0].in_features,
+        activation.negative_slope if isinstance(activation, nn.LeakyReLU) else None,
+        (
+            [layer.weight.detach() for layer in layers],
+            [layer.bias.detach() for layer in layers],
+            energy.head.weight.detach(),
+            energy.head.bias.detach(),
+            energy.projections,
+        ),
+    )
 
 
-def _unfit_network(energy: MLP, dim: int) -> str | None:
+def _unfit_network(energy: MLP) -> str | None:
     layers, activations = _linears(energy), list(energy.layers)[1::2]
     features = len(energy.projections)
     if any(type(layer) is not nn.Linear or layer.bias is None for layer in [*layers, energy.head]):
@@ -170,12 +253,11 @@ def _unfit_network(energy: MLP, dim: int) -> str | None:
     if len({getattr(a, "negative_slope", None) for a in activations}) != 1:
         return "the energy's activations differ"
     width = layers[0].out_features
-    if [layer.in_features for layer in layers] != [2 * features or dim] + [width] * (len(layers) - 1):
-        return f"the energy is not of {dim} elements or its layers differ in width"
+    inputs = [2 * features or layers[0].in_features] + [width] * (len(layers) - 1)
+    if [layer.in_features for layer in layers] != inputs:
+        return "the energy's layers differ in width"
     if any(layer.out_features != width for layer in layers) or energy.head.in_features != width:
         return "the energy's layers differ in width"
-    if features and energy.projections.shape[1] != dim:
-        return f"the energy is of {energy.projections.shape[1]} elements, and z has {dim}"
     if not 1 <= len(layers) <= MAX_DEPTH or width > MAX_WIDTH or features > MAX_FEATURES:
         return (
             f"the energy has {len(layers)} hidden layers of {width} units on {features} features, more than "
@@ -184,24 +266,8 @@ def _unfit_network(energy: MLP, dim: int) -> str | None:
     return None
 
 
-def _too_large(energy, z: Tensor) -> str | None:
-    if isinstance(energy, GaussianMixture):
-        return None
-    layers = _linears(energy)
-    sizes = z.shape[1], layers[0].out_features, len(layers), len(energy.projections), len(z)
-    if _mlp.mlp_constants(*sizes, _shared_memory(z)) is None:
-        return "a layer of the energy exceeds the device's shared memory"
-    return None
-
-
 def _linears(energy: MLP) -> list[nn.Module]:
     return list(energy.layers)[::2]
-
-
-def _leak(energy: MLP) -> float | None:
-    """The slope of the leaky ReLU, None for SiLU."""
-    activation = energy.layers[1]
-    return activation.negative_slope if isinstance(activation, nn.LeakyReLU) else None
 
 
 def _shared_memory(z: Tensor) -> int:
@@ -279,7 +345,7 @@ def _launched(
         fast=z.is_cuda and torch.version.hip is None,
     )  # fmt: skip
     if z.numel():
-        with torch.accelerator.device_index(z.device.index):  # Triton launches on the current device
+        with ops.launching_on(z.device):
             launch(out, statistics, options)
     return out, statistics
 

@@ -339,9 +339,21 @@ def _arithmetic() -> tuple[str, str]:
 def _whole_chain(sampler, energy, count, numbers, state, seed, step, offset=0, mask=None):
     """Of the state only z counts: energy and score are taken there anew, and the proposal is that of ``step`` again."""
     s = sampler.with_numbers(numbers)
-    out = trajectory.run(
-        energy, state.z, threshold=s.threshold, step_size=s.step_size, noise_scale=s.noise_scale, norm=s.norm,
-        refresh=s.refresh, bounds=s.bounds, adjusted=s.is_exact, seed=seed, step=step, steps=count, offset=offset,
+    out = trajectory.run(energy, state.z, **_settings(s), seed=seed, step=step, steps=count, offset=offset)
+    return State(out.z), Info(out.energy, out.score_rms, out.clip_fraction, out.gamma_mean, out.acceptance)
+
+
+def whole_run(sampler, energy, z: Tensor, *, steps: int, seed: int, step: int, offset: int, mask=None) -> Tensor | None:
+    """The chains after ``steps`` transitions, by a launch and nothing else; None where no kernel makes them."""
+    if not sampler.whole_chain:
+        return None
+    numbers = dict(seed=seed, step=step, steps=steps, offset=offset)
+    made = trajectory.attempt(energy, z, **_settings(sampler), **numbers, mask=mask)
+    return None if isinstance(made, str) else made[0]
+
+
+def _settings(s) -> dict:
+    return dict(
+        threshold=s.threshold, step_size=s.step_size, noise_scale=s.noise_scale, norm=s.norm, refresh=s.refresh,
+        bounds=s.bounds, adjusted=s.is_exact,
     )  # fmt: skip
-    info = Info(out.energy, out.score_rms, out.clip_fraction, out.gamma_mean, out.acceptance)
-    return State(out.z), info

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from .launching import Launcher
 from .philox import element_normals
 from .trajectory import (
     LANGEVIN_STREAM,
@@ -258,6 +259,11 @@ def mlp_constants(dim: int, width: int, depth: int, features: int, chains: int, 
     Few chains want few rows a program, for latency. Many want as many as registers bear without spilling: fewer with
     features, and where matrices pass through registers at every transition. None where not one matrix fits.
     """
+    return _mlp_constants(dim, width, depth, features, chains, shared, WARPS)
+
+
+@functools.lru_cache(maxsize=64)
+def _mlp_constants(dim, width, depth, features, chains, shared, warps_of_64):
     width_p2 = max(16, triton.next_power_of_2(width))  # tl.dot's smallest
     features_p2 = max(16, triton.next_power_of_2(features)) if features else 0
     hidden, first = width_p2 * width_p2, features_p2 * width_p2
@@ -269,7 +275,7 @@ def mlp_constants(dim: int, width: int, depth: int, features: int, chains: int, 
         held = _held(matrices, shared - _scratch(rows, width_p2, features_p2))
     if held < 0:
         return None
-    warps = 4 if rows <= 2 else 8 if max(width_p2, features_p2) > 64 else WARPS
+    warps = 4 if rows <= 2 else 8 if max(width_p2, features_p2) > 64 else warps_of_64
     constants = dict(
         DIM=dim, DIM_P2=triton.next_power_of_2(dim), WIDTH=width, WIDTH_P2=width_p2, DEPTH=depth,
         FEATURES=features, FEATURES_P2=features_p2, ROWS=rows, HELD=held,
@@ -306,12 +312,20 @@ def launch_mlp(
         raise ValueError(f"weights must fit {shared} bytes of shared memory, got layers of {len(weights[0])} units")
     constants, warps = sizes
     layers = [x for pair in zip(weights, biases, strict=True) for x in pair] + [None] * (6 - 2 * depth)
-    mlp_kernel[(triton.cdiv(chains, constants["ROWS"]),)](
-        z, *layers, head, head_bias, projections if len(projections) else None, out, statistics,
-        confinement, 0.0 if leak is None else leak, chains, *launch_numbers(bounds, **numbers),
-        **launch_constants(adjusted, bounds, frozen, chain_norm, fast, **numbers), SILU=leak is None, **constants,
+    _launch(
+        triton.cdiv(chains, constants["ROWS"]),
+        (
+            z, *layers, head, head_bias, projections if len(projections) else None, out, statistics,
+            confinement, 0.0 if leak is None else leak, chains, *launch_numbers(bounds, **numbers),
+        ),
+        dict(
+            **launch_constants(adjusted, bounds, frozen, chain_norm, fast, **numbers), SILU=leak is None, **constants,
+        ),
         num_warps=warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+_launch = Launcher(mlp_kernel)
 
 
 @functools.cache

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from .anisotropic import LANGEVIN_STREAM, scalar
+from .launching import Launcher
 from .metropolis import ACCEPTANCE_STREAM, log2
 from .philox import box_muller, element_normals, element_uniforms, joined_normals, words
 
@@ -320,12 +321,16 @@ def launch_mixture(z, means, sd, log_scale, out, statistics, *, adjusted, bounds
     ``numbers``: threshold, step_size, noise_scale, seed and step, each a number or a 0-dim tensor; steps and offset.
     """
     chains, dim = z.shape
-    mixture_kernel[(triton.cdiv(chains, MIXTURE_ROWS),)](
-        z, means, sd, log_scale, out, statistics, chains, len(means), *launch_numbers(bounds, **numbers),
-        **launch_constants(adjusted, bounds, frozen, chain_norm, fast, **numbers),
-        **mixture_constants(dim, len(means), adjusted),
+    _launch_mixture(
+        triton.cdiv(chains, MIXTURE_ROWS),
+        (z, means, sd, log_scale, out, statistics, chains, len(means), *launch_numbers(bounds, **numbers)),
+        launch_constants(adjusted, bounds, frozen, chain_norm, fast, **numbers)
+        | mixture_constants(dim, len(means), adjusted),
         num_warps=1, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+_launch_mixture = Launcher(mixture_kernel)
 
 
 # ----------------------------------------------------------------------------------------------- what launches share
