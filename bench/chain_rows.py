@@ -174,26 +174,30 @@ def cuda_chain_goals(chains: Chains) -> dict[str, dict[str, float]]:
         return {OURS: goals}
     compiled = list(compiled_ways(chains, torch.device("cuda")))
     loops = ("torchebm", "eager loop", "eager loop, Langevin")
-    captured = dict.fromkeys(loops, 20.0) | dict.fromkeys((way for way in compiled if way != _BY_HAND), 3.0)
+    captured = at_least(chains, whole=False)
+    of_captured = dict.fromkeys(loops, min(20.0, captured.eager))
+    of_captured |= dict.fromkeys((way for way in compiled if way != _BY_HAND), min(3.0, captured.launched))
     if not in_one_kernel(chains):
-        return {OURS: goals | captured}
-    # ten times, or as much as launches, bytes and products allow where that is less: see `limits`
-    least = at_least_over_whole_chains(chains)
+        return {OURS: goals | of_captured}
+    whole = at_least(chains, whole=True)
     goals |= {
-        way: min(10.0, least.captured if way == _BY_HAND or "reduce-overhead" in way else least.launched)
+        way: min(10.0, whole.captured if way == _BY_HAND or "reduce-overhead" in way else whole.launched)
         for way in compiled
     }
     if chains.shape in ((64, 8), (1024, 2)):
-        goals |= dict.fromkeys(loops, 100.0)
-    return {OURS: goals} if chains.network == "mixture" else {OURS: goals, CAPTURED: captured}
+        goals |= dict.fromkeys(loops, min(100.0, whole.eager))
+    return {OURS: goals} if chains.network == "mixture" else {OURS: goals, CAPTURED: of_captured}
 
 
-def at_least_over_whole_chains(chains: Chains) -> limits.Rivals:
-    """How many times a whole-chain kernel's time torch.compile takes at the least, by what each has to do."""
+def at_least(chains: Chains, whole: bool) -> limits.Least:
+    """How many times our time others take at the least, by what each has to do: a goal beyond it could not be met.
+
+    ``whole``: our time is that of the whole-chain kernel, else of transitions captured as one CUDA graph.
+    """
     if chains.network == "mixture":
         return limits.over_whole_mixture(chains.steps)
     width = int(chains.network.partition("-")[2])
-    return limits.over_whole_mlp(*chains.shape, width, chains.steps)
+    return (limits.over_whole_mlp if whole else limits.over_captured_mlp)(*chains.shape, width, chains.steps)
 
 
 def cpu_chain_goals(chains: Chains) -> dict[str, float]:

@@ -17,6 +17,8 @@ LANES = 132 * 128 * 1.755e9  #: instructions of single threads a second, one pro
 NODE = 1.3e-6
 #: Seconds of the host to launch one kernel: what `torch.add` takes.
 LAUNCH = 4.7e-6
+#: Seconds of such a host that a transition of an eager loop takes, of a small network with its gradient.
+EAGER = 650e-6
 #: Seconds of such a host that one `run` on a whole-chain kernel may take: 32 launches, for one that it needs.
 RUN = 150e-6
 #: Instructions that the whole-chain kernel of an MLP takes for one product of its matrices: `bench.sass` counts 6,812
@@ -42,8 +44,30 @@ def eager_over_step() -> float:
 
 # ------------------------------------------------------------------------------------------------------- whole chains
 
-#: Kernels a transition by torch.compile, as the graphs captured from it have them.
-MLP_NODES, MIXTURE_NODES = 12, 3
+
+class Kernels(NamedTuple):
+    """What a transition of an MLP's chain takes beside its four products, two forward and two back."""
+
+    hidden: int  #: that pass over a hidden layer: activations, their derivatives, the head
+    small: int  #: over states and energies
+
+    @property
+    def nodes(self) -> int:
+        return 4 + self.hidden + self.small
+
+
+COMPILED = Kernels(hidden=5, small=3)  #: by torch.compile
+OURS = Kernels(hidden=3, small=1)  #: where the step is one of them and takes the gradient as it is
+#: Of the mixture by torch.compile, all of them small.
+MIXTURE_NODES = 3
+
+
+class Least(NamedTuple):
+    """How many times our run's time other ways take at the least."""
+
+    eager: float  #: the loop by hand
+    launched: float  #: torch.compile, its kernels launched one by one by the host
+    captured: float  #: torch.compile, all transitions captured as one CUDA graph
 
 
 def mlp_products(dim: int, width: int, depth: int = 2) -> int:
@@ -57,12 +81,10 @@ def whole_mlp_run(chains: int, dim: int, width: int, steps: int) -> float:
     return max(RUN, steps * issue)
 
 
-def captured_mlp_run(chains: int, dim: int, width: int, steps: int) -> float:
-    """Seconds of the same by torch.compile, captured as one CUDA graph.
+def captured_mlp_run(kernels: Kernels, chains: int, dim: int, width: int, steps: int) -> float:
+    """Seconds of the same captured as one CUDA graph of such kernels, two hidden layers deep.
 
-    Of MLP_NODES kernels a transition four are products, two forward and two back; of the others five pass over the
-    hidden layers (two activations, two of their derivatives, the head), the rest over states and energies. Each takes
-    a node's time, or what its products or its bytes (every tensor read or written once) take.
+    Each takes a node's time, or what its products or its bytes (every tensor read or written once) take.
     """
     hidden, state = 4 * chains * width, 4 * chains * dim
 
@@ -71,25 +93,27 @@ def captured_mlp_run(chains: int, dim: int, width: int, steps: int) -> float:
 
     outer = node(hidden + state, chains * dim * width)
     inner = node(2 * hidden, chains * width * width)
-    transition = 2 * outer + 2 * inner + 5 * node(2 * hidden) + 3 * node(3 * state)
-    return steps * transition
+    return steps * (2 * outer + 2 * inner + kernels.hidden * node(2 * hidden) + kernels.small * node(3 * state))
 
 
-class Rivals(NamedTuple):
-    """How many times our run's time torch.compile takes at the least."""
-
-    captured: float  #: all transitions captured as one CUDA graph
-    launched: float  #: its kernels launched one by one by the host
-
-
-def over_whole_mlp(chains: int, dim: int, width: int, steps: int) -> Rivals:
-    ours, captured = (run(chains, dim, width, steps) for run in (whole_mlp_run, captured_mlp_run))
-    return Rivals(captured / ours, max(captured, steps * MLP_NODES * LAUNCH) / ours)
+def least_over(ours: float, chains: int, dim: int, width: int, steps: int) -> Least:
+    """Of an MLP's chain, whose run takes us that many seconds."""
+    captured = captured_mlp_run(COMPILED, chains, dim, width, steps)
+    launched = max(captured, steps * COMPILED.nodes * LAUNCH)
+    return Least(max(captured, steps * EAGER) / ours, launched / ours, captured / ours)
 
 
-def over_whole_mixture(steps: int) -> Rivals:
+def over_whole_mlp(chains: int, dim: int, width: int, steps: int) -> Least:
+    return least_over(whole_mlp_run(chains, dim, width, steps), chains, dim, width, steps)
+
+
+def over_captured_mlp(chains: int, dim: int, width: int, steps: int) -> Least:
+    return least_over(captured_mlp_run(OURS, chains, dim, width, steps), chains, dim, width, steps)
+
+
+def over_whole_mixture(steps: int) -> Least:
     """Of the mixture all kernels are small, and our one launch is bound by the host."""
-    return Rivals(*(steps * MIXTURE_NODES * each / RUN for each in (NODE, LAUNCH)))
+    return Least(*(steps * each / RUN for each in (EAGER, MIXTURE_NODES * LAUNCH, MIXTURE_NODES * NODE)))
 
 
 # ------------------------------------------------------------------------------------------------------------ ConvNet

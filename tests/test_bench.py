@@ -81,6 +81,7 @@ def test_the_goals_are_the_issues():
     assert cuda["mlp-128, 1,024 x 2 x 100, float32"][OURS]["torchebm"] == 100
     assert cuda["mlp-128, 1,024 x 2 x 100, float32"][CAPTURED]["torchebm"] == 20
     assert cuda["mlp-64, 16,384 x 2 x 100, float32"][CAPTURED]["torch.compile"] == 3
+    assert cuda["mlp-128, 16,384 x 2 x 100, float32"][CAPTURED]["torch.compile"] < 2  # products that both make
     assert cuda["mlp-64, 1,024 x 2 x 100, float32"][OURS]["torch.compile, reduce-overhead, rand4x"] == 10
     assert "torch.compile, captured by hand" not in cuda["mlp-64, 64 x 8 x 50, float32"][CAPTURED]
     assert cuda["mlp-64, 1,024 x 128 x 200, float32"].keys() == {OURS}  # captured by itself
@@ -152,10 +153,20 @@ def test_the_limits_of_whole_chains():
     assert limits.whole_mlp_run(1024, 2, 64, 100) == limits.RUN < limits.whole_mlp_run(16384, 2, 64, 100)
     # of few chains both sides are bound by launches: 12 nodes a transition against one run's time on the host
     assert few.captured == pytest.approx(100 * 12 * limits.NODE / limits.RUN)
+    assert few.launched == pytest.approx(100 * 12 * limits.LAUNCH / limits.RUN)
     # of many, ours is bound by its instructions: products of 16,384 states, 1.7 instructions each
-    assert many.captured * limits.whole_mlp_run(16384, 2, 64, 100) == limits.captured_mlp_run(16384, 2, 64, 100)
     assert limits.whole_mlp_run(16384, 2, 64, 100) == pytest.approx(100 * 16384 * 8576 * 1.7 / limits.LANES)
-    assert many.captured < few.captured < few.launched
+    assert many.captured < few.captured < few.launched < few.eager
+
+
+def test_the_limits_of_captured_chains():
+    assert limits.COMPILED.nodes == 12 and limits.OURS.nodes == 8
+    assert limits.over_captured_mlp(64, 8, 64, 50).captured == pytest.approx(12 / 8)  # all of them small
+    # wide ones are bound by products (here inner ones alone) and bytes, which no capture saves
+    wide = limits.captured_mlp_run(limits.Kernels(0, 0), 1 << 20, 2, 128, 1)
+    assert wide == pytest.approx(
+        2 * (1 << 20) * 128 * 128 / limits.LANES + 2 * 4 * (1 << 20) * (128 + 2) / limits.BANDWIDTH
+    )
 
 
 def test_the_convnets_bytes_and_products_are_its_layers():
