@@ -136,7 +136,19 @@ class Chains:
 
     def ours_captured(self, kind: str, device: torch.device) -> Way:
         """The same less the whole-chain kernel, which `run` takes by itself where it can: CUDA graphs, on CUDA."""
-        sampler, energy, z = self.sampler(kind), self.energy(device), self.start(device)
+        return self._captured(self.sampler(kind), self.energy(device), device)
+
+    def exact(self, device: torch.device, compile: bool = True) -> Way:
+        """The public face of adjusted AniLA, for the law and at the steps of `ours`."""
+        sampler, energy, z = self.with_norm("element", adjusted=True), self.tempered(device), self.start(device)
+        return self.at_precision(lambda: sampler.run(energy, z, steps=self.steps, seed=0, compile=compile))
+
+    def exact_captured(self, device: torch.device) -> Way:
+        """As `ours_captured` is to `ours`."""
+        return self._captured(self.with_norm("element", adjusted=True), self.tempered(device), device)
+
+    def _captured(self, sampler: Sampler, energy: nn.Module, device: torch.device) -> Way:
+        z = self.start(device)
 
         def run():
             with torch.no_grad(), sampling(energy):
@@ -146,11 +158,6 @@ class Chains:
                 return chain(self.steps, numbers, state, seed, step)[0].z
 
         return self.at_precision(run)
-
-    def exact(self, device: torch.device, compile: bool = True) -> Way:
-        """The public face of adjusted AniLA, for the law and at the steps of `ours`."""
-        sampler, energy, z = self.with_norm("element", adjusted=True), self.tempered(device), self.start(device)
-        return self.at_precision(lambda: sampler.run(energy, z, steps=self.steps, seed=0, compile=compile))
 
     def tempered(self, device: torch.device) -> nn.Module:
         """The energy at the chains' temperature: what an exact sampler is given, which has no noise scale."""

@@ -108,7 +108,9 @@ def test_the_default_job_and_exact_chains_have_rows(kind):
     ):
         with contextlib.ExitStack() as closing:
             ways = found[work].build(torch.device(kind), closing)
-        assert [*ways] == [OURS, chain_rows.UNADJUSTED, chain_rows.PLAIN, chain_rows.MALA_BY_HAND]
+        assert {OURS, chain_rows.UNADJUSTED, chain_rows.MALA_BY_HAND} <= set(ways)
+        assert (chain_rows.PLAIN in ways) == (kind == "cpu" or work.startswith("one update"))
+        assert (CAPTURED in ways) == (kind == "cuda" and work.startswith("exact"))
     assert "one update, rings, K=60" in found
 
 
