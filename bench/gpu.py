@@ -206,26 +206,30 @@ def main(argv: list[str] | None = None) -> int:
     good = True
     for i, phase in enumerate(phases):
         began, seconds = time.monotonic(), clock.share(phase, SHARES, phases[i:])
-        if phase == "smoke":
-            if device.type == "cuda":
-                found = run_smoke(seconds, arguments.parts, files["findings"], files["smoke"])
-            else:
-                found = {"outcome": "skipped"}
-            kept.update(smoke=found)
-            print(f"smoke: {json.dumps(found)}", flush=True)
-            good &= found["outcome"] in ("passed", "skipped")
-        elif phase == "tests":
-            found = gpu_tests.run_tests(seconds, files["junit"], files["tests"])
-            kept.update(tests=found)
-            print(f"tests marked gpu: {json.dumps(found)}", flush=True)
-            good &= found["outcome"] in ("passed", "skipped")
-        else:
-            good &= run_table(Clock(seconds), arguments, kept, files["table"])
-            print(f"{report.markdown(kept.lines(), on)}\n\n{record.summary(kept.read())}")
+        good &= run_phase(phase, seconds, arguments, kept, files)
         print(f"{phase}: {time.monotonic() - began:.0f} of {seconds:.0f} s", flush=True)
     late = skipped(kept.lines()) if "table" in phases else []
     print(f"{path}; skipped, out of time: {', '.join(late)}" if late else path)
     return int(not good)
+
+
+def run_phase(
+    phase: str, seconds: float, arguments: argparse.Namespace, kept: Record, files: dict[str, Path]
+) -> bool:  # fmt: skip
+    """Run it, keep what it finds, and print that; whether nothing failed."""
+    if phase == "table":
+        good = run_table(Clock(seconds), arguments, kept, files["table"])
+        print(f"{report.markdown(kept.lines(), kept.on)}\n\n{record.summary(kept.read())}")
+        return good
+    if phase == "tests":
+        found = gpu_tests.run_tests(seconds, files["junit"], files["tests"])
+    elif kept.device_type == "cuda":
+        found = run_smoke(seconds, arguments.parts, files["findings"], files["smoke"])
+    else:
+        found = {"outcome": "skipped"}
+    kept.update(**{phase: found})
+    print(f"{phase}: {json.dumps(found)}", flush=True)
+    return found["outcome"] in ("passed", "skipped")
 
 
 def parser() -> argparse.ArgumentParser:
