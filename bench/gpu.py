@@ -1,155 +1,261 @@
-"""Everything that needs a GPU, against a clock: `python -m bench.gpu [--budget 540] [--no-tests] [--rows step ...]`.
+"""Everything that needs a GPU, against a clock: `python -m bench.gpu [--budget 540] [--out DIR]`.
 
-Runs the tests marked gpu, then the table, of which it skips what it has no time left for. After every row it writes one
-JSON to bench/results/ and the table into bench/RESULTS.md, so that a run that is cut short leaves what it measured.
-Exits with 1 if a test or one of the ways failed. A call without the tests, or for some groups of rows only, keeps what
-the JSON holds of the others, if it is of the same machine and versions. Without a GPU it makes the CPU's rows, and the
-tests are reported as skipped.
+Three phases, each for a share of the seconds, what one leaves going to the next:
+
+* smoke, 40 %: `bench.smoke`, in processes of their own. All its parts at once, untimed, which check the numbers and the
+  captures and fill the caches; then those that take times, by themselves.
+* tests, 35 %: the tests marked gpu (`bench.gpu_tests`), their tracebacks kept.
+* table, 25 %: `bench.table`, group by group, each in a process of its own. One that dies loses the row it was at, and
+  another goes on with the rest. Every row is kept when it is done, so a run that is cut short leaves what it measured.
+
+For a GPU that is held for minutes, it goes in two calls, the second at once after the first, while its caches are warm:
+
+    python -m bench.gpu --no-table --budget 420 --out $OUT --results $OUT/RESULTS.md
+    python -m bench.gpu --no-smoke --no-tests --budget 290 --out $OUT --results $OUT/RESULTS.md
+
+It runs from a bare checkout, needs no package beside torch, triton, numpy and pytest for most of it (pytest-xdist for
+speed), and reaches for no network. All that it writes lies in --out, in at most eight files: those of FILES, one JSON
+named after the machine with all results, and a copy of bench/RESULTS.md if --results is a file there that is not yet.
+A later call, with fewer phases or for some groups of rows only, keeps what the JSON holds of the others, if it is of
+the same machine and versions; where --out has no such JSON, it goes on from the one in --earlier.
+
+Its exit code is 1 if a check, a test or one of the ways failed. Without a GPU it makes the CPU's rows, the tests are
+reported as skipped, and so is smoke.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
+import argparse
 import json
-import os
-import re
+import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from . import report, table
-from .report import Line
-from .row import GROUPS
+from . import gpu_tests, record, report, smoke, table
+from .processes import Command, Ended, run, run_together
+from .record import Record
 
-ROOT = Path(__file__).resolve().parent.parent
-_RESERVE = 20.0  # seconds for a way that was begun when the budget ran out
-_FOR_TESTS = 0.5  # of the budget at most
-_WORKERS = 8  # processes of tests, where pytest-xdist is installed
-_GRACE = 15.0  # seconds for pytest to write its report when it is stopped
-_NOT_RUN = {"outcome": "not run"}
-
-
-def run_tests(seconds: float) -> dict:
-    """The tests marked gpu in processes of their own: how many ended how, and which failed."""
-    options, environment = [], dict(os.environ)
-    if importlib.util.find_spec("xdist") is not None:
-        options = ["-n", str(_WORKERS)]
-        environment |= {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # or each takes all cores
-    with tempfile.TemporaryDirectory() as folder:
-        junit = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *options, f"--junitxml={junit}", "tests"]
-        began = time.monotonic()
-        code, output, stopped = run_for(seconds, command, environment)
-        found = {"exit": code, "seconds": round(time.monotonic() - began, 1)}
-        if junit.exists():
-            found |= outcome(junit.read_text(encoding="utf-8"), code)
-        else:
-            found |= {"outcome": "no report", "output": output[-2000:]}
-        return found | ({"outcome": f"stopped after {seconds:.0f} s"} if stopped else {})
+#: What it may write into --out beside the report, which is named after the machine, and RESULTS.md.
+FILES = {
+    "findings": "gpu-smoke.jsonl",  # of smoke, a line of JSON each
+    "smoke": "gpu-smoke.txt",  # its tracebacks and profiles
+    "junit": "gpu-tests.xml",
+    "tests": "gpu-tests.txt",  # pytest's output
+    "table": "gpu-table.txt",  # what the table's processes printed
+}
+SHARES = {"smoke": 0.40, "tests": 0.35, "table": 0.25}
+#: Of the table's time, in the order in which the groups are taken.
+GROUP_SHARES = {
+    "step": 0.18, "chains": 0.27, "update": 0.2, "convnet": 0.23, "host": 0.03, "noise": 0.03, "startup": 0.06,
+}  # fmt: skip
+#: Of the smoke's time, for its parts at once.
+_AT_ONCE = 0.5
+#: What each of these many processes may compile with meanwhile.
+_FEW_THREADS = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+_RESERVE = 30.0  #: seconds of the budget that no phase gets: for a process that has to be stopped, and then killed
+_OVER = 15.0  #: seconds that a process of the table has beyond its own budget, for a way that it has begun
+_TO_START = 5.0  #: seconds that it takes until its budget counts
+_RESULTS = Path(__file__).parent / "results"
+_PYTHON = (sys.executable, "-m")
 
 
-def run_for(seconds: float, command: Sequence[str], environment: dict[str, str]) -> tuple[int, str, bool]:
-    """(exit code, output, whether it was stopped): as by Ctrl-C when the time is over, and killed if it goes on."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=seconds)
-        return process.returncode, output, False
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-    try:
-        output, _ = process.communicate(timeout=_GRACE)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # a session of its own, so that its workers go with it
-        output, _ = process.communicate()
-    return process.returncode, output, True
+class Clock:
+    """The time until a deadline, shared out among what is still to come."""
+
+    def __init__(self, seconds: float):
+        self.deadline = time.monotonic() + seconds
+
+    def left(self) -> float:
+        return max(self.deadline - time.monotonic(), 0.0)
+
+    def share(self, name: str, shares: dict[str, float], to_come: Sequence[str]) -> float:
+        """Seconds for ``name``, the first of those to come."""
+        return self.left() * shares[name] / sum(shares[each] for each in to_come)
 
 
-def outcome(junit: str, code: int) -> dict:
-    """The counts of a JUnit report; ``code`` is pytest's exit code, of which 5 is "no test was found"."""
-    suites = list(ElementTree.fromstring(junit).iter("testsuite"))
-    counts = {k: sum(int(suite.get(k, 0)) for suite in suites) for k in ("tests", "failures", "errors", "skipped")}
-    broken = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for suite in suites
-        for case in suite.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
+# --------------------------------------------------------------------------------------------------------------- smoke
+
+
+def run_smoke(seconds: float, parts: Sequence[str], findings: Path, errors: Path) -> dict:
+    """The parts at once, untimed; then those that take times, one after the other."""
+    for path in (findings, errors):
+        path.unlink(missing_ok=True)
+
+    def command(part: str, *options: str, **environment: str) -> Command:
+        return Command([*_PYTHON, "bench.smoke", part, *options], findings, errors, environment)
+
+    clock = Clock(seconds)
+    at_once = run_together([command(part, "--untimed", **_FEW_THREADS) for part in parts], _AT_ONCE * seconds)
+    ended = dict(zip(parts, at_once, strict=True))
+    printed = show(findings, 0)
+    timed = [part for part in parts if part in smoke.TIMED]
+    for i, part in enumerate(timed):
+        ended[part] = run(command(part), clock.left() / (len(timed) - i))
+        printed = show(findings, printed)
+    told = {part: dict(outcome=outcome(each), seconds=round(each.seconds, 1)) for part, each in ended.items()}
+    failed = [part for part, each in told.items() if each["outcome"] != "passed"]
+    return {"outcome": "failed" if failed else "passed", "failed": failed, "parts": told}
+
+
+def outcome(ended: Ended) -> str:
+    if ended.stopped:
+        return f"stopped after {ended.seconds:.0f} s"
+    return {0: "passed", 1: "failed"}.get(ended.code, f"ended with {ended.code}")
+
+
+def show(path: Path, printed: int) -> int:
+    """Print what has come to a file since it had so many bytes; its bytes now."""
+    with path.open("rb") as file:
+        file.seek(printed)
+        new = file.read()
+    print(new.decode(errors="replace"), end="", flush=True)
+    return printed + len(new)
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def run_table(clock: Clock, arguments: argparse.Namespace, kept: Record, output: Path) -> bool:
+    """The groups, each in a process of its own; whether all their ways succeeded."""
+    output.unlink(missing_ok=True)
+    groups = [group for group in GROUP_SHARES if group in arguments.rows]
+    codes = []
+    for i, group in enumerate(groups):
+        seconds = clock.share(group, GROUP_SHARES, groups[i:])
+        codes += run_group(group, seconds, group_argv(group, arguments, kept), kept, output)
+    return all(code == 0 for code in codes)
+
+
+def group_argv(group: str, arguments: argparse.Namespace, kept: Record) -> list[str]:
+    quick = ["--quick"] if arguments.quick else []
+    return [
+        *_PYTHON, "bench.table", "--device", arguments.device, "--seconds", str(arguments.seconds), *quick,
+        "--json", str(kept.json), "--write", str(kept.results), "--rows", group,
+    ]  # fmt: skip
+
+
+def run_group(group: str, seconds: float, argv: Sequence[str], kept: Record, output: Path) -> list[int]:
+    """A group's rows, for about so many seconds: by one process, or as many as it takes, where one dies.
+
+    A row is marked ahead of being timed, and stays marked as failed if its process dies in it; the next process takes
+    those that were not come to. The exit codes.
+    """
+    clock, works, codes = Clock(seconds), [], []
+    while True:
+        only = ["--works", *works] if works else []
+        left = clock.left()
+        budget = max(left - _TO_START, 0.0)
+        ended = run(Command([*argv, "--budget", f"{budget:.1f}", *only], output), left + _OVER)
+        codes.append(1 if ended.stopped else ended.code)
+        print(f"table, {group}: {outcome(ended)}, {ended.seconds:.0f} s", flush=True)
+        if ended.stopped:
+            renote(kept, group, {table.RUNNING: "failed: stopped, for it went on when its time was over"})
+        before, works = works, left_over(kept, group)
+        if ended.stopped or not works:
+            return codes
+        if works == before or not clock.left():
+            renote(kept, group, {table.NOT_REACHED: f"failed: the process ahead of it ended with {ended.code}"})
+            return codes
+
+
+def left_over(kept: Record, group: str) -> list[str]:
+    """The works of the group that no process has come to."""
+    mark = (group, kept.device_type, table.NOT_REACHED)
+    return list(dict.fromkeys(line.work for line in kept.lines() if (line.group, line.device, line.note) == mark))
+
+
+def renote(kept: Record, group: str, notes: dict[str, str]) -> None:
+    lines = [
+        line if line.group != group else report.with_note(line, notes.get(line.note, line.note))
+        for line in kept.lines()
     ]
-    if broken or code not in (0, 5):
-        verdict = "failed"
-    else:
-        verdict = "passed" if counts["tests"] > counts["skipped"] else "skipped"
-    return {"outcome": verdict, **counts, "broken": broken}
+    kept.update(**report.as_json(lines, kept.on))
 
 
-def earlier(path: Path, on: dict) -> dict:
-    """The report that an earlier call left, if it is of the same machine and versions; else one of nothing."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found if found.get("machine") == on else {"lines": [], "tests": _NOT_RUN}
+# ------------------------------------------------------------------------------------------------------------- the run
 
 
-def joined(kept: Sequence[Line], lines: Sequence[Line]) -> list[Line]:
-    """The lines, and those kept of groups that they do not touch, in the table's order."""
-    touched = {line.group for line in lines}
-    both = [*[line for line in kept if line.group not in touched], *lines]
-    return sorted(both, key=lambda line: GROUPS.index(line.group))
-
-
-def summary(tests: dict) -> str:
-    counts = [f"{tests[k]} {k}" for k in ("tests", "failures", "errors", "skipped") if tests.get(k)]
-    return ": ".join(filter(None, (f"Tests marked gpu: {tests['outcome']}", ", ".join(counts)))) + "."
+def begun(results: Path, device_type: str) -> None:
+    """Make the file of the table if it is not there, from bench/RESULTS.md. Raises ValueError if it has no place for
+    this table."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    if not results.exists():
+        shutil.copy(report.RESULTS, results)
+    report.check(device_type, results)
 
 
 def main(argv: list[str] | None = None) -> int:
-    made = table.parser(__doc__.splitlines()[0])
-    made.add_argument("--budget", type=float, default=540.0, help="seconds for all of it")
-    made.add_argument("--no-tests", action="store_true", help="the table alone")
-    made.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON")
-    made.add_argument("--results", type=Path, default=report.RESULTS, help="file whose table is replaced")
-    made.set_defaults(seconds=4.0)
-    arguments = made.parse_args(argv)
-    began = time.monotonic()
+    arguments = parser().parse_args(argv)
+    clock = Clock(max(arguments.budget - _RESERVE, 0.0))
     device = torch.device(arguments.device)
     on = report.machine(device)
-    name = re.sub(r"[^a-z0-9]+", "-", f"{device.type} {on['device']}".lower()).strip("-")
-    path = arguments.out / f"{name}.json"
-    before = earlier(path, on)
-    tests = before["tests"] if arguments.no_tests else run_tests(_FOR_TESTS * arguments.budget)
-    print(f"tests marked gpu: {json.dumps(tests)}", flush=True)
-    kept = report.lines_of_json(before["lines"])
     arguments.out.mkdir(parents=True, exist_ok=True)
+    begun(arguments.results, device.type)
+    path = arguments.out / record.name_of(device.type, on)
+    if not path.exists() and (arguments.earlier / path.name).exists():
+        shutil.copy(arguments.earlier / path.name, path)
+    kept = Record(path.resolve(), arguments.results.resolve(), device.type, on)
+    files = {name: (arguments.out / file).resolve() for name, file in FILES.items()}
 
-    def keep(lines: list[Line]) -> None:
-        everything = joined(kept, lines)
-        found = report.as_json(everything, on) | {
-            "tests": tests, "skipped": skipped(everything), "seconds": round(time.monotonic() - began, 1),
-        }  # fmt: skip
-        report.replace(path, report.dumped(found))
-        report.write(f"{report.markdown(everything, on)}\n\n{summary(tests)}", device.type, arguments.results)
-
-    lines = table.table(arguments, until=began + arguments.budget - _RESERVE, keep=keep)
-    print(f"{report.markdown(lines, on)}\n\n{summary(tests)}")
-    left = skipped(lines)
-    late = f"; skipped, out of time: {', '.join(left)}" if left else ""
-    print(f"{time.monotonic() - began:.0f} s; {path}{late}")
-    return int(table.failed(lines) or tests["outcome"] not in ("passed", "skipped", "not run"))
+    phases = [phase for phase in SHARES if not getattr(arguments, f"no_{phase}")]
+    good = True
+    for i, phase in enumerate(phases):
+        began, seconds = time.monotonic(), clock.share(phase, SHARES, phases[i:])
+        good &= run_phase(phase, seconds, arguments, kept, files)
+        print(f"{phase}: {time.monotonic() - began:.0f} of {seconds:.0f} s", flush=True)
+    late = skipped(kept.lines()) if "table" in phases else []
+    print(f"{path}; skipped, out of time: {', '.join(late)}" if late else path)
+    return int(not good)
 
 
-def skipped(lines: Sequence[Line]) -> list[str]:
+def run_phase(
+    phase: str, seconds: float, arguments: argparse.Namespace, kept: Record, files: dict[str, Path]
+) -> bool:  # fmt: skip
+    """Run it, keep what it finds, and print that; whether nothing failed."""
+    if phase == "table":
+        good = run_table(Clock(seconds), arguments, kept, files["table"])
+        print(f"{report.markdown(kept.lines(), kept.on)}\n\n{record.summary(kept.read())}")
+        return good
+    if phase == "tests":
+        found = gpu_tests.run_tests(seconds, files["junit"], files["tests"])
+    elif kept.device_type == "cuda":
+        found = run_smoke(seconds, arguments.parts, files["findings"], files["smoke"])
+    else:
+        found = {"outcome": "skipped"}
+    kept.update(**{phase: found})
+    print(f"{phase}: {json.dumps(found)}", flush=True)
+    return found["outcome"] in ("passed", "skipped")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = table.parser(__doc__.splitlines()[0])
+    made.add_argument("--budget", type=float, default=540.0, help="seconds for all of it")
+    for phase in SHARES:
+        made.add_argument(f"--no-{phase}", action="store_true", help=f"leave out: {phase}")
+    made.add_argument(
+        "--parts", nargs="+", choices=smoke.PARTS, default=list(smoke.PARTS), help="of smoke; default all"
+    )
+    made.add_argument("--out", type=Path, default=_RESULTS, help="folder of all that it writes")
+    made.add_argument("--earlier", type=Path, default=_RESULTS, help="folder of an earlier call's JSON")
+    made.add_argument("--results", type=Path, default=report.RESULTS, help="file whose table is replaced")
+    made.set_defaults(seconds=2.0)
+    return made
+
+
+def skipped(lines: Sequence[report.Line]) -> list[str]:
     """The works that were not timed, or not in every way, for want of time."""
     return sorted({line.work for line in lines if line.note.startswith("skipped")})
 
 
+def _ended_by_a_signal(number: int, frame) -> None:
+    sys.exit(128 + number)  # by way of what ends the processes
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _ended_by_a_signal)
     sys.exit(main())

@@ -61,6 +61,10 @@ class Line:
         return (*(goal.met for goal in self.goals), *limits)
 
 
+def with_note(line: Line, note: str) -> Line:
+    return dataclasses.replace(line, note=note)
+
+
 # ---------------------------------------------------------------------------------------------------------- the table
 
 
@@ -128,13 +132,19 @@ def duration(seconds: float) -> str:
 
 def write(text: str, name: str, path: Path = RESULTS) -> None:
     """Replace what stands between the markers of the block ``name``. Raises ValueError if the file has none."""
+    begin, end = check(name, path)
+    head, rest = path.read_text(encoding="utf-8").split(begin, 1)
+    _, tail = rest.split(end, 1)
+    replace(path, f"{head}{begin}\n{text}\n\n{end}{tail}")
+
+
+def check(name: str, path: Path) -> tuple[str, str]:
+    """The markers of the block ``name``. Raises ValueError if the file does not hold them."""
     begin, end = f"<!-- bench.table {name} -->\n", f"<!-- end of bench.table {name} -->"
     whole = path.read_text(encoding="utf-8")
     if begin not in whole or end not in whole:
         raise ValueError(f"{path} must hold the markers {begin.strip()} and {end}")
-    head, rest = whole.split(begin, 1)
-    _, tail = rest.split(end, 1)
-    replace(path, f"{head}{begin}\n{text}\n\n{end}{tail}")
+    return begin, end
 
 
 def replace(path: Path, text: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from fastanila.config import Settings
 
-from .rivals import authors_transition, move_anila
+from .rivals import authors_transition, mala_begun, mala_transition, move_anila
 from .workloads import Way
 
 
@@ -45,11 +46,40 @@ def authors_update(energy: nn.Module, pool: Tensor, batch_size: int, population:
 def eager_update(energy: nn.Module, pool: Tensor, batch_size: int, population: int, settings: Settings) -> Way:
     """The same by hand at its best: one gradient a transition, of a frozen copy of the energy whose weights are in the
     precision of its products, and Adam fused on CUDA."""
+    numbers = (settings.step_size, settings.threshold, settings.noise_scale)
+
+    def chain(still: nn.Module, x: Tensor) -> Tensor:
+        for _ in range(settings.steps):
+            x.requires_grad_()
+            (gradient,) = torch.autograd.grad(still(x).sum(), x)
+            with torch.no_grad():
+                x = move_anila(x.detach(), gradient, *numbers)
+        return x
+
+    return _update_with(chain, energy, pool, batch_size, population, settings)
+
+
+def eager_mala_update(energy: nn.Module, pool: Tensor, batch_size: int, population: int, settings: Settings) -> Way:
+    """The same with exact chains: MALA, which is adjusted AniLA without a threshold."""
+
+    def chain(still: nn.Module, x: Tensor) -> Tensor:
+        state = mala_begun(still, x)
+        for _ in range(settings.steps):
+            state = mala_transition(still, state, settings.step_size)
+        return state.z
+
+    return _update_with(chain, energy, pool, batch_size, population, settings)
+
+
+def _update_with(
+    chain: Callable[[nn.Module, Tensor], Tensor], energy: nn.Module, pool: Tensor, batch_size: int, population: int,
+    settings: Settings,
+) -> Way:  # fmt: skip
+    """An update whose chains ``chain`` moves: (a frozen copy of the energy, where they start) -> where they end."""
     device = pool.device
     parameters = list(energy.parameters())
     optimizer = torch.optim.Adam(parameters, lr=settings.lr, fused=device.type == "cuda" or None)
     persistent = torch.rand((population, *pool.shape[1:]), device=device) * 2 - 1
-    numbers = (settings.step_size, settings.threshold, settings.noise_scale)
     still = copy.deepcopy(energy).eval().requires_grad_(False)
     if settings.precision == "bf16":
         still.net.to(torch.bfloat16)
@@ -57,14 +87,9 @@ def eager_update(energy: nn.Module, pool: Tensor, batch_size: int, population: i
 
     def update():
         chosen = torch.randint(population, (batch_size,), device=device)
-        x = persistent[chosen]
         with torch.no_grad():
             torch._foreach_copy_(copies, parameters)
-        for _ in range(settings.steps):
-            x.requires_grad_()
-            (gradient,) = torch.autograd.grad(still(x).sum(), x)
-            with torch.no_grad():
-                x = move_anila(x.detach(), gradient, *numbers)
+        x = chain(still, persistent[chosen])
         persistent[chosen] = x
         data = pool[torch.randint(len(pool), (batch_size,), device=device)]
         u = energy(torch.cat((data, x)))

@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,52 @@ def eager_loop(chains: Chains, kind: str, device: torch.device, *, channels_last
     return chains.at_precision(loop)
 
 
+class MalaState(NamedTuple):
+    z: Tensor  #: (B, ...)
+    energy: Tensor  #: (B,) at z, as is the gradient (B, ...)
+    gradient: Tensor
+
+
+def mala_begun(energy: Callable[[Tensor], Tensor], z: Tensor) -> MalaState:
+    x = z.detach().requires_grad_()
+    u = energy(x)
+    (gradient,) = torch.autograd.grad(u.sum(), x)
+    return MalaState(x.detach(), u.detach(), gradient)
+
+
+def mala_transition(energy: Callable[[Tensor], Tensor], state: MalaState, step_size: float) -> MalaState:
+    """The Metropolis-adjusted Langevin step, by hand at its best: one gradient, the proposal's, kept for the next."""
+    z, energy_z, gradient = state
+    noise = torch.randn_like(z)
+    there = mala_begun(energy, z.add(gradient, alpha=-step_size / 2).add_(noise, alpha=math.sqrt(step_size)))
+    with torch.no_grad():
+        # the noise that would lead back, times the root of the step size
+        back = torch.sub(z, there.z).add_(there.gradient, alpha=step_size / 2)
+        odds = noise.square_().add_(back.square_(), alpha=-1 / step_size).flatten(1).sum(1).div_(2)
+        accepted = torch.rand_like(energy_z).log_() < odds.add_(energy_z - there.energy)
+        of_state = accepted.view(-1, *[1] * (z.dim() - 1))
+        return MalaState(
+            torch.where(of_state, there.z, z),
+            torch.where(accepted, there.energy, energy_z),
+            torch.where(of_state, there.gradient, gradient),
+        )
+
+
+def mala_loop(chains: Chains, device: torch.device) -> Way:
+    """Its law is that of `Chains.exact`: exp(-U), at a noise scale of 1."""
+    if chains.noise_scale != 1:
+        raise ValueError(f"chains must have noise_scale 1, got {chains.noise_scale}")
+    energy, z = frozen(chains, device, channels_last=False), start(chains, device, channels_last=False)
+
+    def loop():
+        state = mala_begun(energy, z)
+        for _ in range(chains.steps):
+            state = mala_transition(energy, state, chains.step_size)
+        return state.z
+
+    return chains.at_precision(loop)
+
+
 def compiled_step(
     chains: Chains, kind: str, device: torch.device, *, cudagraphs: bool = False, rand4x: bool = False
 ) -> Callable[[Tensor], Tensor]:
@@ -172,32 +219,31 @@ def captured(function: Way, device: torch.device) -> Way:
     return replay
 
 
-def convolutions_alone(chains: Chains, device: torch.device) -> Way:
+def convolutions_alone(chains: Chains, device: torch.device, beside: Sequence[int] = ()) -> Way:
     """The chain's convolutions and nothing else: each layer's forward and its gradient in the input, K times over.
 
-    On CUDA captured as one graph, so that no launch is in the way.
+    Without the biases, which are part of the pointwise work, and without the head, which a sum does as well. Where
+    ``beside`` is given, for each of its numbers a kernel follows that moves so many bytes and computes next to nothing:
+    the least that pointwise kernels cost. On CUDA captured as one graph, so that no launch is in the way.
     """
-    energy = frozen(chains, device, channels_last=True)
     dtype = torch.bfloat16 if chains.precision == "bf16" else torch.float32
-    layers: list[tuple[nn.Conv2d, Tensor, Tensor]] = []
-
-    def note(layer, inputs, output):
-        layers.append((layer.to(dtype), inputs[0].detach().to(dtype), torch.randn_like(output, dtype=dtype)))
-
-    hooks = [m.register_forward_hook(note) for m in energy.modules() if isinstance(m, nn.Conv2d)]
-    energy(start(chains, device, channels_last=True))
-    for hook in hooks:
-        hook.remove()
+    convolutions = [
+        (layer, x, torch.randn_like(layer(x)))
+        for layer, x in _convolutions(frozen(chains, device, channels_last=True), chains, device, dtype)
+    ]
+    passes = [torch.zeros(2, n // 8, device=device).unbind() for n in beside]
 
     @torch.no_grad()
     def once():
-        for layer, x, _ in layers:
-            nn.functional.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
-        for layer, x, gradient in reversed(layers):
+        for layer, x, _ in convolutions:
+            nn.functional.conv2d(x, layer.weight, None, layer.stride, layer.padding)
+        for layer, x, gradient in reversed(convolutions):
             torch.ops.aten.convolution_backward(
                 gradient, x, layer.weight, None, layer.stride, layer.padding, layer.dilation, False, (0, 0), 1,
                 (True, False, False),
             )  # fmt: skip
+        for source, target in passes:
+            torch.neg(source, out=target)
 
     def repeated():
         for _ in range(chains.steps):
@@ -205,6 +251,24 @@ def convolutions_alone(chains: Chains, device: torch.device) -> Way:
 
     repeated = chains.at_precision(repeated)
     return captured(repeated, device) if device.type == "cuda" else repeated
+
+
+@torch.no_grad()
+def _convolutions(
+    energy: nn.Module, chains: Chains, device: torch.device, dtype: torch.dtype
+) -> list[tuple[nn.Conv2d, Tensor]]:
+    """The layers but the head and what each is given, in channels_last."""
+    noted: list[tuple[nn.Conv2d, Tensor]] = []
+
+    def note(layer, inputs, output):
+        x = inputs[0].to(dtype).contiguous(memory_format=torch.channels_last)
+        noted.append((layer.to(dtype).to(memory_format=torch.channels_last), x))
+
+    hooks = [m.register_forward_hook(note) for m in energy.modules() if isinstance(m, nn.Conv2d)]
+    energy(start(chains, device, channels_last=True))
+    for hook in hooks:
+        hook.remove()
+    return noted[:-1]
 
 
 def frozen(chains: Chains, device: torch.device, channels_last: bool) -> nn.Module:

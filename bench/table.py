@@ -1,8 +1,10 @@
-"""Every ratio in one table: `python -m bench.table [--rows step chains ...] [--json FILE] [--write]`.
+"""Every ratio in one table: `python -m bench.table [--rows step chains ...] [--json FILE] [--write [FILE]]`.
 
 Each row is one work. Its ways are timed in turn in one run (bench.timing), so the ratios hold whatever else the machine
 does; "times ours" is a way's median over fastanila's. A goal is a least ratio, or a largest time, that the project
-has set itself.
+has set itself. A way that fails, or falls back to a slower path than the row is named for, is reported as failed, and
+the others go on. An error that takes the CUDA context with it ends the process after its row, with LOST: what is left
+is for another process (`bench.gpu` starts one).
 """
 
 from __future__ import annotations
@@ -22,30 +24,38 @@ import torch
 import torch._inductor.config
 
 from . import report, rows
+from .record import Record
 from .report import Goal, Line
 from .rivals import NotInstalled
 from .row import GROUPS, OURS, Builders, Row
-from .timing import Timing, measure
+from .timing import Timing, fallbacks_are_errors, measure
 from .workloads import Way
 
 COPY = "copy of the same bytes"
+LOST = 3  #: exit code
+NOT_REACHED = "skipped: the run has not come to it"
+RUNNING = "failed: its process ended"  #: how a row is marked while it runs, so that it stays if that is so
 _OUT_OF_TIME = "skipped: out of time"
-_NOT_REACHED = "skipped: the run has not come to it"
 
 
 def run(
     chosen: Sequence[Row], device: torch.device, *, seconds: float = 10.0, rounds: int = 15, until: float = math.inf,
-    say: Callable[[str], None] = lambda text: None,
+    begin: Callable[[Row], None] = lambda row: None, say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[Row, list[Line]]]:  # fmt: skip
     """The rows with their lines, one after the other; a row that would end after ``until`` of ``time.monotonic()``, by
-    what it is taken to need, is skipped, and so is what is left of one that takes longer."""
+    what it is taken to need, is skipped, and so is what is left of one that takes longer. Ends early if the device is
+    `lost`. ``begin`` is called ahead of each row that is not skipped."""
     for row in chosen:
         if time.monotonic() + row.seconds > until:
             yield row, unmeasured(row, device, _OUT_OF_TIME)
             continue
         began = time.monotonic()
+        begin(row)
         yield row, lines_of(row, device, seconds=seconds, rounds=rounds, until=until)
         say(f"{row.work}: {time.monotonic() - began:.1f} s")
+        if lost(device):
+            say(f"{row.work}: the device is lost to this process")
+            return
         torch._dynamo.reset()
         gc.collect()
         if device.type == "cuda":
@@ -53,17 +63,23 @@ def run(
 
 
 def lines_of(row: Row, device: torch.device, *, seconds: float, rounds: int, until: float = math.inf) -> list[Line]:
-    with contextlib.ExitStack() as closing:
-        ways, notes = built(row.build(device, closing), until)
-        timings = measure(
-            ways, device, seconds=seconds, rounds=min(rounds, row.rounds), until=until, host=row.host,
-            queued=row.queued, once=row.once,
-        )  # fmt: skip
+    with contextlib.ExitStack() as closing, fallbacks_are_errors():
+        ways, notes = built(row.build(device, closing), device, until)
+        try:
+            timings = measure(
+                ways, device, seconds=seconds, rounds=min(rounds, row.rounds), until=until, host=row.host,
+                queued=row.queued, once=row.once,
+            )  # fmt: skip
+        except Exception as error:
+            traceback.print_exc()
+            timings, notes = {}, notes | dict.fromkeys(ways, _failure(error))
     lines = [blank(row, way, device, note, timings) for way, note in notes.items()]
     return [timed(row, way, device, timings) for way in timings] + lines
 
 
-def built(builders: Builders, until: float = math.inf) -> tuple[dict[str, Way], dict[str, str]]:
+def built(
+    builders: Builders, device: torch.device, until: float = math.inf
+) -> tuple[dict[str, Way], dict[str, str]]:  # fmt: skip
     """(the ways that ran once, by name; why the others did not)."""
     ways, notes = {}, {}
     for name, build in builders.items():
@@ -73,13 +89,33 @@ def built(builders: Builders, until: float = math.inf) -> tuple[dict[str, Way], 
         try:
             way = build()
             way()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # an error of its kernels is to be its own
             ways[name] = way
         except NotInstalled as error:
             notes[name] = str(error)
         except Exception as error:  # one way that breaks must not take the table with it; it shows, and main returns 1
             traceback.print_exc()
-            notes[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            notes[name] = _failure(error)
+            if lost(device):
+                return {}, dict.fromkeys(builders, f"skipped: the device was lost to {name}") | notes
     return ways, notes
+
+
+def _failure(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def lost(device: torch.device) -> bool:
+    """Whether an error has left this process without its CUDA context."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+        torch.zeros(1, device=device).add_(1).item()
+    except RuntimeError:
+        return True
+    return False
 
 
 def timed(row: Row, way: str, device: torch.device, timings: dict[str, Timing]) -> Line:
@@ -134,7 +170,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 def table(arguments, until: float = math.inf, keep: Callable[[list[Line]], None] = lambda lines: None) -> list[Line]:
     """The chosen rows on the device; on a CPU, the rows that need a GPU follow, marked "not measured".
 
-    ``keep`` is called with all lines ahead of the first row and after each, those of rows still to come marked skipped.
+    ``keep`` is called with all lines ahead of each row and after it, those of rows still to come marked skipped.
     """
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -144,10 +180,11 @@ def table(arguments, until: float = math.inf, keep: Callable[[list[Line]], None]
         torch._inductor.config.compile_threads = 1  # a pool would start up beside the first rows, on their cores
 
     def chosen(kind: str) -> list[Row]:
-        return [row for row in rows.rows(kind, arguments.quick) if row.group in arguments.rows]
+        of_groups = [row for row in rows.rows(kind, arguments.quick) if row.group in arguments.rows]
+        return [row for row in of_groups if arguments.works is None or row.work in arguments.works]
 
     mine = chosen(device.type)
-    found = {row.work: unmeasured(row, device, _NOT_REACHED) for row in mine}  # in the table's order
+    found = {row.work: unmeasured(row, device, NOT_REACHED) for row in mine}  # in the table's order
     elsewhere = [
         line
         for row in (chosen("cuda") if device.type == "cpu" else [])
@@ -157,14 +194,23 @@ def table(arguments, until: float = math.inf, keep: Callable[[list[Line]], None]
     def lines() -> list[Line]:
         return [line for of_row in found.values() for line in of_row] + elsewhere
 
+    def begin(row: Row) -> None:
+        found[row.work] = unmeasured(row, device, RUNNING)
+        keep(lines())
+
     keep(lines())
     turns = rows.in_order_of_interest(mine) if device.type == "cuda" else mine
     rounds = 2 if arguments.quick else 15
     seconds = 1.0 if arguments.quick else arguments.seconds
-    for row, of_row in run(turns, device, seconds=seconds, rounds=rounds, until=until, say=progress):
+    for row, of_row in run(turns, device, seconds=seconds, rounds=rounds, until=until, begin=begin, say=progress):
         found[row.work] = of_row
         keep(lines())
     return lines()
+
+
+def known(kinds: Sequence[str], quick: bool) -> set[tuple[str, str]]:
+    """(device, work) of every row that there is."""
+    return {(kind, row.work) for kind in kinds for row in rows.rows(kind, quick)}
 
 
 def progress(text: str) -> None:
@@ -177,16 +223,21 @@ def failed(lines: Sequence[Line]) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     made = parser(__doc__.splitlines()[0])
-    made.add_argument("--json", type=Path, help="write the lines to this file as well")
-    made.add_argument("--write", action="store_true", help="put the table into bench/RESULTS.md")
+    made.add_argument("--works", nargs="+", help="rows by their names; default all of the groups")
+    made.add_argument("--budget", type=float, default=math.inf, help="seconds: rows that would end later are skipped")
+    made.add_argument("--json", type=Path, help="report to keep the lines in, beside its other works if it has some")
+    made.add_argument(
+        "--write", type=Path, nargs="?", const=report.RESULTS, help="put the table into that file or bench/RESULTS.md"
+    )
     arguments = made.parse_args(argv)
-    lines, on = table(arguments), report.machine(torch.device(arguments.device))
-    print(report.markdown(lines, on))
-    if arguments.json is not None:
-        report.replace(arguments.json, report.dumped(report.as_json(lines, on)))
-    if arguments.write:
-        report.write(report.markdown(lines, on), arguments.device)
-    return int(failed(lines))
+    until = time.monotonic() + arguments.budget
+    device = torch.device(arguments.device)
+    record = Record(arguments.json, arguments.write, device.type, report.machine(device))
+    there = known(("cpu", "cuda"), arguments.quick)
+    kept = [line for line in record.lines() if (line.device, line.work) in there]
+    lines = table(arguments, until, keep=lambda lines: record.keep(kept, lines))
+    print(report.markdown(lines, record.on))
+    return LOST if lost(device) else int(failed(lines))
 
 
 if __name__ == "__main__":

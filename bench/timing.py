@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,18 @@ import torch
 _SAMPLE = 2e-3  # seconds: a sample of a quick work makes it several times over
 _MOST_CALLS = 1000
 _MOST_QUEUED = 100  # of up to eight launches each: beyond some 1,000 that wait, a launch holds the host up
+
+
+#: What fastanila says where it takes a slower path than the row is named for.
+_FALLBACK = ".*(uncaptured|does not compile as one graph)"
+
+
+@contextlib.contextmanager
+def fallbacks_are_errors() -> Iterator[None]:
+    """Such warnings raise, lest a fallback's time stand in the place of the captured or compiled one's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=_FALLBACK)
+        yield
 
 
 class Timing(NamedTuple):

@@ -136,7 +136,19 @@ class Chains:
 
     def ours_captured(self, kind: str, device: torch.device) -> Way:
         """The same less the whole-chain kernel, which `run` takes by itself where it can: CUDA graphs, on CUDA."""
-        sampler, energy, z = self.sampler(kind), self.energy(device), self.start(device)
+        return self._captured(self.sampler(kind), self.energy(device), device)
+
+    def exact(self, device: torch.device, compile: bool = True) -> Way:
+        """The public face of adjusted AniLA, for the law and at the steps of `ours`."""
+        sampler, energy, z = self.with_norm("element", adjusted=True), self.tempered(device), self.start(device)
+        return self.at_precision(lambda: sampler.run(energy, z, steps=self.steps, seed=0, compile=compile))
+
+    def exact_captured(self, device: torch.device) -> Way:
+        """As `ours_captured` is to `ours`."""
+        return self._captured(self.with_norm("element", adjusted=True), self.tempered(device), device)
+
+    def _captured(self, sampler: Sampler, energy: nn.Module, device: torch.device) -> Way:
+        z = self.start(device)
 
         def run():
             with torch.no_grad(), sampling(energy):
@@ -147,12 +159,15 @@ class Chains:
 
         return self.at_precision(run)
 
+    def tempered(self, device: torch.device) -> nn.Module:
+        """The energy at the chains' temperature: what an exact sampler is given, which has no noise scale."""
+        energy, heat = self.energy(device), self.noise_scale**2
+        return energy if heat == 1 else Tempered(energy, heat)
+
     def transitions(self, sampler: Sampler, device: torch.device, compile: bool = True) -> Way:
         """``steps`` transitions a call, each call from where the last one ended, so that none pays for a start: an
         adjusted chain takes a gradient more there."""
-        energy = self.energy(device)
-        if sampler.is_exact:  # as a model trained at this temperature is given to it
-            energy = Tempered(energy, self.noise_scale**2)
+        energy = self.tempered(device) if sampler.is_exact else self.energy(device)
         numbers, seed = sampler.numbers_on(device), noise.as_word64(0, device)
         chain = chain_of(sampler, energy, z=self.start(device), compile=compile)
         state, step = State(self.start(device)), noise.as_word64(0, device)
@@ -221,10 +236,13 @@ def in_precision(way: Way, precision: str) -> Way:
 
 
 @contextlib.contextmanager
-def rings_settings(device: torch.device, steps: int = 60) -> Iterator[Settings]:
-    """The default job with the unadjusted sampler, as the rivals have it, K transitions an update."""
+def rings_settings(device: torch.device, steps: int = 60, sampler: str | None = "anila") -> Iterator[Settings]:
+    """The default job with the unadjusted sampler, as most rivals have it, K transitions an update.
+
+    ``sampler``: another by name, or None for the default's own, which is exact.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        yield Settings(sampler="anila", steps=steps, device=str(device), out=f"{folder}/run")
+        yield Settings(sampler=sampler, steps=steps, device=str(device), out=f"{folder}/run")
 
 
 @contextlib.contextmanager

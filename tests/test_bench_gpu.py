@@ -1,98 +1,428 @@
-"""bench.gpu: what it runs, what it leaves when it is cut short, and what a later call keeps."""
+"""bench.gpu: what it runs, what it leaves when something dies or is cut short, and what a later call keeps."""
 
 import json
 import os
+import re
+import shutil
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+import torch
 
-from bench import gpu, report, table, timing
-from bench.row import OURS
+from bench import checkout, gpu, gpu_tests, processes, record, report, smoke, table
+from bench.processes import Command, Ended
+from bench.record import Record
+from bench.report import Line
+from bench.row import GROUPS
+from fastanila import ops
+
+ROOT = Path(__file__).resolve().parent.parent
 
 JUNIT = """<testsuites><testsuite tests="{tests}" failures="{failures}" errors="0" skipped="{skipped}">
 <testcase classname="tests.a" name="good"/><testcase classname="tests.a" name="bad">{body}</testcase>
 </testsuite></testsuites>"""
 
 
+# ------------------------------------------------------------------------------------------------------- the gpu tests
+
+
 def test_the_outcome_of_the_gpu_tests():
+    outcome = gpu_tests.outcome
     failing = JUNIT.format(tests=2, failures=1, skipped=0, body="<failure>x</failure>")
-    assert gpu.outcome(failing, 1)["outcome"] == "failed" and gpu.outcome(failing, 1)["broken"] == ["tests.a::bad"]
-    assert gpu.outcome(JUNIT.format(tests=2, failures=0, skipped=0, body=""), 0)["outcome"] == "passed"
-    assert gpu.outcome(JUNIT.format(tests=2, failures=0, skipped=2, body="<skipped/>"), 0)["outcome"] == "skipped"
-    assert gpu.outcome(JUNIT.format(tests=0, failures=0, skipped=0, body=""), 5)["outcome"] == "skipped"
-    assert gpu.outcome(JUNIT.format(tests=2, failures=0, skipped=0, body=""), 3)["outcome"] == "failed"
+    assert outcome(failing, 1)["outcome"] == "failed" and outcome(failing, 1)["broken"] == ["tests.a::bad"]
+    assert outcome(JUNIT.format(tests=2, failures=0, skipped=0, body=""), 0)["outcome"] == "passed"
+    assert outcome(JUNIT.format(tests=2, failures=0, skipped=2, body="<skipped/>"), 0)["outcome"] == "skipped"
+    assert outcome(JUNIT.format(tests=0, failures=0, skipped=0, body=""), 5)["outcome"] == "skipped"
+    assert outcome(JUNIT.format(tests=2, failures=0, skipped=0, body=""), 3)["outcome"] == "failed"
+
+
+def test_without_a_whole_report_the_output_tells(tmp_path):
+    junit, output = tmp_path / "report.xml", tmp_path / "output.txt"
+    output.write_text("no module named pytest")
+    assert gpu_tests.found(Ended(1, 2.0, False), junit, output)["output"] == "no module named pytest"
+    junit.write_text("<testsuites><testsuite")
+    assert gpu_tests.found(Ended(-9, 2.0, True), junit, output)["outcome"] == "stopped after 2 s"
+
+
+MARKED = re.compile(r"mark\.gpu\b|\bimport .*\bMARKS\b")
+
+
+def files_of_gpu_tests(tests: Path) -> set[str]:
+    return {str(path.relative_to(tests.parent)) for path in tests.rglob("*.py") if MARKED.search(path.read_text())}
+
+
+def test_all_gpu_tests_are_where_bench_gpu_looks_for_them(tmp_path):
+    def outside(tests: Path) -> set[str]:
+        return {file for file in files_of_gpu_tests(tests) if not file.startswith(gpu_tests.FOLDERS)}
+
+    assert len(files_of_gpu_tests(ROOT / "tests")) >= 6 and not outside(ROOT / "tests")
+    assert all((ROOT / folder).exists() for folder in gpu_tests.FOLDERS)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_elsewhere.py").write_text("@pytest.mark" + ".gpu\ndef test(): pass")
+    assert outside(tmp_path / "tests") == {"tests/test_elsewhere.py"}
 
 
 SLEEPY = """
 import time
-def test_good(): pass
+def test_bad(): assert "here" == "there"
 def test_long():
     for _ in range(600): time.sleep(0.1)
 """
 
 
-def test_tests_that_take_too_long_are_stopped_and_still_report(tmp_path):
+def test_tests_that_take_too_long_are_stopped_and_their_tracebacks_kept(tmp_path, monkeypatch):
     (tmp_path / "test_sleepy.py").write_text(SLEEPY)
-    junit = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}", str(tmp_path)]
-    code, output, stopped = gpu.run_for(6.0, command, dict(os.environ))
-    assert stopped and code == 2, output
-    assert gpu.outcome(junit.read_text(), code)["tests"] >= 1
+    monkeypatch.setattr(gpu_tests, "FOLDERS", (str(tmp_path), "-m", ""))
+    monkeypatch.setattr(gpu_tests.importlib.util, "find_spec", lambda name: None)
+    found = gpu_tests.run_tests(6.0, tmp_path / "gpu.xml", tmp_path / "gpu.txt")
+    assert found["exit"] == 2 and found["outcome"].startswith("stopped") and found["tests"] >= 1, found
+    assert found["broken"] == ["test_sleepy::test_bad"]
+    assert "'here' == 'there'" in (tmp_path / "gpu.txt").read_text()
 
 
-def test_what_does_not_stop_is_killed(monkeypatch):
-    monkeypatch.setattr(gpu, "_GRACE", 0.5)
+@pytest.mark.parametrize(("cores", "processes"), [(16, 14), (64, 14), (4, 2), (1, 1), (None, 1)])
+def test_as_many_processes_of_tests_as_there_are_cores_for(cores, processes, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(gpu_tests.importlib.util, "find_spec", lambda name: name)
+    argv = gpu_tests.command(Path("a"), Path("b")).argv
+    assert argv[argv.index("-n") + 1] == str(processes) and "worksteal" in argv and "--tb=short" in argv
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def python(output: Path, code: str) -> Command:
+    return Command([sys.executable, "-S", "-c", code], output)
+
+
+def test_what_does_not_stop_is_killed_and_others_beside_it_are_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "_GRACE", 0.5)
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
-    code, output, stopped = gpu.run_for(2.0, [sys.executable, "-c", deaf], dict(os.environ))
-    assert (code, output, stopped) == (-9, "up\n", True)
+    commands = [python(tmp_path / "deaf", deaf), python(tmp_path / "quick", "import os; print('done', end=''); 1 / 0")]
+    killed, failed = processes.run_together(commands, 2.0)
+    assert (killed.code, killed.stopped) == (-9, True) and (tmp_path / "deaf").read_text() == "up\n"
+    assert (failed.code, failed.stopped) == (1, False) and "ZeroDivisionError" in (tmp_path / "quick").read_text()
+
+
+def test_what_a_process_has_started_ends_with_it(tmp_path):
+    code = "import os, subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True); os._exit(7)"
+    assert processes.run(python(tmp_path / "a", code), 20.0).code == 7
+    status = Path(f"/proc/{int((tmp_path / 'a').read_text())}/stat")
+    limit = time.monotonic() + 20.0
+    while status.exists() and status.read_text().split()[2] != "Z":
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+# ------------------------------------------------------------------------------------------------------ a bare checkout
 
 
 @pytest.fixture
-def gpu_run(tmp_path, monkeypatch):
-    """Arguments of a run on the CPU of the host row, its results file, and what reads its report."""
+def bare(tmp_path):
+    """A copy of what git tracks of the library and its benchmarks, and the environment of a Python with nothing else:
+    no tyro, and no fastanila but the copy."""
+    for folder in ("fastanila", "kernels", "bench"):
+        ignored = shutil.ignore_patterns("__pycache__", "kernels" if folder == "fastanila" else "results")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import sys\n"
+        "sys.modules['tyro'] = None\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', repr(f)).lower()]\n"
+    )
+    return tmp_path, dict(os.environ, PYTHONPATH=str(hook))
+
+
+def test_bench_gpu_runs_from_a_bare_checkout(bare):
+    root, environment = bare
+    out = root / "out"
+    arguments = ["--device", "cpu", "--quick", "--rows", "startup", "--budget", "150", "--no-tests"]
+    files = ["--out", str(out), "--earlier", str(out), "--results", str(out / "RESULTS.md")]
+    command = [sys.executable, "-m", "bench.gpu", *arguments, *files]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    link = root / "fastanila" / "kernels"
+    assert link.is_symlink() and os.readlink(link) == "../kernels"
+    written = sorted(path.name for path in out.iterdir())
+    assert "RESULTS.md" in written and len(written) == 3  # and the report and the table's output
+    (found,) = (json.loads(path.read_text()) for path in out.glob("cpu-*.json"))
+    assert {line["note"] for line in found["lines"] if line["device"] == "cpu"} == {""}
+    assert found["smoke"] == {"outcome": "skipped"} and found["tests"] == {"outcome": "not run"}
+    text = (out / "RESULTS.md").read_text()
+    assert "| start-up, a process each | import torch |" in text and "bench.smoke: skipped" in text
+    assert text.splitlines()[0] == (ROOT / "bench" / "RESULTS.md").read_text().splitlines()[0]
+
+
+def test_the_link_is_made_where_there_is_none_and_git_does_not_see_it(tmp_path, monkeypatch):
+    (tmp_path / "fastanila").mkdir()
+    monkeypatch.setattr(checkout.importlib.util, "find_spec", lambda name: None)
+    assert checkout.link_kernels(tmp_path) and checkout.link_kernels(tmp_path)  # the second as if another were first
+    assert os.readlink(tmp_path / "fastanila" / "kernels") == "../kernels"
+    monkeypatch.undo()
+    assert not checkout.link_kernels(tmp_path / "nowhere")  # fastanila.kernels is found here
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert "/fastanila/kernels" in ignored and "/bench/results/gpu-*" in ignored
+
+
+# ------------------------------------------------------------------------------------------------------- what it writes
+
+
+def test_it_writes_at_most_eight_files_of_plain_names():
+    names = [*gpu.FILES.values(), "RESULTS.md", record.name_of("cuda", {"device": "NVIDIA H100 80GB HBM3 (a/b)"})]
+    assert len(set(names)) == len(names) <= 8
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+    assert all(f"{name}" in gpu.__doc__ or name in gpu.FILES.values() or name.endswith(".json") for name in names)
+
+
+def test_a_results_file_without_a_place_for_the_table_is_refused_at_the_start(tmp_path):
     results = tmp_path / "RESULTS.md"
-    results.write_text("<!-- bench.table cpu -->\n<!-- end of bench.table cpu -->\n")
-    monkeypatch.setattr(gpu, "run_tests", lambda seconds: {"outcome": "skipped", "tests": 3})
-    arguments = ["--device", "cpu", "--quick", "--out", str(tmp_path), "--results", str(results), "--rows"]
-    return arguments, results, lambda: json.loads(next(tmp_path.glob("cpu-*.json")).read_text())
+    results.write_text("# Nothing\n")
+    with pytest.raises(ValueError, match="markers"):
+        gpu.begun(results, "cuda")
+    gpu.begun(tmp_path / "new" / "RESULTS.md", "cuda")
+    assert (tmp_path / "new" / "RESULTS.md").read_text() == report.RESULTS.read_text()
 
 
-def test_bench_gpu_writes_its_report_and_the_table(gpu_run, monkeypatch, capsys):
-    arguments, results, read = gpu_run
-    assert gpu.main([*arguments, "host"]) == 0
-    assert read()["tests"] == {"outcome": "skipped", "tests": 3} and read()["skipped"] == [] and read()["lines"]
-    assert "host time of one eager call" in results.read_text() and "Tests marked gpu: skipped" in results.read_text()
-
-    monkeypatch.setattr(gpu, "run_tests", lambda seconds: {"outcome": "failed"})
-    assert gpu.main([*arguments, "host", "--budget", "0"]) == 1
-    assert read()["skipped"] and read()["tests"] == {"outcome": "failed"}
-    assert "skipped, out of time: host time" in capsys.readouterr().out
+@pytest.fixture
+def kept(tmp_path):
+    results = tmp_path / "RESULTS.md"
+    results.write_text("<!-- bench.table cuda -->\n<!-- end of bench.table cuda -->\n")
+    found = Record(tmp_path / "cuda-x.json", results, "cuda", {"device": "X", "torch": "2"})
+    return found
 
 
-def test_a_run_that_is_cut_short_leaves_what_it_measured(gpu_run, monkeypatch):
-    arguments, results, read = gpu_run
-
-    def cut(row, device, **options):
-        if row.group == "startup":
-            raise KeyboardInterrupt
-        return [table.timed(row, OURS, device, {OURS: timing.Timing(1.0, 1.0, 1.0, 1)})]
-
-    monkeypatch.setattr(table, "lines_of", cut)
-    with pytest.raises(KeyboardInterrupt):
-        gpu.main([*arguments, "host", "startup"])
-    notes = {line["group"]: line["note"] for line in read()["lines"] if line["device"] == "cpu"}
-    assert notes == {"host": "", "startup": "skipped: the run has not come to it"}
-    assert "| 1 s |" in results.read_text() and "has not come to it" in results.read_text()
+def line(work: str, note: str = "", group: str = "chains") -> Line:
+    timed = {} if note else dict(median=1.0, low=1.0, high=1.0, rounds=3, ratio=1.0)
+    return Line(group, work, "fastanila", "cuda", (1,), "float32", note=note, **timed)
 
 
-def test_a_later_call_keeps_the_tests_and_the_other_groups(gpu_run, monkeypatch):
-    arguments, results, read = gpu_run
-    assert gpu.main([*arguments, "host"]) == 0
-    assert gpu.main([*arguments, "startup", "--no-tests"]) == 0
-    assert read()["tests"] == {"outcome": "skipped", "tests": 3}
-    assert {line["group"] for line in read()["lines"]} == {"host", "startup"}
-    assert "import torch" in results.read_text() and "torch.add" in results.read_text()
-    monkeypatch.setattr(report, "machine", lambda device: {"device": gpu_run[2]()["machine"]["device"], "torch": "0"})
-    assert gpu.main([*arguments, "startup", "--no-tests"]) == 0
-    assert read()["tests"] == {"outcome": "not run"}
-    assert {line["group"] for line in read()["lines"]} == {"startup"}
+# The protocol of a process of the table, without torch: it takes the works in turn, marks each ahead of it, and dies in
+# the second, or in whatever it is told to.
+CHILD = """
+import json, os, sys, time
+path, dies, after, not_reached, running = sys.argv[1:6]
+works = sys.argv[sys.argv.index("--works") + 1:] if "--works" in sys.argv else ["a", "b", "c", "d"]
+def mark(works, note, **timed):
+    report = json.load(open(path))
+    for line in report["lines"]:
+        if line["work"] in works:
+            line.update(note=note, **timed)
+    json.dump(report, open(path, "w"))
+if dies == "start": os._exit(5)
+mark(works, not_reached)
+for work in works:
+    mark([work], running)
+    if work in dies.split(","):
+        if after == "hangs": time.sleep(60)
+        os._exit(int(after))
+    mark([work], "", median=1.0, low=1.0, high=1.0, rounds=3)
+"""
+
+
+def child(kept: Record, dies: str, after: str) -> list[str]:
+    return [sys.executable, "-S", "-c", CHILD, str(kept.json), dies, after, table.NOT_REACHED, table.RUNNING]
+
+
+def group_with_a_process_that(dies: str, after: str, kept: Record, tmp_path, seconds: float = 30.0):
+    kept.update(**report.as_json([line(work, "skipped: earlier") for work in "abcd"], kept.on))
+    codes = gpu.run_group("chains", seconds, child(kept, dies, after), kept, tmp_path / "output")
+    return codes, {line.work: line.note for line in kept.lines()}
+
+
+@pytest.mark.parametrize("code", [3, 1, 139, 0])
+def test_a_process_that_dies_loses_only_the_row_it_was_at(code, kept, tmp_path):
+    codes, notes = group_with_a_process_that("b,c", str(code), kept, tmp_path)
+    assert codes == [code, code, 0] and notes == {"a": "", "b": table.RUNNING, "c": table.RUNNING, "d": ""}
+
+
+def test_one_that_dies_ahead_of_any_row_is_not_started_for_ever(kept, tmp_path):
+    kept.update(**report.as_json([line("a", table.NOT_REACHED)], kept.on))
+    codes = gpu.run_group("chains", 30.0, child(kept, "start", "5"), kept, tmp_path / "output")
+    assert codes == [5, 5] and kept.lines()[0].note == "failed: the process ahead of it ended with 5"
+
+
+def test_one_that_hangs_is_stopped_and_its_row_has_failed(kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_OVER", 1.0)
+    codes, notes = group_with_a_process_that("b", "hangs", kept, tmp_path, seconds=1.0)
+    assert codes == [1] and notes["a"] == "" and notes["b"].startswith("failed: stopped")
+    assert notes["c"] == notes["d"] == table.NOT_REACHED
+
+
+def test_groups_of_rows_take_processes_of_their_own_and_what_is_left_of_the_time(kept, tmp_path, monkeypatch):
+    asked = []
+
+    def run_group(group, seconds, argv, kept, output):
+        asked.append((group, round(seconds), argv[argv.index("--rows") + 1]))
+        return [139] if group == "chains" else [0]
+
+    monkeypatch.setattr(gpu, "run_group", run_group)
+    arguments = gpu.parser().parse_args(["--rows", "noise", "chains", "step", "--device", "cpu"])
+    assert not gpu.run_table(gpu.Clock(480.0), arguments, kept, tmp_path / "output")
+    assert asked == [("step", 180, "step"), ("chains", 432, "chains"), ("noise", 480, "noise")]
+    assert set(gpu.GROUP_SHARES) == set(GROUPS) and sum(gpu.GROUP_SHARES.values()) == pytest.approx(1.0)
+    assert sum(gpu.SHARES.values()) == pytest.approx(1.0) and [*gpu.SHARES] == ["smoke", "tests", "table"]
+
+
+@pytest.fixture
+def phases(tmp_path, monkeypatch):
+    """main with phases that do nothing: the seconds that each was given, and its arguments."""
+    given = {}
+
+    def phase(name, result):
+        def run(first, *others):
+            given[name] = first.left() if isinstance(first, gpu.Clock) else first
+            return result
+
+        return run
+
+    monkeypatch.setattr(gpu, "run_smoke", phase("smoke", {"outcome": "passed"}))
+    monkeypatch.setattr(gpu_tests, "run_tests", phase("tests", {"outcome": "failed", "tests": 3, "failures": 1}))
+    monkeypatch.setattr(gpu, "run_table", phase("table", True))
+    monkeypatch.setattr(report, "machine", lambda device: {"device": "X"})
+    out = ["--out", str(tmp_path / "out"), "--earlier", str(tmp_path / "before"), "--results", str(tmp_path / "R.md")]
+    return given, lambda *arguments: gpu.main(["--device", "cuda", *out, *arguments]), tmp_path
+
+
+def test_the_two_calls_are_told_alike_and_leave_time_to_start_a_machine():
+    told = re.findall(r"python -m bench\.gpu --no-.*--budget \d+ --out \$OUT --results \$OUT/RESULTS\.md", gpu.__doc__)
+    text = report.RESULTS.read_text()
+    assert len(told) == 2 and all(command in text for command in told)
+    calls = [gpu.parser().parse_args(command.split()[3:]) for command in told]
+    assert sum(call.budget for call in calls) <= 720 and all(call.budget <= 540 for call in calls)
+    assert [[phase for phase in gpu.SHARES if not getattr(call, f"no_{phase}")] for call in calls] == [
+        ["smoke", "tests"], ["table"],
+    ]  # fmt: skip
+
+
+def test_the_phases_share_the_seconds_and_the_exit_code_tells_of_failures(phases):
+    given, main, tmp_path = phases
+    assert main("--budget", "430") == 1  # 400 less the reserve; phases that take no time leave it to the next
+    assert given["smoke"] == pytest.approx(160, abs=1) and given["table"] == pytest.approx(400, abs=1)
+    found = json.loads((tmp_path / "out" / "cuda-x.json").read_text())
+    assert found["tests"]["outcome"] == "failed" and found["smoke"]["outcome"] == "passed"
+    assert "Tests marked gpu: failed: 3 tests, 1 failures." in (tmp_path / "R.md").read_text()
+    given.clear()
+    assert main("--budget", "430", "--no-tests") == 0 and [*given] == ["smoke", "table"]
+    given.clear()
+    assert main("--budget", "430", "--no-smoke", "--no-tests") == 0 and [*given] == ["table"]
+    assert json.loads((tmp_path / "out" / "cuda-x.json").read_text())["tests"]["outcome"] == "failed"  # of the first
+
+
+def test_a_later_call_goes_on_from_the_earlier_ones_report(phases):
+    _, main, tmp_path = phases
+    assert main("--no-table") == 1
+    (tmp_path / "out").rename(tmp_path / "before")
+    assert main("--no-smoke", "--no-tests") == 0
+    assert json.loads((tmp_path / "out" / "cuda-x.json").read_text())["tests"]["failures"] == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- smoke
+
+
+def test_smoke_checks_all_at_once_and_then_takes_times_one_by_one(tmp_path, monkeypatch):
+    batches = []
+
+    def run_together(commands, seconds):
+        batches.append(([(c.argv[3], "--untimed" in c.argv) for c in commands], round(seconds)))
+        for command in commands:
+            with command.output.open("a") as file:
+                file.write(f"a finding of {command.argv[3]}\n")
+        return [Ended({"numbers": 1, "chains": 139}.get(c.argv[3], 0), 1.0, c.argv[3] == "step") for c in commands]
+
+    monkeypatch.setattr(gpu, "run_together", run_together)
+    monkeypatch.setattr(gpu, "run", lambda command, seconds: run_together([command], seconds)[0])
+    found = gpu.run_smoke(100.0, [*smoke.PARTS], tmp_path / "findings", tmp_path / "errors")
+    assert batches[0] == ([(part, True) for part in smoke.PARTS], 50)
+    assert [batch for batch, _ in batches[1:]] == [[(part, False)] for part in smoke.TIMED]
+    assert all(seconds <= 100 for _, seconds in batches) and batches[1][1] == 20
+    assert found["failed"] == ["numbers", "step", "chains"] and found["outcome"] == "failed"
+    outcomes = {part: each["outcome"] for part, each in found["parts"].items()}
+    assert outcomes["chains"] == "ended with 139" and outcomes["step"].startswith("stopped")
+    assert outcomes["numbers"] == "failed" and outcomes["capture"] == "passed"
+    assert len((tmp_path / "findings").read_text().splitlines()) == len(smoke.PARTS) + len(smoke.TIMED)
+
+
+def test_a_check_that_breaks_is_a_finding_and_the_next_goes_on(monkeypatch, capsys):
+    def breaks(run):
+        yield dict(check="first", ok=True, value=0.123456789)
+        raise RuntimeError("no such kernel")
+
+    def warns(run):
+        import warnings
+
+        warnings.warn("the chain runs uncaptured: why", stacklevel=1)
+        yield dict(check="never")
+
+    def fine(run):
+        yield dict(check="fine", ok=True, worst=float("nan"))
+
+    monkeypatch.setitem(smoke.PARTS, "numbers", (breaks, warns, fine))
+    assert smoke.main(["numbers", "--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    found = [json.loads(text) for text in captured.out.splitlines()]
+    assert [(f["check"], f.get("ok")) for f in found] == [
+        ("first", True), ("breaks", False), ("warns", False), ("fine", True), ("fine", None),
+    ]  # fmt: skip
+    assert found[0]["value"] == 0.1235 and found[3]["worst"] == "nan"
+    assert found[1]["error"] == "RuntimeError: no such kernel" and "uncaptured" in found[2]["error"]
+    assert "no such kernel" in captured.err and all("part" in f for f in found)
+    monkeypatch.setitem(smoke.PARTS, "numbers", (fine,))
+    assert smoke.main(["numbers", "--device", "cpu"]) == 0
+
+
+def test_agreement_tells_seldom_misses_from_wrong_numbers():
+    want = torch.zeros(1000)
+    got = want.clone()
+    got[0] = 1.0
+    assert smoke.agreement(got, want, 1e-3, 1e-2)["ok"] and not smoke.agreement(got, want, 1e-3, 1e-4)["ok"]
+    assert smoke.agreement(1001 * torch.ones(5), 1000 * torch.ones(5), 2e-3, 0.0)["ok"]
+    got[0] = float("nan")
+    assert not smoke.agreement(got, want, 1e-3, 1.0)["ok"]
+
+
+@pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter has tests of its own")
+def test_the_smokes_numbers_see_a_wrong_step(monkeypatch):
+    run = smoke.Run(torch.device("cpu"))
+    monkeypatch.setattr(smoke, "_ROUNDING", {torch.float32: smoke._ROUNDING[torch.float32]})
+    assert all(found["ok"] for found in smoke.step_numbers(run))
+    step = ops.anisotropic_step
+    monkeypatch.setattr(ops, "anisotropic_step", lambda *a, **k: step(*a, **k | {"step_size": 0.301}))
+    assert not any(found["ok"] for found in smoke.step_numbers(run))
+
+
+def test_the_sizes_of_a_launch_are_put_back(monkeypatch):
+    pytest.importorskip("triton")
+    from fastanila.kernels import anisotropic, mlp
+
+    chosen, sizes = mlp.mlp_constants, (2, 64, 2, 0, 1024, 232448)
+    with smoke.mlp_size((4, 8)):
+        constants, warps = mlp.mlp_constants(*sizes)
+        assert (constants["ROWS"], warps) == (4, 8)
+    assert mlp.mlp_constants is chosen and chosen(*sizes)[0]["ROWS"] != 4
+    with smoke.mlp_size(None):
+        assert mlp.mlp_constants(*sizes) == chosen(*sizes)
+
+    seen = []
+
+    class Untimed:
+        device = torch.device("cpu")
+
+        def times(self, ways):
+            for name, way in ways.items():
+                if name != "copy":
+                    way()
+            return {name: {} for name in ways}
+
+    def step(**arguments):
+        seen.append((anisotropic.BLOCK, anisotropic.NUM_WARPS))
+
+    monkeypatch.setattr(smoke.workloads, "anisotropic_step", step)
+    monkeypatch.setattr(smoke.workloads, "step_arguments", lambda *arguments: {})
+    monkeypatch.setattr(smoke.workloads, "device_copy", lambda *arguments: None)
+    before = anisotropic.BLOCK, anisotropic.NUM_WARPS
+    assert len(list(smoke.step_times(Untimed()))) == 4 * (1 + len(smoke.STEP_SIZES))
+    assert seen == 4 * [*smoke.STEP_SIZES] and before == (anisotropic.BLOCK, anisotropic.NUM_WARPS)
