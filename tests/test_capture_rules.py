@@ -5,6 +5,7 @@ The numbers that captured chains and updates give are compared on a GPU, by test
 """
 
 import pytest
+from torch._inductor.fx_passes import post_grad
 
 import fake_device
 import nodes
@@ -20,7 +21,8 @@ BUDGETS = {
     "transition: convnet, float32": 18,  # eight convolutions, nine elementwise kernels, the step
     "transition: convnet, tf32": 18,
     "transition: convnet, bf16": 18,
-    "transition: mlp, adjusted": 13,
+    # newer Inductors make the sum with a confinement's gradient part of the product: two kernels and a copy for one
+    "transition: mlp, adjusted": 15 if hasattr(post_grad, "_is_bias_like_addmm_input") else 13,
     "run: mixture": 3,
     "run: mlp": 3,
     "run: mixture, adjusted": 3,

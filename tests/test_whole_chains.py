@@ -1,5 +1,6 @@
 """The whole-chain kernels compile for every target without a GPU, stay in registers, and refuse what they cannot do."""
 
+import gc
 import math
 import re
 
@@ -286,3 +287,61 @@ def test_without_a_kernel_nothing_is_supported():
         assert trajectory.refusal(energy, Z).startswith("no Triton kernel runs on z's device cpu")
         with pytest.raises(ValueError, match="but no Triton kernel runs on z's device cpu"):
             trajectory.run(energy, Z, **GOOD)
+
+
+# ----------------------------------------------------------------------------------- what is known of an energy's parts
+
+
+def changes():
+    def weight(energy):
+        energy.layers[2].weight = torch.nn.Parameter(torch.ones(8, 8))
+
+    def data(energy):
+        energy.layers[0].weight.data = torch.ones(8, 3)
+
+    def head(energy):
+        energy.head = torch.nn.Linear(8, 1)
+
+    def slope(energy):
+        for activation in (energy.layers[1], energy.layers[3]):
+            activation.negative_slope = 0.5
+
+    return [weight, data, head, slope]
+
+
+@pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
+def test_an_energys_parts_are_looked_up_anew_when_one_is_exchanged(change):
+    energy = MLP(3, 8, activation="leaky-relu")
+    before = trajectory._parts(energy)
+    assert trajectory._parts(energy) is before
+    with torch.no_grad():
+        energy.layers[0].weight.mul_(2)  # in place: the parts share its memory
+    assert trajectory._parts(energy) is before and torch.equal(before.tensors[0][0], energy.layers[0].weight)
+    change(energy)
+    after = trajectory._parts(energy)
+    assert after is not before and after.unfit is None
+    assert after.leak == energy.layers[1].negative_slope
+    weights = [energy.layers[0].weight, energy.layers[2].weight, energy.head.weight]
+    assert [t.data_ptr() for t in (*after.tensors[0], after.tensors[2])] == [w.data_ptr() for w in weights]
+
+
+def test_an_energy_that_no_longer_fits_is_noticed():
+    energy = MLP(3, 8)
+    assert trajectory._parts(energy).unfit is None
+    hook = energy.layers[0].register_forward_hook(lambda *arguments: None)
+    assert trajectory._parts(energy).unfit == "the energy has forward hooks"
+    hook.remove()
+    assert trajectory._parts(energy).unfit is None
+    energy.double()
+    assert "float32" in trajectory._parts(energy).unfit
+
+
+def test_an_energy_and_what_is_known_of_it_end_together():
+    known = len(trajectory._known)
+    energies = [MLP(2, 8), GaussianMixture(torch.eye(2))]
+    for energy in energies:
+        trajectory._parts(energy)
+    assert len(trajectory._known) == known + 2
+    del energy, energies
+    gc.collect()
+    assert len(trajectory._known) == known
