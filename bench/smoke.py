@@ -186,13 +186,13 @@ def step_times(run: Run) -> Iterator[Finding]:
     """Every size of launch beside a copy of the same bytes."""
     from fastanila.kernels import anisotropic
 
-    chosen = anisotropic.BLOCK, anisotropic.NUM_WARPS
+    chosen = anisotropic.CONFIGURATION
     for exponent, dtype in itertools.product((24, 26), workloads.DTYPES):
         arguments = workloads.step_arguments(1 << exponent, dtype, run.device)
 
         def of(block: int, warps: int, arguments=arguments) -> Way:
             def way():
-                anisotropic.BLOCK, anisotropic.NUM_WARPS = block, warps
+                anisotropic.CONFIGURATION = anisotropic.Configuration(block, warps)
                 return workloads.anisotropic_step(**arguments)
 
             return way
@@ -202,7 +202,7 @@ def step_times(run: Run) -> Iterator[Finding]:
         try:
             found = run.times(ways)
         finally:
-            anisotropic.BLOCK, anisotropic.NUM_WARPS = chosen
+            anisotropic.CONFIGURATION = chosen
         for name, times in found.items():
             shares = {"of_copy": found["copy"]["device_us"] / times["device_us"]} if times else {}
             yield dict(check="step", way=name, elements=1 << exponent, dtype=dtype, **times, **shares)

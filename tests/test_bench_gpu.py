@@ -418,11 +418,11 @@ def test_the_sizes_of_a_launch_are_put_back(monkeypatch):
             return {name: {} for name in ways}
 
     def step(**arguments):
-        seen.append((anisotropic.BLOCK, anisotropic.NUM_WARPS))
+        seen.append(anisotropic.CONFIGURATION)
 
     monkeypatch.setattr(smoke.workloads, "anisotropic_step", step)
     monkeypatch.setattr(smoke.workloads, "step_arguments", lambda *arguments: {})
     monkeypatch.setattr(smoke.workloads, "device_copy", lambda *arguments: None)
-    before = anisotropic.BLOCK, anisotropic.NUM_WARPS
+    before = anisotropic.CONFIGURATION
     assert len(list(smoke.step_times(Untimed()))) == 4 * (1 + len(smoke.STEP_SIZES))
-    assert seen == 4 * [*smoke.STEP_SIZES] and before == (anisotropic.BLOCK, anisotropic.NUM_WARPS)
+    assert seen == 4 * [*smoke.STEP_SIZES] and before == anisotropic.CONFIGURATION

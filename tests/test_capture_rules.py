@@ -11,9 +11,12 @@ import fake_device
 import nodes
 import rules
 
-pytestmark = pytest.mark.skipif(
-    fake_device.unavailable() is not None, reason=fake_device.unavailable() or "the device can be had"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        fake_device.unavailable() is not None, reason=fake_device.unavailable() or "the device can be had"
+    ),
+    pytest.mark.xdist_group("device"),  # which takes all cases in one process
+]
 
 #: Launches at most: of one transition of a captured chain, of a run of 100 transitions, of an update.
 BUDGETS = {

@@ -28,6 +28,7 @@ SLACK = 0.0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else
 # Of whole chains it is the instructions of all threads for one transition of one element.
 BUDGETS = {
     "step": 34.0,
+    "step-narrow": 40.5,
     "step-bounds": 36.5,
     "step-gamma": 30.0,
     "step-mask": 35.0,
