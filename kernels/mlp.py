@@ -114,7 +114,7 @@ def network_energy(h, head, head_bias, x, confinement):
     By a product like the score's, so that energies come to lie as scores do. Were they summed where h lies, triton
     would have the state there as well, and all noise drawn twice.
     """
-    return tl.sum(through(h, head) + 0.5 * confinement * x * x, axis=1) + head_bias
+    return tl.sum(through(h, head) + 0.5 * confinement * (x * x), axis=1) + head_bias
 
 
 @triton.jit(do_not_specialize=["chains", "steps", "seed", "step", "offset"])
@@ -247,7 +247,7 @@ def mlp_kernel(
 
 
 #: Warps of a program with layers of at most 64 units and features, and the number to try in its place: 8 hide more
-#: latency and take some 14 % more instructions. No device has decided yet; a benchmark sets `WARPS`.
+#: latency and take some 14 % more instructions; on AMD they spill. No device has decided yet: a benchmark sets `WARPS`.
 WARPS, WARPS_TO_TRY = 4, 8
 #: Programs that fill a large GPU (an H100 has 132 multiprocessors); beyond them, programs take more rows.
 PROGRAMS = 132

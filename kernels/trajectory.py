@@ -125,6 +125,13 @@ def log_ratio(
 
 
 @triton.jit
+def by_sum(x, z):
+    """x (ROWS,) as the sum of a row, of z's shape, that is x and zeros. A sum's result triton stores from where it
+    lies; x itself it would keep a second time, with all that x follows from, where the store wants it."""
+    return tl.sum(tl.where(tl.arange(0, z.shape[1])[None, :] == 0, x[:, None], 0.0), axis=1)
+
+
+@triton.jit
 def adjusted_transition(
     x, x_energy, x_score, z, energy, score, stretch, drift, j, steps, noise, statistics_ptr, rows, chains,
     threshold, step_size, seed, step, offset,
@@ -141,8 +148,9 @@ def adjusted_transition(
     finite = tl.abs(log_alpha) < float("inf")  # which NaN is not
     if j == steps:
         acceptance = tl.where(finite, tl.exp(tl.minimum(log_alpha, 0.0)), 0.0)
-        store_statistics(statistics_ptr, rows, chains, energy, stretch, score, DIM)
-        store_acceptance(statistics_ptr, rows, chains, acceptance)
+        seen = by_sum(energy, z)
+        store_statistics(statistics_ptr, rows, chains, seen, stretch, score, DIM)
+        store_acceptance(statistics_ptr, rows, chains, by_sum(acceptance, z))
     uniform = element_uniforms(seed, step + j - 1, ACCEPTANCE_STREAM, offset + rows, FAST)
     accepted = (j == 0) | (finite & (tl.log(uniform) < log_alpha))
     energy = tl.where(accepted, x_energy, energy)

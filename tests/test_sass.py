@@ -54,7 +54,7 @@ BUDGETS = {
     "mlp-64-features-64-2d-512": 21700.0,
     "mixture-8-2d-adjusted": 186.0,
     "mlp-64-2d-1024-adjusted": 9600.0,
-    "mlp-64-features-64-2d-512-adjusted": 25400.0,
+    "mlp-64-features-64-2d-512-adjusted": 24000.0,
 }
 
 

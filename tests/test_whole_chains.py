@@ -92,10 +92,12 @@ def test_an_adjusted_mixture_stays_in_registers(dim, components, chain_norm):
     assert not mixture_constants(dim, components + 1, True)["HELD"]
 
 
-@pytest.mark.parametrize(("adjusted", "warps"), [(False, 4), (True, 4), (True, 8)])
+@pytest.mark.parametrize(("adjusted", "warps"), [(False, 4), (False, 8), (True, 4), (True, 8)])
 @pytest.mark.parametrize("features", [0, 64])
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_network_compiles_for_every_target(monkeypatch, target, features, adjusted, warps):
+    if warps == 8 and TARGETS[target].backend != "cuda":
+        pytest.skip("what is to be tried on NVIDIA GPUs spills on others")
     monkeypatch.setattr(mlp, "WARPS", warps)
     compiled = compile_mlp_trajectory(target, features=features, chains=512, adjusted=adjusted)
     assert 0 < compiled.metadata.shared <= SHARED_MEMORY[target]

@@ -494,6 +494,10 @@ def test_what_is_not_finite_is_rejected(few_programs, norm):
         z = chains(5, 3)
         out, acceptance = check(energy, z, dataclasses.replace(sampler, threshold=math.inf, step_size=1e38))
         assert torch.equal(out, z) and (acceptance == 0).all()  # proposals so far out that their energies overflow
+    # from where the energy is inf to where it is not: the ratio is infinite
+    z = torch.tensor([[1.9e19, 0.0, 0.0]], device=DEVICE)
+    out, acceptance = check(mlp(3, 20, 1, confinement=1.0), z, AdjustedAniLA(1e18, 4.0, norm))
+    assert torch.equal(out, z) and acceptance[0] == 0
     z = torch.tensor([[3.0, -2.0, 0.5], [0.0, 0.0, 0.0]], device=DEVICE)
     out, acceptance = check(mlp(3, 20, 1, confinement=3e38), z, sampler)  # the score is infinite where |x| > 1
     assert torch.equal(out[0], z[0]) and acceptance[0] == 0
