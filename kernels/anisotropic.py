@@ -15,7 +15,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .launching import Launcher
+from .launching import Launcher, programs
 from .philox import four_normals, interleave
 
 
@@ -152,7 +152,7 @@ def launch(z, score, out, *, gamma, mask, threshold, step_size, noise_scale, see
     low, high = bounds if bounds is not None else (0.0, 0.0)
     block, warps = CONFIGURATION
     _launch_step(
-        triton.cdiv(n, block),
+        programs(n, block),
         (z, score, gamma, mask, out, n, first // 4, threshold, step_size, noise_scale, seed, step, low, high),
         dict(
             THRESHOLD_PTR=is_tensor(threshold), STEP_SIZE_PTR=is_tensor(step_size),

@@ -10,19 +10,22 @@ A chain that fits one tile is read once and stays in registers. A larger one is 
 fallen, only the state that was chosen; and where one norm is shared by the whole chain, once more ahead of the ratio.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
 from . import rows
 from .anisotropic import element_gain, is_tensor, scalar
-from .launching import Launcher
+from .launching import Launcher, programs
 from .philox import element_uniforms
 from .rows import CHAIN, CHANNEL, ELEMENT, INF, accumulate, chain_sum, shared_gain, store_moved, tile_normals
 
 ACCEPTANCE_STREAM = tl.constexpr(1)
 
 
+@functools.lru_cache(maxsize=64)
 def tile_of(channels: int, size: int, norm: str) -> rows.Tile:
     """As `rows.tile_of`, but of four tensors a thread's registers hold no larger tile for chains that share a norm."""
     tile = rows.tile_of(channels, size, "element" if norm == "chain" else norm)
@@ -182,7 +185,7 @@ def launch(
     """
     tile = tile_of(channels, size, norm)
     _launch_metropolis(
-        triton.cdiv(chains, tile.rows),
+        programs(chains, tile.rows),
         (
             z, score, energy, proposal, proposal_score, proposal_energy, mask, *out,
             chains, channels, size // rows.alignment(size), offset, threshold, step_size, seed, step,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .launching import Launcher
+from .launching import Launcher, programs
 from .philox import element_normals
 from .trajectory import (
     LANGEVIN_STREAM,
@@ -313,7 +313,7 @@ def launch_mlp(
     constants, warps = sizes
     layers = [x for pair in zip(weights, biases, strict=True) for x in pair] + [None] * (6 - 2 * depth)
     _launch(
-        triton.cdiv(chains, constants["ROWS"]),
+        programs(chains, constants["ROWS"]),
         (
             z, *layers, head, head_bias, projections if len(projections) else None, out, statistics,
             confinement, 0.0 if leak is None else leak, chains, *launch_numbers(bounds, **numbers),

@@ -10,6 +10,7 @@ at every run, whatever the number of chains.
     gamma per chain      a chain that fits one tile stays in registers; beyond that two passes, the second score from L2
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .anisotropic import LANGEVIN_STREAM, element_gain, is_tensor, scalar
-from .launching import Launcher
+from .launching import Launcher, programs
 from .philox import element_normals, joined_normals
 
 ELEMENT, CHANNEL, CHAIN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -58,6 +59,7 @@ class Tile(NamedTuple):
     num_warps: int
 
 
+@functools.lru_cache(maxsize=64)
 def tile_of(channels: int, size: int, norm: str) -> Tile:
     """The tile for chains of (channels, size). The number of chains has no say, so that it cannot change a sum."""
     across = triton.next_power_of_2(channels)
@@ -255,7 +257,7 @@ def launch(
     low, high = bounds if bounds is not None else (0.0, 0.0)
     gamma_mean, score_rms, clip_fraction = statistics if statistics is not None else (None, None, None)
     _launch_rows(
-        triton.cdiv(chains, tile.rows),
+        programs(chains, tile.rows),
         (
             z, score, gamma, mask, out, gamma_mean, score_rms, clip_fraction,
             chains, channels, size // alignment(size), first, threshold, step_size, noise_scale, seed, step, low, high,

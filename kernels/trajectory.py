@@ -18,11 +18,13 @@ The last transition also writes what it saw of each chain at the state it starte
 and clipped fraction, and the probability of acceptance, which is 1 where nothing is judged.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
 from .anisotropic import LANGEVIN_STREAM, scalar
-from .launching import Launcher
+from .launching import Launcher, programs
 from .metropolis import ACCEPTANCE_STREAM, log2
 from .philox import box_muller, element_normals, element_uniforms, joined_normals, words
 
@@ -315,6 +317,7 @@ MIXTURE_HELD = 104
 MIXTURE_CHUNK = 8
 
 
+@functools.lru_cache(maxsize=64)
 def mixture_constants(dim: int, components: int, adjusted: bool = False) -> dict:
     """The sizes a launch is compiled for."""
     dim_p2 = triton.next_power_of_2(dim)
@@ -330,7 +333,7 @@ def launch_mixture(z, means, sd, log_scale, out, statistics, *, adjusted, bounds
     """
     chains, dim = z.shape
     _launch_mixture(
-        triton.cdiv(chains, MIXTURE_ROWS),
+        programs(chains, MIXTURE_ROWS),
         (z, means, sd, log_scale, out, statistics, chains, len(means), *launch_numbers(bounds, **numbers)),
         launch_constants(adjusted, bounds, frozen, chain_norm, fast, **numbers)
         | mixture_constants(dim, len(means), adjusted),

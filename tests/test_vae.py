@@ -262,8 +262,8 @@ def test_an_update_moves_each_network_by_its_own_loss(other, monkeypatch):
     """A hundred times the other's loss makes no difference, bit for bit."""
     loss = getattr(updates, other)
 
-    def larger(*arguments):
-        found = loss(*arguments)
+    def larger(*arguments, **named):
+        found = loss(*arguments, **named)
         return found._replace(loss=100 * found.loss)
 
     jobs = [joint_job(fused=False), joint_job(fused=False)]
