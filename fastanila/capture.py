@@ -103,14 +103,13 @@ def cuda_graph(function: Callable[[], T], device: torch.device) -> Callable[[], 
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        clean = torch.cuda.default_generators[index].clone_state()
         # the outer context, because torch 2.11 leaves the capture's stream current when a capture fails
         with torch.cuda.stream(torch.cuda.current_stream()):
             try:
                 with torch.cuda.graph(graph, pool, capture_stream(index), capture_error_mode="thread_local"):
                     result = function()
             except RuntimeError as error:
-                _end_capture(index, pool, clean)
+                _end_capture(index, pool)
                 # of what broke the capture; its end then says no more than that it is broken
                 cause = error.__context__ or error
                 if isinstance(cause, torch.OutOfMemoryError):
@@ -125,18 +124,20 @@ def cuda_graph(function: Callable[[], T], device: torch.device) -> Callable[[], 
     return replay
 
 
-def _end_capture(device: int, pool: tuple[int, int], clean: torch.Generator) -> None:
-    """What torch leaves out when the end of a capture raises: else its allocator goes on to record into the pool, so
-    that no freed memory is given back, and random numbers on the device raise for good. (torch 2.11 and 2.14)
-
-    clean: the device's generator as it was ahead of the capture.
-    """
+def _end_capture(device: int, pool: tuple[int, int]) -> None:
+    """What torch 2.11 leaves out when the end of a capture raises: else its allocator goes on to record into the pool,
+    so that no freed memory is given back, and random numbers on the device raise for good."""
     try:
         torch._C._cuda_endAllocateToPool(device, pool)
-    except RuntimeError:  # not recording: the capture ended in order, and the function failed for reasons of its own
+    except RuntimeError:  # not recording: torch did it, or the capture ended in order and the function failed by itself
         return
     torch._C._cuda_releasePool(device, pool)
-    torch.cuda.default_generators[device].graphsafe_set_state(clean)
+    # A capture that ends takes the generator out of its capturing state. To give it another state would not do: graphs
+    # captured earlier go on with the old one.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the graph is empty
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=capture_stream(device), capture_error_mode="thread_local"):
+            pass
 
 
 def capture_stream(device: torch.device | int) -> torch.cuda.Stream:
