@@ -1,5 +1,7 @@
 """What the parity tests of the step share: the device, drawn states, the float64 formula, and equality to rounding."""
 
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -18,15 +20,18 @@ MARKS = [
 ]
 
 
-class Counting:
-    """Stands in for a kernel, and notes its launches."""
+def counting(monkeypatch, *launches: tuple[ModuleType, str]) -> list[str]:
+    """The names, as they come, of those of the `Launcher`s (by module and name) that launch."""
+    launched: list[str] = []
+    for module, name in launches:
+        launcher = getattr(module, name)
 
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
+        def counted(*arguments, launcher=launcher, name=name, **options):
+            launched.append(name)
+            launcher(*arguments, **options)
 
-    def __getitem__(self, grid):
-        self.launches.append(grid)
-        return self.kernel[grid]
+        monkeypatch.setattr(module, name, counted)
+    return launched
 
 
 def draw(shape, dtype, seed=0):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES
-from steps import DEVICE, DTYPES, MARKS, Counting, assert_equal_to_rounding, draw
+from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, counting, draw
 
 import oracle
 from fastanila import metropolis, noise, ops, reference
@@ -274,11 +274,8 @@ def test_channels_beyond_a_tile_run_the_definition(channels, monkeypatch):
     assert len(launches) == (channels == 2048)
 
 
-def count_launches(monkeypatch) -> list:
-    launches = []
-    kernel = Counting(metropolis._kernel.metropolis_kernel, launches)
-    monkeypatch.setattr(metropolis._kernel, "metropolis_kernel", kernel)
-    return launches
+def count_launches(monkeypatch) -> list[str]:
+    return counting(monkeypatch, (metropolis._kernel, "_launch_metropolis"))
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES
-from steps import DEVICE, DTYPES, MARKS, Counting, assert_equal_to_rounding, draw, expected
+from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, counting, draw, expected
 
 import oracle
 from fastanila import ops
@@ -225,11 +225,8 @@ def test_channels_beyond_a_tile_run_the_definition(channels, monkeypatch):
 KERNELS = ("anisotropic_step_kernel", "rows_kernel")
 
 
-def count_launches(monkeypatch) -> list:
-    launches = []
-    for module, name in zip((ops._kernel, ops._rows), KERNELS, strict=True):
-        monkeypatch.setattr(module, name, Counting(getattr(module, name), launches))
-    return launches
+def count_launches(monkeypatch) -> list[str]:
+    return counting(monkeypatch, (ops._kernel, "_launch_step"), (ops._rows, "_launch_rows"))
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -20,19 +20,13 @@ from cases import (
     SLOW_ADJUSTED_NETWORKS,
     SQUEEZED,
 )
+from steps import DEVICE, MARKS, counting
 from torch._dynamo.testing import CompileCounter
 
 from fastanila import MALA, AdjustedAniLA, noise, ops, reference, trajectory
 from fastanila.energies import MLP, Autocast, ConvNet, GaussianMixture, evaluator
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        DEVICE == "cpu" and not ops.INTERPRETED,
-        reason="no CUDA device; tests/test_interpreter.py runs it in Triton's interpreter",
-    ),
-]
+pytestmark = MARKS
 SETTINGS = dict(threshold=1.5, step_size=0.1, noise_scale=0.9, seed=(1 << 63) + 5, step=(1 << 33) - 4)
 
 
@@ -505,12 +499,7 @@ def test_what_is_not_finite_is_rejected(few_programs, norm):
 
 @pytest.mark.parametrize("kind", ENERGIES)
 def test_adjusted_it_is_one_launch_of_new_tensors(monkeypatch, few_programs, kind):
-    from fastanila.kernels import mlp as networks
-    from fastanila.kernels import trajectory as mixtures
-
-    kernel = {"mixture": mixtures.mixture_kernel, "mlp": networks.mlp_kernel}[kind]
-    launches, run = [], kernel.run
-    monkeypatch.setattr(kernel, "run", lambda *a, **k: (launches.append(k["grid"]), run(*a, **k))[1])
+    launches = counting(monkeypatch, (trajectory._mixture, "_launch_mixture"), (trajectory._mlp, "_launch"))
     energy, z = ENERGIES[kind](2), chains(3, 2).requires_grad_()
     out = trajectory.run(energy, z, **EXACT, adjusted=True)
     assert len(launches) == 1 and not any(x.requires_grad for x in out) and out.z.data_ptr() != z.data_ptr()
@@ -555,12 +544,7 @@ def test_the_law_of_long_chains():
 
 @pytest.mark.parametrize("kind", ENERGIES)
 def test_one_launch(monkeypatch, few_programs, kind):
-    from fastanila.kernels import mlp as networks
-    from fastanila.kernels import trajectory as mixtures
-
-    kernel = {"mixture": mixtures.mixture_kernel, "mlp": networks.mlp_kernel}[kind]
-    launches, run = [], kernel.run
-    monkeypatch.setattr(kernel, "run", lambda *a, **k: (launches.append(k["grid"]), run(*a, **k))[1])
+    launches = counting(monkeypatch, (trajectory._mixture, "_launch_mixture"), (trajectory._mlp, "_launch"))
     trajectory.run(ENERGIES[kind](2), chains(33, 2), **SETTINGS, steps=4)
     assert len(launches) == 1
 
@@ -602,6 +586,7 @@ def test_opcheck(monkeypatch, few_programs, kind, tensors):
         for name in ("mixture_trajectory", "mlp_trajectory"):
             packet = getattr(torch.ops.fastanila, name)
             patch.setattr(torch.ops.fastanila, name, lambda *a, p=packet: (caught.update(op=p, a=a), p(*a))[1])
+        patch.setattr(ops, "direct", lambda *tensors: False)
         trajectory.run(ENERGIES[kind](2), chains(3, 2), **numbers, steps=2)
     torch.library.opcheck(caught["op"].default, caught["a"])
 
