@@ -168,7 +168,8 @@ def fewest_kernels(chains: Tensor) -> dict[str, bool]:
     """Inductor's options for work so small that a launch costs more than what it does."""
     if chains.dim() != 2 or len(chains) > 4096:
         return {}
-    return {"split_reductions": False}  # a sum over the batch as one kernel, not as partial sums and their sum
+    # A sum over the batch as one kernel, not as partial sums and their sum. No device has decided yet.
+    return {"split_reductions": False}
 
 
 def revision(job: Job) -> dict[str, float]:
