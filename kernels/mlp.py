@@ -259,7 +259,8 @@ def mlp_constants(dim: int, width: int, depth: int, features: int, chains: int, 
     Few chains want few rows a program, for latency. Many want as many as registers bear without spilling: fewer with
     features, and where matrices pass through registers at every transition. None where not one matrix fits.
     """
-    return _mlp_constants(dim, width, depth, features, chains, shared, WARPS)
+    found = _mlp_constants(dim, width, depth, features, chains, shared, WARPS)
+    return found and (dict(found[0]), found[1])  # a copy, which the caller may add to
 
 
 @functools.lru_cache(maxsize=64)

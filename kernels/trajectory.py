@@ -317,9 +317,13 @@ MIXTURE_HELD = 104
 MIXTURE_CHUNK = 8
 
 
-@functools.lru_cache(maxsize=64)
 def mixture_constants(dim: int, components: int, adjusted: bool = False) -> dict:
     """The sizes a launch is compiled for."""
+    return dict(_mixture_constants(dim, components, adjusted))  # a copy, which the caller may add to
+
+
+@functools.lru_cache(maxsize=64)
+def _mixture_constants(dim: int, components: int, adjusted: bool) -> dict:
     dim_p2 = triton.next_power_of_2(dim)
     held = components * (dim_p2 + 2) + (4 * dim_p2 if adjusted else 0) <= MIXTURE_HELD
     chunk = components if held else MIXTURE_CHUNK

@@ -359,3 +359,12 @@ def test_an_energy_and_what_is_known_of_it_end_together():
     del energy, energies
     gc.collect()
     assert len(trajectory._known) == known
+
+
+def test_a_launchs_sizes_are_the_callers_own():
+    """They are kept for the next launch, which must not see what a caller added."""
+    for sizes in (lambda: mixture_constants(2, 3), lambda: mlp_constants(2, 64, 2, 0, 512, SHARED_MEMORY["sm_90"])[0]):
+        mine = sizes()
+        before = dict(mine)
+        mine["MORE"] = 1
+        assert sizes() == before
