@@ -10,7 +10,6 @@ one graph, captured once and replayed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import warnings
 from collections.abc import Callable
@@ -126,8 +125,7 @@ def build_update(job: Job) -> Callable[[], Update]:
         return totals, broken.float(), torch.where(broken, 1.0, decay)
 
     on_cuda = device.type == "cuda"
-    options = fewest_kernels(job.chains) if on_cuda else {}
-    compile = functools.partial(compiled, options=options) if s.fused else lambda function: function
+    compile = compiled if s.fused else lambda function: function
     begin_of, learn_of, teach_of = compile(begin), compile(learn), compile(teach)
     # these two run once an update: on a CPU they take less time than their compilation could save
     settle_of, follow_of = (compile(settle), compile(follow)) if on_cuda else (settle, follow)
@@ -162,14 +160,6 @@ def build_update(job: Job) -> Callable[[], Update]:
         return Update(result.energy_data, result.energy_chains, totals, info, teaching)
 
     return _captured(update, device) if s.fused and on_cuda else update
-
-
-def fewest_kernels(chains: Tensor) -> dict[str, bool]:
-    """Inductor's options for work so small that a launch costs more than what it does."""
-    if chains.dim() != 2 or len(chains) > 4096:
-        return {}
-    # A sum over the batch as one kernel, not as partial sums and their sum. No device has decided yet.
-    return {"split_reductions": False}
 
 
 def revision(job: Job) -> dict[str, float]:
