@@ -106,10 +106,9 @@ def changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> list[s
     found = []
     for name in before if before and now else ():
         was, become = before[name], now[name]
-        if was["shape"] != become["shape"]:
-            then, since = ("x".join(map(str, part["shape"])) for part in (was, become))
-            found.append(f"{then} {name} images then, {since} now")
-        elif was["sha256"] != become["sha256"]:
+        if was["shape"][0] != become["shape"][0]:
+            found.append(f"{was['shape'][0]} {name} images then, {become['shape'][0]} now")
+        elif was != become:
             found.append(f"as many {name} images, but not the same")
     return found
 
@@ -363,6 +362,10 @@ def load(
     ``data_dir`` is where image-folder, cifar10 and flowers102 look, the last two in "data" by default and with
     ``download`` to fetch what is not there; nothing else ever uses the network. ``size`` and ``channels`` (1 or 3)
     are what image-folder and flowers102 make of their files; digits are 1x8x8 and cifar10 is 3x32x32.
+
+    An image-folder holds class folders, of which every tenth image is held out, or train/ beside test/ (or val/,
+    valid/, validation/ where that is missing) with class folders in each: see `image_files.parts`, and
+    `image_files` for which files are taken and what is made of 16 bits, transparency and orientation.
 
     Raises ValueError for an unknown name, a wrong option and data that cannot be read, FileNotFoundError for data that
     are not there.

@@ -244,8 +244,8 @@ def restore(job: Job, changed_data: bool = False) -> None:
     changed = data.changes(state.get("data"), job.data.fingerprint)  # a checkpoint of before has none
     if changed and not changed_data:
         raise ValueError(
-            f"data are not what {job.directory} was trained on: {'; '.join(changed)}; with them the run goes on by "
-            "other numbers, and does so by --changed-data"
+            f"data are not what {job.directory} was trained on: {'; '.join(changed)}. Put them back, or go on with "
+            "these, and other numbers, by --changed-data"
         )
     learners.restore(job.ebm, "energy", tensors, job.directory)
     if job.vae is not None:

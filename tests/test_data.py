@@ -487,7 +487,7 @@ def test_a_fingerprint_tells_images_apart():
     assert json.loads(json.dumps(images.fingerprint)) == images.fingerprint
     more, other = make_images(held_out=8), make_images()
     other.train[3, 1, 1, 4] += 1
-    assert data.changes(images.fingerprint, more.fingerprint) == ["7x3x2x5 held-out images then, 8x3x2x5 now"]
+    assert data.changes(images.fingerprint, more.fingerprint) == ["7 held-out images then, 8 now"]
     assert data.changes(images.fingerprint, other.fingerprint) == ["as many training images, but not the same"]
     assert data.changes(None, images.fingerprint) == data.changes(None, data.load("rings").fingerprint) == []
 
