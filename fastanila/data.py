@@ -299,26 +299,40 @@ def _image_folder(root: Path, size: int, channels: int) -> tuple[Tensor, Tensor]
         raise FileNotFoundError(f"no images: {root} is not a folder; pass --data-dir for where the class folders lie")
     parts = image_files.parts(root)
     if parts is None:
-        return _told_of_copies(*_split(_read_images([*_found(root, least=2).values()], size, channels), every=10))
+        return _apart(*_split(_read_images([*_found(root, least=2).values()], size, channels), every=10))
     train, held_out = (_found(part, least=1) for part in parts)
     if both := [train[identity] for identity in train if identity in held_out]:
         number = "1 image is" if len(both) == 1 else f"{len(both)} images are"
         raise ValueError(f"{number} in both {parts[0]} and {parts[1]}, by a link: {both[0]}")
-    return _told_of_copies(*(_read_images([*part.values()], size, channels) for part in (train, held_out)))
+    train, held_out = (_read_images([*part.values()], size, channels) for part in (train, held_out))
+    if copies := int(_copies(train, held_out).sum()):
+        _tell(f"{copies} of {len(held_out)} held-out images equal a training image, pixel by pixel")
+    return train, held_out
 
 
-def _told_of_copies(train: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Both, with a warning where copies of training images are held out: that is no measure of what is new."""
+def _apart(train: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, where the split is ours: held-out images of which there is a copy in training go there too."""
+    copies = _copies(train, held_out)
+    if copies.all():  # nothing would be held out
+        _tell(f"all {len(held_out)} held-out images equal a training image, pixel by pixel")
+    elif copies.any():
+        _tell(f"not held out: {int(copies.sum())} of the images, which have copies, pixel by pixel, in training")
+        return torch.cat([train, held_out[copies]]), held_out[~copies]
+    return train, held_out
+
+
+def _copies(train: Tensor, held_out: Tensor) -> Tensor:
+    """Which held-out images equal a training image, pixel by pixel: (M,) bool."""
 
     def digests(images: Tensor) -> list[bytes]:
         return [hashlib.blake2b(image, digest_size=16).digest() for image in images.numpy()]
 
     known = set(digests(train))
-    copies = sum(digest in known for digest in digests(held_out))
-    if copies:
-        told = f"{copies} of {len(held_out)} held-out images equal a training image, pixel by pixel"
-        warnings.warn(told, stacklevel=2)
-    return train, held_out
+    return torch.tensor([digest in known for digest in digests(held_out)])
+
+
+def _tell(line: str) -> None:
+    warnings.warn(line, stacklevel=3)
 
 
 def _found(root: Path, least: int) -> dict[image_files.Identity, str]:

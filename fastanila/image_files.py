@@ -10,8 +10,10 @@ colours that Pillow shows in another way than viewers (LAB).
 from __future__ import annotations
 
 import os
+import re
 import stat
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,9 +28,12 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 #: Folders that systems put beside images, with copies or thumbnails of them; names that begin with a dot go too.
 _NOT_DATA = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
 
-#: What a folder's name, in any case, says of the images in it. Whatever stands first is held out, if it is there.
-_TRAINING = ("train", "training")
-_HELD_OUT = (("test", "testing"), ("val", "valid", "validation"))
+#: What a word of a folder's name, in any case, says of the images in it.
+_SETS = {
+    **dict.fromkeys(("train", "training"), "training"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation", "holdout"), "validation"),
+}
 
 #: Pillow's modes that are known without a look at the file: 8 bits a channel or fewer.
 _PLAIN = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
@@ -44,20 +49,24 @@ Identity = tuple[int, int]  #: device and inode: equal for all the paths that le
 def parts(root: Path) -> tuple[Path, Path] | None:
     """(training, held-out) of a folder that holds both, None for one that holds neither.
 
-    Training is train/ (or training/); held out is test/ (testing/), and where that is missing val/ (valid/,
-    validation/). Raises ValueError where a set has no partner or two names.
+    Training is train/ or training/; held out is test/ or testing/, and where that is missing val/, valid/, validation/,
+    dev/, eval/, evaluation/ or holdout/. Both may have other words in common (train_images/ and val_images/). Raises
+    ValueError where it is open which folders are meant.
     """
     names = [entry.name for entry in os.scandir(root) if _is_data(entry) and _is_folder(entry)]
-    training = _called(root, names, _TRAINING)
-    held_out = next(filter(None, (_called(root, names, kind) for kind in _HELD_OUT)), None)
-    if held_out is None:
+    pairs = _pairs(names)
+    if not pairs:
+        if alone := [name for name in names if _SETS.get(name.lower(), "training") != "training"]:
+            raise ValueError(
+                f"{root} holds {alone[0]}/ but no train/: name the folder to train on train/, "
+                f"or pass --data-dir {root / alone[0]} to train on that"
+            )
         return None
-    if training is None:
-        raise ValueError(
-            f"{root} holds {held_out}/ but no train/: name the folder to train on train/, "
-            f"or pass --data-dir {root / held_out} to train on that"
-        )
-    return root / training, root / held_out
+    training, held_out = (sorted(name for pair in pairs for name in pair[i]) for i in range(2))
+    for found in (training, held_out):
+        if len(found) > 1:
+            raise ValueError(f"{root} holds {' and '.join(f'{name}/' for name in found)}: expected one of them")
+    return root / training[0], root / held_out[0]
 
 
 def find(root: Path) -> dict[Identity, str]:
@@ -84,7 +93,8 @@ def find(root: Path) -> dict[Identity, str]:
         folders = [entry for entry in entries if _is_folder(entry)]
         if inside:
             _refuse_parts(path, [entry.name for entry in folders])
-        images = [entry for entry in entries if inside and _is_image(entry.name) and not _is_folder(entry)]
+        files = [entry for entry in entries if not _is_folder(entry)]
+        images = [entry for entry in files if (inside and _is_image(entry.name)) or _leads_nowhere(entry)]
         for entry in reversed(folders + images):
             (links if entry.is_symlink() else plain).append(entry.path)
     return dict(sorted(found.items(), key=lambda item: item[1]))
@@ -105,19 +115,26 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
-def _called(root: Path, names: Iterable[str], wanted: Sequence[str]) -> str | None:
-    """The one of the names that is one of those wanted, in any case."""
-    found = sorted(name for name in names if name.lower() in wanted)
-    if len(found) > 1:
-        raise ValueError(f"{root} holds {' and '.join(f'{name}/' for name in found)}: expected one of them")
-    return found[0] if found else None
+def _leads_nowhere(entry: os.DirEntry) -> bool:
+    """Whether it may have been a folder: a link, by its name of no kind of file, to what is not there."""
+    return entry.is_symlink() and not os.path.exists(entry.path) and not os.path.splitext(entry.name)[1]
+
+
+def _pairs(names: Iterable[str]) -> list[tuple[list[str], list[str]]]:
+    """The names of (training, held-out) folders, of each set of names with the same other words that has both."""
+    families: dict = defaultdict(lambda: defaultdict(list))
+    for name in names:
+        words = re.findall("[a-z]+|[0-9]+", name.lower())
+        kinds = [_SETS[word] for word in words if word in _SETS]
+        if len(kinds) == 1:
+            others = tuple(word for word in words if word not in _SETS)
+            families[others][kinds[0]].append(name)
+    pairs = [(family["training"], family["test"] or family["validation"]) for family in families.values()]
+    return [pair for pair in pairs if all(pair)]
 
 
 def _refuse_parts(folder: str, names: Sequence[str]) -> None:
-    lower = {name.lower(): name for name in names}
-    training = [lower[name] for name in _TRAINING if name in lower]
-    held_out = [lower[name] for kind in _HELD_OUT for name in kind if name in lower]
-    if training and held_out:
+    for training, held_out in _pairs(names):
         raise ValueError(
             f"{folder} holds {training[0]}/ and {held_out[0]}/, which would be read as one: pass --data-dir {folder}, "
             "or put them above the class folders"
@@ -128,7 +145,7 @@ def _status(path: str) -> os.stat_result:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise ValueError(f"cannot read the image {path}: the link leads nowhere ({error.strerror})") from error
+        raise ValueError(f"cannot read {path}: the link leads nowhere ({error.strerror})") from error
     if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):  # to open a pipe would wait for ever
         raise ValueError(f"cannot read the image {path}: it is no regular file")
     return status
@@ -161,7 +178,7 @@ def read(paths: Sequence[str], size: int, channels: int) -> np.ndarray:
 
 def _read(path: str) -> tuple[Image.Image, bool]:
     """What the file shows, L or RGB, and whether it holds more frames than that."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         # not by its name, for then Pillow maps a TIFF that is to be turned by a quarter with the wrong width
@@ -171,6 +188,8 @@ def _read(path: str) -> tuple[Image.Image, bool]:
             return _shown(file), frames
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot read the image {path}: it is none, or of a kind that Pillow does not know") from error
     except Exception as error:  # whatever a decoder makes of broken bytes: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"cannot read the image {path}: {error}") from error
 

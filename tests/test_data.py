@@ -414,7 +414,10 @@ def greys(images: torch.Tensor) -> list[int]:
 
 @pytest.mark.parametrize(
     "train, held_out",
-    [("train", "val"), ("train", "valid"), ("train", "validation"), ("Training", "Testing"), ("TRAIN", "test")],
+    [
+        *[("train", "val"), ("train", "valid"), ("train", "validation"), ("Training", "Testing"), ("TRAIN", "test")],
+        *[("train", "dev"), ("train_images", "val_images"), ("seg_train", "seg_test"), ("train2017", "val2017")],
+    ],
 )
 def test_images_for_validation_are_not_trained_on(tmp_path, train, held_out):
     for i in range(12):
@@ -453,10 +456,10 @@ def test_sets_that_are_not_understood_are_refused(tmp_path):
 
 
 def test_a_class_may_be_called_train(tmp_path):
-    for i, name in enumerate(("bus", "train")):
+    for i, name in enumerate(("bus", "train", "bullet_train", "test_tube")):
         flat(tmp_path / name / "x.png", i)
     images = data.load("image-folder", data_dir=tmp_path, size=4)
-    assert sorted(greys(images.train) + greys(images.held_out)) == [0, 1]
+    assert sorted(greys(images.train) + greys(images.held_out)) == [0, 1, 2, 3]
 
 
 def test_an_image_in_both_sets_is_refused(tmp_path):
@@ -472,12 +475,26 @@ def test_an_image_in_both_sets_is_refused(tmp_path):
         data.load("image-folder", data_dir=tmp_path)
 
 
-def test_copies_of_training_images_that_are_held_out_are_told(tmp_path):
-    for i in range(11):
-        flat(tmp_path / "a" / f"{i:02d}.png", min(i, 9))  # the last, held out, is as the one before
-    with pytest.warns(UserWarning, match="1 of 2 held-out images equal a training image, pixel by pixel"):
+def test_copies_of_an_image_stay_together(tmp_path):
+    for i in range(21):
+        flat(tmp_path / "a" / f"{i:02d}.png", 13 if i == 10 else i)  # the eleventh, to be held out, is as one after it
+    with pytest.warns(
+        UserWarning, match="not held out: 1 of the images, which have copies, pixel by pixel, in training"
+    ):
         images = data.load("image-folder", data_dir=tmp_path, size=4)
-    assert greys(images.held_out) == [0, 9]
+    assert greys(images.held_out) == [0, 20]
+    assert sorted(greys(images.train)) == sorted([*range(1, 10), *range(11, 20), 13])
+
+
+def test_copies_that_are_held_out_are_told(tmp_path):
+    for i in range(4):
+        flat(tmp_path / "same" / "a" / f"{i}.png", 7)
+        flat(tmp_path / "sets" / "train" / "a" / f"{i}.png", i)
+        flat(tmp_path / "sets" / "test" / "a" / f"{i}.png", i + 3)
+    with pytest.warns(UserWarning, match="all 1 held-out images equal a training image, pixel by pixel"):
+        assert len(data.load("image-folder", data_dir=tmp_path / "same", size=4).held_out) == 1
+    with pytest.warns(UserWarning, match="1 of 4 held-out images equal a training image, pixel by pixel"):
+        assert greys(data.load("image-folder", data_dir=tmp_path / "sets", size=4).held_out) == [3, 4, 5, 6]
 
 
 def test_a_fingerprint_tells_images_apart():

@@ -224,6 +224,9 @@ def test_a_file_that_was_cut_short_is_named(tmp_path, kind):
         path.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(ValueError, match=f"cannot read the image .*x.{kind}: "):
             image_files.read([str(path)], 8, 3)
+    path.write_text("<html>404</html>")
+    with pytest.raises(ValueError, match=f"cannot read the image .*x.{kind}: it is none, or of a kind"):
+        image_files.read([str(path)], 8, 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -285,7 +288,16 @@ def test_links_to_other_places_are_followed(tmp_path):
 def test_a_link_to_nothing_is_named(tmp_path, target):
     files(tmp_path, "a/0.png")
     (tmp_path / "a" / "x.png").symlink_to(target)
-    with pytest.raises(ValueError, match=r"cannot read the image .*a.x\.png: the link leads nowhere"):
+    with pytest.raises(ValueError, match=r"cannot read .*a.x\.png: the link leads nowhere"):
+        image_files.find(tmp_path)
+
+
+def test_a_class_that_is_a_link_to_nothing_is_named(tmp_path):
+    files(tmp_path, "a/0.png")
+    (tmp_path / "README.txt").symlink_to("nowhere")
+    assert found(tmp_path) == ["a/0.png"]
+    (tmp_path / "b").symlink_to("not-mounted")
+    with pytest.raises(ValueError, match=r"cannot read .*b: the link leads nowhere"):
         image_files.find(tmp_path)
 
 

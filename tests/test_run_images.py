@@ -14,6 +14,7 @@ from run_files import final, numbers, quiet
 from fastanila import checkpoint, evaluate, sample
 from fastanila import train as command
 from fastanila.config import Settings
+from fastanila.report import read_rows
 
 SMALL = dict(
     data="image-folder", image_size=8, channels=1, width=4, steps=2, batch_size=4, chains=4, iterations=2, log_every=1,
@@ -118,6 +119,17 @@ def test_to_judge_a_run_by_too_few_images_says_what_is_needed(tmp_path, capsys, 
         f"error: evaluation needs at least 2 {told} (of a folder without test/ or val/ every tenth image is held out: "
         "11 are the fewest that do)\n"
     )
+
+
+def test_a_broken_line_of_metrics_costs_no_other(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1}\n{"itera\n{"iteration": 3}\n{"iter')
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: line 2 is no JSON, and left out"):
+        assert read_rows(path) == [{"iteration": 1}, {"iteration": 3}]
+    path.write_text('{"iteration": 1}\n{"iter')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_rows(path) == [{"iteration": 1}]
 
 
 def test_to_judge_one_chain_says_what_is_needed(tmp_path, capsys):
