@@ -278,6 +278,8 @@ def _upright(image: Image.Image, file: Image.Image) -> Image.Image:
     """The image as its file's EXIF says that it is to be turned; a block that cannot be read says nothing."""
     from PIL.Image import Transpose
 
+    if not any("exif" in str(key).lower() or "xmp" in str(key).lower() for key in file.info):
+        return image  # as all but photographs; a TIFF, whose tags are no such block, Pillow has turned on loading it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
