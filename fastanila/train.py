@@ -14,12 +14,13 @@ DONE, BAD_ARGUMENTS, DIVERGED = 0, 2, 3
 EXTRA = {
     "config": (str, "TOML file of settings, or a run's config.json; flags win over it."),
     "resume": (str, "Run directory to go on with: its settings hold, and only flags that change no number may differ."),
+    "changed_data": (bool, "With --resume: go on although the images are not those that the run was trained on."),
     "dry_run": (bool, "Check everything, print the resolved settings, and stop."),
 }
 
 
-def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool]:
-    """(settings, not yet resolved; --resume; --dry-run): flags over the config file or the resumed run."""
+def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool, bool]:
+    """(settings, not yet resolved; --resume; --dry-run; --changed-data): flags over the file or the resumed run."""
     import argparse
 
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -43,7 +44,10 @@ def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool]:
     task = files.task if files.task is not None else under.get("task")
     values = vars(cli(argv, config.defaults(dataset, sampler, init, task) | under))
     resume, dry_run, _ = values.pop("resume"), values.pop("dry_run"), values.pop("config")
-    return Settings(**values), resume, dry_run
+    changed_data = values.pop("changed_data")
+    if changed_data and resume is None:
+        raise ValueError("changed_data can be given with resume only: a new run has no other data")
+    return Settings(**values), resume, dry_run, changed_data
 
 
 def cli(argv: list[str] | None, defaults: dict[str, Any]):
@@ -78,8 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     from . import capture, checkpoint, training
 
     try:
-        settings, resume, dry_run = parse(argv)
-        job = training.prepare(settings, resume)
+        settings, resume, dry_run, changed_data = parse(argv)
+        job = training.prepare(settings, resume, changed_data=changed_data)
     except (ValueError, TypeError, OSError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_ARGUMENTS

@@ -37,16 +37,23 @@ class Interrupted(RuntimeError):
         self.number = number
 
 
-def train(settings: Settings, resume: str | Path | None = None, say: Callable[[str], None] = print) -> runs.Run:
+def train(
+    settings: Settings,
+    resume: str | Path | None = None,
+    say: Callable[[str], None] = print,
+    *,
+    changed_data: bool = False,
+) -> runs.Run:
     """Train as the settings say; or go on with the run in ``resume``, of which they may only differ where harmless.
 
+    ``changed_data``: go on also if the images are not those that the run's last checkpoint was trained on.
     Writes the run directory (config.json, metrics.jsonl, checkpoints/, samples/, figure.png) and returns the run.
     Raises ValueError or FileNotFoundError for settings that cannot be, `Diverged`, `Interrupted`.
     """
-    return run(prepare(settings, resume), say)
+    return run(prepare(settings, resume, changed_data=changed_data), say)
 
 
-def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
+def prepare(settings: Settings, resume: str | Path | None = None, *, changed_data: bool = False) -> Job:
     """Check the settings and build a run's parts; writes nothing. Raises ValueError or FileNotFoundError."""
     if resume is not None and settings.vae_warm_up is None:  # its default follows the iterations, which may change
         settings = dataclasses.replace(settings, vae_warm_up=runs.read_settings(resume).vae_warm_up)
@@ -82,7 +89,7 @@ def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
         broken=torch.zeros((), dtype=torch.bool, device=device),
     )
     if resume is not None:
-        restore(job)
+        restore(job, changed_data)
         if job.iteration > settings.iterations:
             raise ValueError(f"iterations must be at least the {job.iteration} made already, got {settings.iterations}")
     return job
@@ -228,12 +235,18 @@ def save(job: Job) -> None:
     tensors |= checkpoint.prefixed("start", job.start.tensors())
     if "start.population" not in tensors:
         tensors["chains"] = job.chains
-    state = {"iteration": job.iteration, "seconds": job.seconds}
+    state = {"iteration": job.iteration, "seconds": job.seconds, "data": job.data.fingerprint}
     checkpoint.save_numbered(job.directory / "checkpoints", job.iteration, tensors, state)
 
 
-def restore(job: Job) -> None:
+def restore(job: Job, changed_data: bool = False) -> None:
     tensors, state = checkpoint.load_latest(job.directory / "checkpoints", job.device)
+    changed = data.changes(state.get("data"), job.data.fingerprint)  # a checkpoint of before has none
+    if changed and not changed_data:
+        raise ValueError(
+            f"data are not what {job.directory} was trained on: {'; '.join(changed)}. Put them back, or go on with "
+            "these, and other numbers, by --changed-data"
+        )
     learners.restore(job.ebm, "energy", tensors, job.directory)
     if job.vae is not None:
         learners.restore(job.vae, "vae", checkpoint.subset(tensors, runs.AMORTIZED), job.directory)
