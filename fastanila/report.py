@@ -124,6 +124,7 @@ class Progress:
             from tqdm import tqdm
 
             self.bar = tqdm(total=self.iterations, initial=self.first, unit="update", dynamic_ncols=True)
+            self.bar.set_postfix_str("the first update is under way")
         return self
 
     def __exit__(self, *_):

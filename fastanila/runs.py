@@ -184,8 +184,9 @@ def build_start(settings: Settings, dataset: Dataset, device, proposer: vae.VAE 
     if settings.init == "noise":
         return starts.NoiseStart(count, dataset.shape, dataset.box, seed=seed, device=device)
     return starts.PersistentStart(
-        count, settings.chains, dataset.shape, dataset.box, reinit=settings.reinit, seed=seed, device=device
-    )
+        count, settings.chains, dataset.shape, dataset.box, seed=seed, device=device,
+        reinit=torch.tensor(settings.reinit, device=device),
+    )  # fmt: skip
 
 
 def at_precision(energy: nn.Module, precision: str) -> nn.Module:

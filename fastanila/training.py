@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +15,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from . import checkpoint, completion, config, data, draws, exact, learners, ops, plots, runs, transitions
 from .config import Settings
 from .report import Metrics, Progress, Watch, tensorboard_writer
-from .updates import Job, Update, build_update, revision
+from .updates import Job, Update, build_update, compiles_once, revision
 
 _PROPOSALS = 20_000  #: whose histogram is compared with the model's law
 #: Updates after which the run looks, at the latest, whether they are finite.
@@ -101,8 +103,11 @@ def run(job: Job, say: Callable[[str], None] = print) -> runs.Run:
     (job.directory / "samples").mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(job.directory / "config.json", config.dump(s))
     say(path(job))
+    if s.fused:
+        say(compiling(job.device))
     update = build_update(job)
     with (
+        threads(job),
         contextlib.nullcontext() if s.fused else ops.plain(),
         runs.matmul_precision(s.precision),
         Metrics(job.directory, job.iteration, s.tensorboard) as metrics,
@@ -163,6 +168,32 @@ def path(job: Job) -> str:
     return transitions.path(job.sampler, energy, job.chains, fused=job.settings.fused, update=True)
 
 
+def compiling(device: torch.device) -> str:
+    """One line on what the first update waits for."""
+    what = "the update" if compiles_once(device) else "the chains' transition"
+    return f"the first update waits until {what} is compiled, and kept in {cache_dir()} for later runs"
+
+
+_THREADS = torch.get_num_threads()  #: as torch chose them
+
+
+@contextlib.contextmanager
+def threads(job: Job) -> Iterator[None]:
+    """One thread for chains in the plane, unless OMP_NUM_THREADS or torch.set_num_threads asks for others.
+
+    Their operations take microseconds. More threads gain a third at best, and wait for one another in each of them:
+    beside another busy process that takes ten times as long.
+    """
+    before = torch.get_num_threads()
+    chosen = before != _THREADS or "OMP_NUM_THREADS" in os.environ
+    if job.device.type == "cpu" and isinstance(job.data, data.Density) and not chosen:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 # ---------------------------------------------------------------------------------------------------- what it shows
 
 
@@ -182,12 +213,12 @@ def summary(job: Job, made: Update) -> dict[str, float | int]:
         "gamma_mean": 1 - (1 - made.info.gamma_mean.mean().item()) / gains,
         "acceptance": made.info.acceptance.mean().item(),
         "grad_norm": made.grad_norms[0].item(),
-        "lr": job.ebm.rate(job.iteration - 1),
+        "lr": job.ebm.rate.at(job.iteration - 1),
         "seconds": job.seconds,
     }
     if made.teaching is not None:
         row |= {name: value.item() for name, value in made.teaching._asdict().items()} | revision(job)
-        row |= {"vae_grad_norm": made.grad_norms[1].item(), "vae_lr": job.vae.rate(job.iteration - 1)}
+        row |= {"vae_grad_norm": made.grad_norms[1].item(), "vae_lr": job.vae.rate.at(job.iteration - 1)}
     return row
 
 
