@@ -47,8 +47,8 @@ def test_fused_and_plain_give_the_same_numbers_without_a_graph_break(tmp_path):
         )
         if fused:
             assert not counters["graph_break"]
-            # what starts an update, the first transition and the others, the energy's loss and the VAE's
-            assert counters["stats"]["unique_graphs"] == 5
+            # the transition: what runs once an update is not compiled on a CPU
+            assert counters["stats"]["unique_graphs"] == 1
     for a, b in zip(rows(tmp_path / "True"), rows(tmp_path / "False"), strict=True):
         for key in a.keys() - {"seconds"}:
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-3), (a["iteration"], key)

@@ -140,7 +140,7 @@ def test_clipping_the_gradient(tmp_path):
     job = training.prepare(Settings(**SMALL, fused=False))
     parameters = list(job.ebm.module.parameters())
     job.ebm.optimizer = torch.optim.SGD(parameters, lr=torch.tensor(1.0), fused=True)
-    job.ebm.rate = lambda iteration: 1.0
+    job.ebm.rate = learners.Schedule(1.0, "none", 1)
     job.settings = config.resolve(Settings(**SMALL, clip_grad=1e-3, fused=False))
     before = [p.detach().clone() for p in parameters]
     made = updates.build_update(job)()
