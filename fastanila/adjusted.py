@@ -93,8 +93,11 @@ class Adjusted(Sampler):
         target = self.target_acceptance if target_acceptance is None else target_acceptance
         if not 0 < target < 1:
             raise ValueError(f"target_acceptance must be between 0 and 1, got {target}")
-        check_run(z, steps, seed, step, offset)
+        check_run(self, z, steps, seed, step, offset, mask)
         checks.count("steps", steps)
+        if energy is None:
+            raise ValueError(f"energy must be given, for {type(self).__name__} compares energies, got None")
+        checks.callables(energy=energy)
         found = calibration.dual_averaging(self.step_size, z.device)
         place = self.numbers.index("step_size")
 
