@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -17,6 +18,12 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "leaky-relu": lambda: nn.LeakyReLU(0.2),
 }
+
+
+#: Layers in float32, as chains and energies are, whatever torch's default dtype is.
+Linear = functools.partial(nn.Linear, dtype=torch.float32)
+Conv2d = functools.partial(nn.Conv2d, dtype=torch.float32)
+ConvTranspose2d = functools.partial(nn.ConvTranspose2d, dtype=torch.float32)
 
 
 class MLP(nn.Module):
@@ -48,9 +55,9 @@ class MLP(nn.Module):
         sizes = [2 * features if features else dim, *[width] * depth]
         layers = []
         for a, b in itertools.pairwise(sizes):
-            layers += [nn.Linear(a, b), ACTIVATIONS[activation]()]
+            layers += [Linear(a, b), ACTIVATIONS[activation]()]
         self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(sizes[-1], 1)
+        self.head = Linear(sizes[-1], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = x
@@ -78,11 +85,11 @@ class ConvNet(nn.Module):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.confinement = confinement
         widths = [width, 2 * width, 4 * width, 8 * width]
-        layers = [nn.Conv2d(channels, width, 3, 1, 1), ACTIVATIONS[activation]()]
+        layers = [Conv2d(channels, width, 3, 1, 1), ACTIVATIONS[activation]()]
         for a, b in itertools.pairwise(widths):
-            layers += [nn.Conv2d(a, b, 4, 2, 1), ACTIVATIONS[activation]()]
+            layers += [Conv2d(a, b, 4, 2, 1), ACTIVATIONS[activation]()]
         self.layers = nn.Sequential(*layers)
-        self.head = nn.Conv2d(widths[-1], 1, size // 8)
+        self.head = Conv2d(widths[-1], 1, size // 8)
         self.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPU and GPU
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,7 +188,7 @@ class GaussianMixture(nn.Module):
         if means.dim() != 2:
             raise ValueError(f"means must have shape (M, D), got {tuple(means.shape)}")
         count, dim = means.shape
-        sd = torch.as_tensor(sd).to(means).expand(count).clone()
+        sd = torch.as_tensor(sd, dtype=means.dtype, device=means.device).expand(count).clone()
         weights = means.new_ones(count) if weights is None else weights.to(means)
         if not bool((sd > 0).all()):
             raise ValueError(f"sd must be positive, got {sd.tolist()}")

@@ -40,7 +40,8 @@ def build(
     network = network.to(device)
     optimizer = torch.optim.Adam(
         network.parameters(),
-        lr=torch.tensor(lr, device=device),  # a tensor, fused and capturable: it can be part of a graph
+        # a tensor, fused and capturable: it can be part of a graph
+        lr=torch.tensor(lr, dtype=torch.float32, device=device),
         betas=_ADAM_BETAS,
         fused=True,
         capturable=device.type == "cuda",

@@ -39,8 +39,12 @@ def load(directory: str | Path, device: str = "auto") -> Run:
 
     Raises FileNotFoundError if it is no run or has no checkpoint yet, `checkpoint.CheckpointError` if all are damaged.
     """
+    with torch.inference_mode(False), torch.device("cpu"):  # whatever torch's mode and default device are
+        return _load(directory, device_of(device))
+
+
+def _load(directory: str | Path, device: torch.device) -> Run:
     settings = read_settings(directory)
-    device = device_of(device)
     tensors, state = checkpoint.load_latest(Path(directory) / "checkpoints", device)
     chains = last_chains(tensors)
 
@@ -150,7 +154,7 @@ def build_vae(settings: Settings, shape: tuple[int, ...]) -> vae.VAE:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         yield
 

@@ -46,6 +46,7 @@ def train(settings: Settings, resume: str | Path | None = None, say: Callable[[s
     return run(prepare(settings, resume), say)
 
 
+@torch.inference_mode(False)
 def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
     """Check the settings and build a run's parts; writes nothing. Raises ValueError or FileNotFoundError."""
     if resume is not None and settings.vae_warm_up is None:  # its default follows the iterations, which may change
@@ -88,6 +89,8 @@ def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
     return job
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def run(job: Job, say: Callable[[str], None] = print) -> runs.Run:
     """Make the updates that are left, and leave the run directory complete."""
     s = job.settings

@@ -88,7 +88,7 @@ def build_update(job: Job) -> Callable[[], Update]:
     chain = chain_of(job.sampler, on_chains, z=job.chains, compile=s.fused, capture=False, strict=True)
     numbers = job.sampler.numbers_on(device)
     seed = noise.as_word64(s.seed, device)
-    one = torch.ones((), device=device)
+    one = torch.ones((), dtype=torch.float32, device=device)
     rates = [group["lr"] for learner in job.learners for group in learner.optimizer.param_groups]
 
     def begin(iteration: Tensor):
@@ -116,7 +116,7 @@ def build_update(job: Job) -> Callable[[], Update]:
         broken = job.broken | ~finite
         for rate, learner in zip(rates, job.learners, strict=True):
             rate.copy_(learner.rate(iteration) * one)
-        decay = torch.clamp((1 + iteration) / (10 + iteration), max=s.ema)
+        decay = torch.clamp(((1 + iteration) / (10 + iteration)).float(), max=s.ema)
         job.start.keep(iteration, z, unless=broken)
         job.chains.copy_(torch.where(broken, job.chains, z))
         if job.proposals is not None:
@@ -237,4 +237,4 @@ def kl_weight(settings: Settings, iteration: Tensor) -> float | Tensor:
     of its own learns to cover all that there is, and then the detail."""
     if not settings.vae_warm_up:
         return settings.kl_weight
-    return settings.kl_weight * _FIRST_KL ** torch.clamp(1 - iteration / settings.vae_warm_up, min=0.0)
+    return settings.kl_weight * _FIRST_KL ** torch.clamp(1 - (iteration / settings.vae_warm_up).float(), min=0.0)

@@ -34,20 +34,6 @@ def start(chains=64, dim=2):
     return torch.randn(chains, dim, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """torch.compile traces as ever and then runs what it traced: the graphs, without waiting for a compiler."""
-    made = []
-
-    def traced(graph, inputs, options=None):
-        made.append(graph)
-        return graph
-
-    monkeypatch.setattr(capture, "_inductor", traced)
-    monkeypatch.setattr(transitions, "_kept", type(transitions._kept)())
-    return made
-
-
 # ------------------------------------------------------------------------------------------- the batch that is given
 
 
@@ -323,6 +309,26 @@ def test_identities():
     looped = over(None)
     looped.__closure__[0].cell_contents = looped
     assert hash(key(looped)) == hash(key(looped))
+
+
+def test_where_torch_compile_is_switched_off_nothing_says_otherwise(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: pytest.fail("compiled"))
+    want = AniLA().run(quadratic, start(), steps=2, seed=0, compile=False)
+    words = "cpu: plain definition, eager, for torch.compile is switched off"
+
+    def check():
+        for sampler in (AniLA(), HMC()):
+            assert transitions.path(sampler, quadratic, start(), fused=True) == words
+        assert transitions.path(AniLA(), quadratic, start(), fused=False) == "cpu: plain definition, eager"
+        assert torch.equal(AniLA().run(quadratic, start(), steps=2, seed=0), want)
+
+    for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
+        with monkeypatch.context() as patch, torch._dynamo.config.patch(disable=name == "TORCH_COMPILE_DISABLE"):
+            patch.setenv(name, "1")
+            check()
+    with torch.compiler.set_stance("force_eager"):
+        check()
+    assert transitions.path(AniLA(), quadratic, start(), fused=True) == "cpu: compiled reference"
 
 
 # ------------------------------------------------------------------------------------------ the models behind callables
