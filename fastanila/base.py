@@ -213,6 +213,8 @@ def check_run(sampler: Sampler, z, steps, seed, step, offset, mask) -> None:
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int, got {type(seed).__name__}")
     check_chains(z)
+    if z.layout is not torch.strided:
+        raise TypeError(f"z must be a dense tensor, got one of layout {z.layout}")
     check_norm(sampler.norm, z)
     check_mask(mask, z)
 

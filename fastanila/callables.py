@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -60,6 +61,8 @@ def _within(part: Any, names: Names) -> list[tuple[Any, Names]]:
         used = [function, part.__self__]
     elif isinstance(part, functools.partial):
         used = [part.func, *part.args, *part.keywords.values()]
+    elif isinstance(part, weakref.ref):
+        used = [part()]
     elif isinstance(part, (dict, tuple, list, set, frozenset)):
         values = part.values() if isinstance(part, dict) else part
         used = list(values) if len(part) <= _LARGEST else []
@@ -75,10 +78,12 @@ def _within(part: Any, names: Names) -> list[tuple[Any, Names]]:
 
 def _attributes(part: Any, names: Names) -> list[Any]:
     """The attributes of an object by these names; of methods and properties, the method."""
-    own, found = getattr(part, "__dict__", {}), []
+    own = getattr(part, "__dict__", {})
+    found = [own["__wrapped__"]] if "__wrapped__" in own else []
     for name in names:
         of_class = getattr(type(part), name, None)
         method = of_class.fget if isinstance(of_class, property) else of_class
+        method = method.func if isinstance(method, functools.cached_property) else method
         if name in own:
             found.append(own[name])
         elif isinstance(method, types.FunctionType) and not _is_of_torch(method.__module__):

@@ -124,6 +124,7 @@ def test_what_is_wrong_with_an_energy_is_said_and_nothing_else(energy, error, me
         (dict(z=start().long()), TypeError, "z must be float32, bfloat16 or float16, got torch.int64"),
         (dict(z=start() > 0), TypeError, "z must be float32, bfloat16 or float16, got torch.bool"),
         (dict(z=torch.tensor(1.0)), ValueError, "z must have a dimension of chains, .* got a 0-dim tensor"),
+        (dict(z=torch.eye(2).to_sparse()), TypeError, "z must be a dense tensor, got one of layout torch.sparse_coo"),
         (dict(z=[[1.0, 2.0]]), TypeError, "z must be a tensor, got list"),
         (dict(mask=torch.ones(2)), TypeError, "mask must be a bool tensor, got torch.float32"),
         (dict(mask=torch.ones(3) > 0), ValueError, r"mask must broadcast to z's shape \(64, 2\), got \(3,\)"),
@@ -360,6 +361,13 @@ class Trainer:
     def best(self):
         return self.models[0]
 
+    @functools.cached_property
+    def kept(self):
+        return self.model
+
+    def by_cached(self, x):
+        return self.kept(x)
+
     def by_slot(self, x):
         return self.slotted(x)
 
@@ -436,6 +444,9 @@ BEHIND = {
     "compiled": lambda m: torch.compile(m, backend="eager"),
     "compiled lambda": lambda m: torch.compile(lambda x: m(x), backend="eager"),
     "unregistered": _hidden,
+    "cached property": lambda m: Trainer(m).by_cached,
+    "weak reference": lambda m: (lambda ref: lambda x: ref()(x))(weakref.ref(m)),
+    "cached function": lambda m: functools.lru_cache(lambda x: m(x)),
     "recursive": _recursive,
     "other module": lambda m: Through(lambda x: m(x)),
 }
