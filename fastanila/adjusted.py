@@ -95,8 +95,11 @@ class Adjusted(Sampler):
         target = self.target_acceptance if target_acceptance is None else target_acceptance
         if not 0 < target < 1:
             raise ValueError(f"target_acceptance must be between 0 and 1, got {target}")
-        check_run(z, steps, seed, step, offset)
+        check_run(self, z, steps, seed, step, offset, mask)
         checks.count("steps", steps)
+        if energy is None:
+            raise ValueError(f"energy must be given, for {type(self).__name__} compares energies, got None")
+        checks.callables(energy=energy)
         found = calibration.dual_averaging(self.step_size, z.device)
         place = self.numbers.index("step_size")
 
@@ -129,7 +132,7 @@ class _AdjustedStep(Adjusted):
         leads to z, its energy, its score and the proposal of ``step``."""
         if state.score is None:
             z = state.z
-            above = torch.full((len(z),), _ABOVE_ALL, device=z.device)
+            above = torch.full((len(z),), _ABOVE_ALL, dtype=torch.float32, device=z.device)
             before = State(z, energy=above, score=torch.zeros_like(z), proposal=z.clone())
             state = advance(before, seed, step - 1, offset, mask)
             # rejected: energy or score at z is not finite. From an infinite energy nothing is accepted: the chain stays

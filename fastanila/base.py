@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import weakref
 from collections.abc import Callable, Iterator
 from numbers import Integral
 from typing import Any, ClassVar
@@ -27,8 +26,9 @@ import torch
 from torch import Tensor
 
 from . import checks, noise
+from .arguments import check_chains, check_mask, check_norm
 from .calibration import calibrate
-from .energies import Evaluate, evaluator, for_chains, sampling
+from .energies import Evaluate, for_chains, outside_inference, sampling
 from .reference import NORMS, REFRESHES, Proposal
 from .transitions import Info, State, chain_of, whole_run
 
@@ -103,20 +103,28 @@ class Sampler:
         """Run the chains z for ``steps`` transitions; a later call with step + steps goes on with the same stream.
 
         Args:
-            energy: any callable (B, ...) -> (B,); pass None and ``score``, a callable (B, ...) -> (B, ...) giving
-                -grad U, where only that is known. A module is put in eval mode with its parameters frozen
-                meanwhile, and put back, also when it raises.
-            z: the chains, (B, ...). Not changed.
+            energy: any callable (B, ...) -> (B,), which is only ever called with all B chains; pass None and ``score``,
+                a callable (B, ...) -> (B, ...) giving -grad U, where only that is known. A module is put in eval mode
+                with its parameters frozen meanwhile, and put back, also when it raises; so are the modules that another
+                callable refers to, as far as `callables.modules` finds them.
+            z: the chains, (B, ...), float32, bfloat16 or float16. Not changed.
             steps: transitions to make. seed, step: name the noise (`fastanila.noise`); step counts transitions made.
             offset: global index of the first chain. mask: bool, broadcastable to z; where False, z stays.
             callback: called with the `Info` of every ``callback_every``-th transition.
             keep_every: n keeps the state after every n-th transition.
-            compile: compile the transition as one graph. An energy that does not trace runs eagerly, with a warning.
+            compile: compile the transition as one graph, which is kept for as long as the energy lives; of functions,
+                for others of the same code over the same objects too. An energy that does not trace runs eagerly, with
+                one warning.
 
         Returns:
             The final chains, (B, ...), detached; with keep_every the kept states, (steps // keep_every, B, ...).
+
+        Raises:
+            TypeError, ValueError: naming the argument, what it was and what was expected, ahead of any compiling; and
+                for an energy that is not (B,) or does not depend on z.
         """
-        check_run(z, steps, seed, step, offset)
+        check_run(self, z, steps, seed, step, offset, mask)
+        checks.callables(energy=energy, score=score, callback=callback)
         if (energy is None) == (score is None):
             raise ValueError(f"energy or score must be given, and not both, got {energy} and {score}")
         if energy is None and self.is_exact:
@@ -151,12 +159,11 @@ class Sampler:
     def _begun(self, energy, z, score, mask, seed, step, compile, whole=True) -> Iterator[tuple]:
         """(chain, its first state, seed and step as tensors), with the energy ready for sampling meanwhile."""
         with torch.no_grad(), sampling(energy if score is None else score):
-            if energy is not None and compile:
-                _check_depends(energy, evaluator(energy), z)
+            z = outside_inference(z.detach())
             if compile:
                 energy = for_chains(energy)
             chain = chain_of(self, energy, score, z=z, mask=mask, compile=compile, whole=whole)
-            yield chain, State(z.detach()), noise.as_word64(seed, z.device), noise.as_word64(step, z.device)
+            yield chain, State(z), noise.as_word64(seed, z.device), noise.as_word64(step, z.device)
 
     def calibrate(self, energy, z, *, score=None, clip_fraction: float = 0.05, stability: float = 0.1) -> Sampler:
         """This sampler with the step size, and the threshold if it has one, that `calibrate` proposes at z."""
@@ -201,7 +208,8 @@ def check_settings(sampler: Sampler) -> None:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(sampler, name)!r}")
 
 
-def check_run(z, steps, seed, step, offset) -> None:
+def check_run(sampler: Sampler, z, steps, seed, step, offset, mask) -> None:
+    """What every run takes, however its transitions are made. Some microseconds: a run can be a single launch."""
     checks.count("steps", steps, least=0)
     checks.count("step", step, least=0)
     checks.count("offset", offset, least=0)
@@ -209,21 +217,11 @@ def check_run(z, steps, seed, step, offset) -> None:
         raise ValueError(f"step must leave room for steps below 2**56, got step {step} and {steps} steps")
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-    if not isinstance(z, Tensor):
-        raise TypeError(f"z must be a tensor, got {type(z).__name__}")
-
-
-_depending: weakref.WeakSet = weakref.WeakSet()  #: energies that passed the next function's check
-
-
-def _check_depends(energy, evaluate: Evaluate, z: Tensor) -> None:
-    """Raise ValueError for an energy cut off from z: compiled, it would have a silent score of 0."""
-    with contextlib.suppress(TypeError):  # not hashable: checked every time
-        if energy in _depending:
-            return
-    evaluate(z[:1])
-    with contextlib.suppress(TypeError):
-        _depending.add(energy)
+    check_chains(z)
+    if z.layout is not torch.strided:
+        raise TypeError(f"z must be a dense tensor, got one of layout {z.layout}")
+    check_norm(sampler.norm, z)
+    check_mask(mask, z)
 
 
 def _number(value: float | Tensor, device) -> Tensor:

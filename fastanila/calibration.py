@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
+from .arguments import check_chains, check_norm
 from .energies import evaluator, sampling
 
 
@@ -37,10 +38,11 @@ def calibrate(
     by a fraction ``stability``; where the energy's curvature is uneven its stiffest directions suffer more.
     Take z from data or from settled chains.
 
-    Raises ValueError if the scores are not finite or all zero.
+    Raises ValueError if the scores are not finite or all zero, ValueError, TypeError for an argument that cannot be.
     """
-    if norm not in reference.NORMS:
-        raise ValueError(f"norm must be one of {', '.join(reference.NORMS)}, got {norm!r}")
+    check_chains(z)
+    check_norm(norm, z)
+    checks.callables(energy=energy, score=score)
     if not 0 < clip_fraction < 1:
         raise ValueError(f"clip_fraction must be between 0 and 1, got {clip_fraction}")
     checks.positive("stability", stability, finite=True)

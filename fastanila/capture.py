@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 import threading
 import types
 import warnings
@@ -29,6 +30,15 @@ def compiled(function: Callable) -> Callable:
     own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
     return torch.compile(own, fullgraph=True, backend=_inductor)
+
+
+def compiles() -> bool:
+    """Whether torch.compile compiles. TORCHDYNAMO_DISABLE=1 or TORCH_COMPILE_DISABLE=1 in the environment and
+    torch.compiler.set_stance switch it off, and then it runs what it is given as it is."""
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1" or torch._dynamo.config.disable:
+        return False
+    stance = getattr(torch._dynamo.eval_frame, "_stance", None)
+    return getattr(stance, "stance", "default") != "force_eager"
 
 
 def _inductor(graph, example_inputs) -> Callable:
@@ -186,5 +196,10 @@ def cloned(tree):
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, for a message of one line."""
-    return str(error).strip().split("\n", 1)[0]
+    """What an error says, for a message of one line: its first, and where that ends in a colon, what the next says."""
+    said = ""
+    for line in str(error).splitlines():
+        said = f"{said} {line.strip()}".strip()
+        if said and not said.endswith(":"):
+            break
+    return said or type(error).__name__

@@ -157,7 +157,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) ->
     tensors = {}
     for name, (parameter, _) in zip(names, _parameters(optimizer, names), strict=True):
         kinds = {kind: v for kind, v in optimizer.state.get(parameter, {}).items() if v is not None}
-        for kind, value in (kinds or {_UNTOUCHED: torch.empty(0)}).items():
+        for kind, value in (kinds or {_UNTOUCHED: torch.empty(0, dtype=torch.float32, device="cpu")}).items():
             if not isinstance(value, Tensor):
                 raise TypeError(f"optimizer state {kind} of {name} is {type(value).__name__}, not a tensor")
             tensors[f"optimizer.{kind}.{name}"] = value

@@ -31,6 +31,13 @@ def nonnegative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
 
+def callables(**arguments) -> None:
+    """Of arguments that may be None."""
+    for name, value in arguments.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} must be a callable, got {type(value).__name__}")
+
+
 def bounds(name: str, bounds) -> tuple[float, float]:
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise ValueError(f"{name} must be a pair (low, high), got {bounds!r}")

@@ -67,7 +67,7 @@ def share(z: Tensor, norm: str) -> Tensor:
     """The share, 0-dim, of a state's elements whose gain can be below 1: those that may move; for norm="channel" all of
     the region's pixels; for "chain", where all elements have one gain, all."""
     if norm == "chain":
-        return torch.ones((), device=z.device)
+        return torch.ones((), dtype=torch.float32, device=z.device)
     return (missing(z) if norm == "channel" else free(z)).float().mean()
 
 

@@ -146,7 +146,8 @@ def _gaussians(name: str, centre: Callable[[Tensor], Tensor], parts: int, sd: fl
         part = torch.arange(parts, dtype=x.dtype, device=x.device)
         return _log_mixture(x, centre(part), torch.full_like(part, 1 / parts), sd)
 
-    return Density(name, (-5.0, 5.0), points, log_density, modes=Modes(centre(torch.arange(parts).float()), sd))
+    centres = centre(torch.arange(parts, dtype=torch.float32, device="cpu"))
+    return Density(name, (-5.0, 5.0), points, log_density, modes=Modes(centres, sd))
 
 
 def _circle(part: Tensor) -> Tensor:
@@ -354,7 +355,7 @@ def _channels_first(pixels: np.ndarray) -> Tensor:
 
 def _split(images: Tensor, every: int) -> tuple[Tensor, Tensor]:
     """Holds out every ``every``-th image, the first included."""
-    held_out = torch.arange(len(images)) % every == 0
+    held_out = torch.arange(len(images), device=images.device) % every == 0
     return images[~held_out], images[held_out]
 
 

@@ -190,7 +190,7 @@ def _by_summary(states: Tensor, statistic: Callable) -> Tensor:
     def value(x: Tensor) -> float:
         return float(statistic(x.numpy())) if x.isfinite().all() and x.min() < x.max() else math.nan
 
-    return torch.tensor([value(x) for x in columns], dtype=torch.float64)
+    return torch.tensor([value(x) for x in columns], dtype=torch.float64, device="cpu")
 
 
 def _check(states: Tensor) -> None:

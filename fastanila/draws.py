@@ -118,7 +118,7 @@ def interpolated(vae: VAE, rows: int, columns: int, *, seed: int, update: int) -
     lengths = ends.norm(dim=1, keepdim=True)
     (a, b), (short, long) = ((x[0::2, None], x[1::2, None]) for x in (ends / lengths, lengths))
     angle = torch.acos((a * b).sum(-1, keepdim=True).clamp(-1 + 1e-6, 1 - 1e-6))
-    t = torch.linspace(0, 1, columns, device=device)[None, :, None]
+    t = torch.linspace(0, 1, columns, dtype=torch.float32, device=device)[None, :, None]
     directions = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
     return vae.decode((directions * torch.lerp(short, long, t)).flatten(0, 1))
 

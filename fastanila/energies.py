@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -11,12 +12,18 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from . import checks, noise
+from . import callables, checks, noise
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "leaky-relu": lambda: nn.LeakyReLU(0.2),
 }
+
+
+#: Layers in float32, as chains and energies are, whatever torch's default dtype is.
+Linear = functools.partial(nn.Linear, dtype=torch.float32)
+Conv2d = functools.partial(nn.Conv2d, dtype=torch.float32)
+ConvTranspose2d = functools.partial(nn.ConvTranspose2d, dtype=torch.float32)
 
 
 class MLP(nn.Module):
@@ -48,9 +55,9 @@ class MLP(nn.Module):
         sizes = [2 * features if features else dim, *[width] * depth]
         layers = []
         for a, b in itertools.pairwise(sizes):
-            layers += [nn.Linear(a, b), ACTIVATIONS[activation]()]
+            layers += [Linear(a, b), ACTIVATIONS[activation]()]
         self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(sizes[-1], 1)
+        self.head = Linear(sizes[-1], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = x
@@ -78,11 +85,11 @@ class ConvNet(nn.Module):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.confinement = confinement
         widths = [width, 2 * width, 4 * width, 8 * width]
-        layers = [nn.Conv2d(channels, width, 3, 1, 1), ACTIVATIONS[activation]()]
+        layers = [Conv2d(channels, width, 3, 1, 1), ACTIVATIONS[activation]()]
         for a, b in itertools.pairwise(widths):
-            layers += [nn.Conv2d(a, b, 4, 2, 1), ACTIVATIONS[activation]()]
+            layers += [Conv2d(a, b, 4, 2, 1), ACTIVATIONS[activation]()]
         self.layers = nn.Sequential(*layers)
-        self.head = nn.Conv2d(widths[-1], 1, size // 8)
+        self.head = Conv2d(widths[-1], 1, size // 8)
         self.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPU and GPU
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,7 +188,7 @@ class GaussianMixture(nn.Module):
         if means.dim() != 2:
             raise ValueError(f"means must have shape (M, D), got {tuple(means.shape)}")
         count, dim = means.shape
-        sd = torch.as_tensor(sd).to(means).expand(count).clone()
+        sd = torch.as_tensor(sd, dtype=means.dtype, device=means.device).expand(count).clone()
         weights = means.new_ones(count) if weights is None else weights.to(means)
         if not bool((sd > 0).all()):
             raise ValueError(f"sd must be positive, got {sd.tolist()}")
@@ -212,7 +219,12 @@ Evaluate = Callable[[Tensor], tuple[Tensor | None, Tensor]]  #: z (B, ...) -> en
 
 
 def evaluator(energy, score=None, *, traced: bool = False) -> Evaluate:
-    """z -> (energy, score) of an energy: by autograd, or by torch.func.grad, which torch.compile can trace."""
+    """z -> (energy, score) of an energy: by autograd, or by torch.func.grad, which torch.compile can trace.
+
+    Called under torch.inference_mode() or with a z made there, the first way differentiates all the same. Raises
+    ValueError, TypeError for an energy that is not (B,), that does not depend on z, or that reads a tensor made under
+    torch.inference_mode() where its gradient needs it.
+    """
     if score is not None:
         return lambda z: (None, score(z))
     if energy is None:
@@ -225,8 +237,12 @@ def evaluator(energy, score=None, *, traced: bool = False) -> Evaluate:
 
     def total(z: Tensor) -> tuple[Tensor, Tensor]:
         u = energy(z)
+        if not isinstance(u, Tensor):
+            raise TypeError(f"energy must map (B, ...) to a tensor (B,), got {type(u).__name__}")
         if u.shape != z.shape[:1]:
             raise ValueError(f"energy must map (B, ...) to (B,) = ({z.shape[0]},), got {tuple(u.shape)}")
+        if not u.requires_grad:  # traced, it would have a silent score of 0
+            raise ValueError("energy must be differentiable in z, but its value does not depend on z")
         return -u.sum() if inside else u.sum(), u
 
     def by_func(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,15 +250,33 @@ def evaluator(energy, score=None, *, traced: bool = False) -> Evaluate:
         return u.detach(), gradient if inside else -gradient
 
     def by_autograd(z: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad(), _inference_tensors_named():
+            z = outside_inference(z).detach().requires_grad_()
             whole, u = total(z)
-            if not whole.requires_grad:
-                raise ValueError("energy must be differentiable in z, but its value does not depend on z")
-            (gradient,) = torch.autograd.grad(whole, z)
+            (gradient,) = torch.autograd.grad(whole, z, allow_unused=True)
+        if gradient is None:  # only on other tensors that require a gradient
+            raise ValueError("energy must be differentiable in z, but its value does not depend on z")
         return u.detach(), gradient if inside else -gradient
 
     return by_func if traced else by_autograd
+
+
+def outside_inference(z: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made under torch.inference_mode(), of which autograd takes none."""
+    return z.clone() if z.is_inference() else z
+
+
+@contextlib.contextmanager
+def _inference_tensors_named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "nference tensor" not in str(error):
+            raise
+        raise ValueError(
+            "energy must not read tensors made under torch.inference_mode(), through which torch takes no gradient; "
+            "make them outside of it, or give it clones of them made there"
+        ) from error
 
 
 def for_chains(energy):
@@ -252,17 +286,19 @@ def for_chains(energy):
 
 @contextlib.contextmanager
 def sampling(energy) -> Iterator[None]:
-    """A module in eval mode with frozen parameters, put back as it was on leaving, also by an exception."""
-    if not isinstance(energy, nn.Module):
-        yield
-        return
-    trainable = [p for p in energy.parameters() if p.requires_grad]
-    training = [m for m in energy.modules() if m.training]
+    """A module, and those that any other callable refers to (`callables.modules`), in eval mode with frozen parameters,
+    put back as they were on leaving, also by an exception; and out of torch.inference_mode() meanwhile."""
+    modules = callables.modules(energy)
+    parameters = {id(p): p for m in modules for p in m.parameters(recurse=False)}
+    trainable = [p for p in parameters.values() if p.requires_grad and not p.is_inference()]
+    training = [m for m in modules if m.training]
     try:
         for p in trainable:
             p.requires_grad_(False)
-        energy.eval()
-        yield
+        for m in training:
+            m.eval()
+        with torch.inference_mode(False):
+            yield
     finally:
         for p in trainable:
             p.requires_grad_(True)

@@ -174,7 +174,7 @@ def draw(log_p: Tensor, grid: Grid, count: int, *, seed: int, step: int) -> Tens
     """
     mass = log_p.exp().cumsum(0)
     if not torch.isfinite(mass[-1]):
-        return torch.full((count, 2), math.nan, device=log_p.device)
+        return torch.full((count, 2), math.nan, dtype=torch.float32, device=log_p.device)
     # float64 of whole words: a float32 uniform near 1 has steps of 6e-8, a hundredth of a cell's mass
     stream = noise.Stream.EVALUATION
     words = noise.words(3 * count, seed=seed, step=step, stream=stream, device=log_p.device).view(count, 3)
@@ -249,7 +249,8 @@ def evaluate(
     _, _, coarse_log_z, other = _by_quadrature(energy, density, coarse, seed)
     compared = ("nll",) if density.log_density is None else ("nll", "entropy", "kl", "tv")
     # log Z too, because nll is it plus E[U], and the errors of the two can cancel
-    moved = torch.tensor([log_z - coarse_log_z, *(report[key] - other[key] for key in compared)], dtype=torch.float64)
+    moves = [log_z - coarse_log_z, *(report[key] - other[key] for key in compared)]
+    moved = torch.tensor(moves, dtype=torch.float64, device="cpu")
     border = log_q.exp().reshape(cells.n, cells.n) * cells.cell_area
     border[1:-1, 1:-1] = 0
     # a tensor's maximum, because Python's forgets a NaN
@@ -261,7 +262,7 @@ def evaluate(
     if chains is None:
         return report
     if density.modes is not None:
-        even = torch.full((len(chains),), 1 / len(chains), device=chains.device)
+        even = torch.full((len(chains),), 1 / len(chains), dtype=torch.float64, device=chains.device)
         report |= {"modes_covered_chains": modes_covered(chains, even, density.modes)}
 
     def data_draws(count: int) -> Tensor:

@@ -39,7 +39,8 @@ def build(
     network = network.to(device)
     optimizer = torch.optim.Adam(
         network.parameters(),
-        lr=torch.tensor(lr, device=device),  # a tensor, fused and capturable: it can be part of a graph
+        # a tensor, fused and capturable: it can be part of a graph
+        lr=torch.tensor(lr, dtype=torch.float32, device=device),
         betas=_ADAM_BETAS,
         fused=True,
         capturable=device.type == "cuda",
@@ -63,7 +64,12 @@ class Schedule(NamedTuple):
     def on(self, device: torch.device) -> Schedule:
         """The same with 0-dim tensors for its numbers, which are then no constants of what is compiled with it."""
         numbers = dict(lr=self.lr, iterations=self.iterations, first=self.first)
-        return self._replace(**{name: torch.tensor(x, device=device) for name, x in numbers.items()})
+        return self._replace(**{name: as_number(x, device) for name, x in numbers.items()})
+
+
+def as_number(x: float, device: torch.device) -> Tensor:
+    """A 0-dim tensor, int64 or float32."""
+    return torch.tensor(x, dtype=torch.int64 if isinstance(x, int) else torch.float32, device=device)
 
 
 def averaged(energy: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -193,18 +194,27 @@ def fused(where: Tensor | torch.device, norm: str = "element") -> bool:
 def plain() -> Iterator[None]:
     """Every operator runs its plain definition on every device: for comparing with the kernels.
 
-    Process-wide, all threads together: Dynamo on torch 2.11 cannot trace a ContextVar, and takes what it once read of
-    a thread-local for a constant.
+    Process-wide: it is in force in all threads, until the last thread that entered has left, so that another thread
+    meanwhile gets the same numbers to rounding, slower on CUDA. Not by thread, because Dynamo on torch 2.11 cannot
+    trace a ContextVar, and takes what it once read of a thread-local for a constant.
     """
-    global _plain
-    before, _plain = _plain, True
+    _enter_plain(1)
     try:
         yield
     finally:
-        _plain = before
+        _enter_plain(-1)
 
 
-_plain = False
+def _enter_plain(change: int) -> None:
+    global _plain, _plains
+    with _plain_lock:
+        _plains += change
+        _plain = _plains > 0
+
+
+_plain = False  #: what compiled code has a guard on
+_plains = 0  #: how many are within
+_plain_lock = threading.Lock()
 
 
 # ------------------------------------------------------------------------------------------------ implementations

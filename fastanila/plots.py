@@ -22,7 +22,7 @@ def image_grid(images: Tensor, box: tuple[float, float], columns: int = 8, scale
     pixels = pixels.expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     count, _, height, width = pixels.shape
     rows = -(-count // columns)
-    sheet = torch.full((3, rows * (height + 2) + 2, columns * (width + 2) + 2), 255, dtype=torch.uint8)
+    sheet = torch.full((3, rows * (height + 2) + 2, columns * (width + 2) + 2), 255, dtype=torch.uint8, device="cpu")
     for i, image in enumerate(pixels):
         top, left = 2 + i // columns * (height + 2), 2 + i % columns * (width + 2)
         sheet[:, top : top + height, left : left + width] = image
@@ -60,7 +60,7 @@ def save_plane(
     low, high = density.box
     cells = exact.grid(density.box, 200, chains.device)
     learned = exact.model_log_density(energy, cells).exp().reshape(cells.n, cells.n).cpu()
-    points = density.draw(4096, seed=0, step=0, purpose="held-out").cpu()
+    points = density.draw(4096, seed=0, step=0, purpose="held-out", device="cpu")
     above, below = names or ("proposals", f"{len(chains)} chains")
     panels = [("data", points, "black"), (above, proposals, "tab:blue"), (below, chains, "tab:red")]
     panels = [panel for panel in panels if panel[1] is not None]

@@ -17,7 +17,7 @@ from . import chains as starts
 from . import checkpoint, completion, config, data, noise, vae
 from .config import Settings
 from .energies import MLP, Autocast, ConvNet, Tempered
-from .learners import load_parameters
+from .learners import as_number, load_parameters
 from .samplers import SAMPLERS, Sampler
 
 Dataset = data.Density | data.Images | completion.Completions
@@ -41,8 +41,12 @@ def load(directory: str | Path, device: str = "auto") -> Run:
 
     Raises FileNotFoundError if it is no run or has no checkpoint yet, `checkpoint.CheckpointError` if all are damaged.
     """
+    with torch.inference_mode(False), torch.device("cpu"):  # whatever torch's mode and default device are
+        return _load(directory, device_of(device))
+
+
+def _load(directory: str | Path, device: torch.device) -> Run:
     settings = read_settings(directory)
-    device = device_of(device)
     tensors, state = checkpoint.load_latest(Path(directory) / "checkpoints", device)
     chains = last_chains(tensors)
 
@@ -161,7 +165,7 @@ def build_vae(settings: Settings, shape: tuple[int, ...]) -> vae.VAE:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         yield
 
@@ -185,7 +189,7 @@ def build_start(settings: Settings, dataset: Dataset, device, proposer: vae.VAE 
         return starts.NoiseStart(count, dataset.shape, dataset.box, seed=seed, device=device)
     return starts.PersistentStart(
         count, settings.chains, dataset.shape, dataset.box, seed=seed, device=device,
-        reinit=torch.tensor(settings.reinit, device=device),
+        reinit=as_number(settings.reinit, device),
     )  # fmt: skip
 
 

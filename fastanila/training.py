@@ -55,6 +55,7 @@ def train(
     return run(prepare(settings, resume, changed_data=changed_data), say)
 
 
+@torch.inference_mode(False)
 def prepare(settings: Settings, resume: str | Path | None = None, *, changed_data: bool = False) -> Job:
     """Check the settings and build a run's parts; writes nothing. Raises ValueError or FileNotFoundError."""
     if resume is not None and settings.vae_warm_up is None:  # its default follows the iterations, which may change
@@ -97,6 +98,8 @@ def prepare(settings: Settings, resume: str | Path | None = None, *, changed_dat
     return job
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def run(job: Job, say: Callable[[str], None] = print) -> runs.Run:
     """Make the updates that are left, and leave the run directory complete."""
     s = job.settings

@@ -11,18 +11,21 @@ energy's type, the shapes and the machine, so that a run can be repeated; all dr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import threading
 import warnings
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops, trajectory
-from .capture import Reads, cloned, compiled, copy, cuda_graph, first_line, leaves, mapped, watching
+from . import callables, ops, trajectory
+from .capture import Reads, cloned, compiled, compiles, copy, cuda_graph, first_line, leaves, mapped, watching
 from .energies import evaluator
 from .reference import Statistics
 
@@ -75,7 +78,7 @@ def chain_of(
     if compile and whole and makes_whole_chains(sampler, energy, z, mask):
         return functools.partial(_whole_chain, sampler, energy)
     plain = Stepwise(_plain_transition(sampler, energy, score), sparing=z.is_cuda)
-    if not compile:
+    if not compile or not compiles():
         return plain
     transition = compiled_transition(sampler, energy, score)
     # one that is several graphs reads what lies between them, at addresses that prove nothing
@@ -84,7 +87,7 @@ def chain_of(
         fused = _captured(transition)
     else:  # on a CPU a graph that only begins the chains would take longer to compile than all that it saves
         fused = Stepwise(transition, sparing=z.is_cuda, begun=None if z.is_cuda else sampler)
-    return fused if strict else _FallingBack(fused, plain)
+    return fused if strict else _FallingBack(fused, plain, _kept_of(energy, score))
 
 
 def makes_whole_chains(sampler, energy, z: Tensor, mask: Tensor | None = None) -> bool:
@@ -97,6 +100,9 @@ def path(sampler, energy, z: Tensor, *, fused: bool, update: bool = False) -> st
     if not fused:
         return f"{z.device.type}: plain definition, eager"
     whole = makes_whole_chains(sampler, energy, z)
+    if not whole and not compiles():
+        graph = ", CUDA graph" if z.is_cuda and update else ""
+        return f"{z.device.type}: plain definition, eager, for torch.compile is switched off{graph}"
     words = "compiled reference" if sampler.is_one_graph else "compiled energy, plain transition"
     if whole or (ops.fused(z, sampler.norm) and sampler.is_one_graph):
         words = "whole-chain Triton kernel" if whole else "fused Triton kernels"
@@ -152,64 +158,131 @@ def _plain_of(sampler, evaluate) -> Callable:
     return transition
 
 
-def compiled_transition(sampler, energy, score=None) -> Callable:
+class CompiledTransition(NamedTuple):
     """advance(numbers, state, seed, step, offset, mask, statistics) -> (State, Info or None) as one graph, for all
-    samplers that differ in numbers only. It is kept for the next call with the same energy (the last 16 are)."""
+    samplers that differ in numbers only."""
+
+    energy: Callable | None
+    score: Callable | None
+    advance: Callable  #: the same, with these two as its first arguments
+    replays: Replays  #: the graphs captured of it
+
+    def __call__(self, numbers, state, seed, step, offset=0, mask=None, statistics=True):
+        return self.advance(self.energy, self.score, numbers, state, seed, step, offset, mask, statistics)
+
+
+def compiled_transition(sampler, energy, score=None) -> CompiledTransition:
+    """The sampler's transition, with what was compiled and captured of it before."""
     static = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name not in sampler.numbers}
-    try:
-        hash((energy, score))
-        build = _compiled_transition
-    except TypeError:  # a dataclass with __call__, say
-        build = _compiled_transition.__wrapped__
-    return build(energy, score, type(sampler), tuple(static.items()))
+    which = type(sampler), tuple(static.items())
+    who, made = callables.identity((energy, score)), _kept_of(energy, score).transitions
+    if which not in made:
+        made[which] = _Made(_compiled_transition(*which), {})
+    advance, replays = made[which]
+    own = replays[who.tensors] = replays.pop(who.tensors, None) or Replays()  # the latest last
+    if len(replays) > _SHAPES:
+        replays.pop(next(iter(replays)))
+    return CompiledTransition(energy, score, advance, own)
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled_transition(energy, score, kind: type, static: tuple) -> Callable:
+class _Made(NamedTuple):
+    advance: Callable
+    replays: dict[tuple, Replays]  #: by the tensors that the energy was given
+
+
+class _Kept:
+    """What is kept of an energy (or score) from run to run, which is none of it: no part of this refers to it."""
+
+    def __init__(self):
+        self.transitions: dict[tuple, _Made] = {}  #: compiled, by kind of sampler and what else they have built in
+        self.refusal: str | None = None  #: why it did not compile, where it did not
+        self.ends: list[weakref.finalize] = []  #: which forget it when the energy is gone
+
+
+_kept: OrderedDict[tuple, _Kept] = OrderedDict()
+_ENERGIES = 32  #: of which something is kept, at most
+
+
+def _kept_of(energy, score=None) -> _Kept:
+    """Of the same energy always the same; also of another function with the same code and contents."""
+    who = callables.identity((energy, score))
+    kept = _kept.get(who.key)
+    if kept is None:
+        kept = _kept.setdefault(who.key, _Kept())
+        for owner in who.owners:
+            with contextlib.suppress(TypeError):  # no weak reference to it
+                kept.ends.append(weakref.finalize(owner, _kept.pop, who.key, None))
+                kept.ends[-1].atexit = False
+    with contextlib.suppress(KeyError):  # another thread was faster
+        _kept.move_to_end(who.key)
+    if len(_kept) > _ENERGIES:
+        for end in _kept.popitem(last=False)[1].ends:
+            end.detach()
+    return kept
+
+
+def _compiled_transition(kind: type, static: tuple) -> Callable:
+    """The energy is an argument, which Dynamo looks at in each call, so that what is compiled does not keep it."""
     template = kind(**dict(static))
-    evaluate = evaluator(energy, score, traced=True)
     if not kind.is_one_graph:
-        return _plain_of(template, compiled(evaluate))
+        return _compiled_evaluation(template)
 
-    def transition(numbers, state, seed, step, offset, mask, statistics):
+    def transition(energy, score, numbers, state, seed, step, offset, mask, statistics):
         return template.with_numbers(numbers).transition(
-            evaluate, state, seed=seed, step=step, offset=offset, mask=mask, statistics=statistics
-        )
+            evaluator(energy, score, traced=True),
+            state, seed=seed, step=step, offset=offset, mask=mask, statistics=statistics,
+        )  # fmt: skip
 
     # two functions, because Dynamo limits how many variants one may have, and energies make variants of their own
     seeing, blind = compiled(transition), compiled(transition)
 
-    def advance(numbers, state, seed, step, offset=0, mask=None, statistics=True):
-        return (seeing if statistics else blind)(numbers, state, seed, step, offset, mask, statistics)
+    def advance(energy, score, numbers, state, seed, step, offset, mask, statistics):
+        return (seeing if statistics else blind)(energy, score, numbers, state, seed, step, offset, mask, statistics)
+
+    return advance
+
+
+def _compiled_evaluation(template) -> Callable:
+    """The same with the energy and its score compiled, and the rest of the transition plain."""
+
+    def evaluation(energy, score, z):
+        return evaluator(energy, score, traced=True)(z)
+
+    evaluate = compiled(evaluation)
+
+    def advance(energy, score, *arguments):
+        return _plain_of(template, functools.partial(evaluate, energy, score))(*arguments)
 
     return advance
 
 
 class _FallingBack:
-    """A chain that is ``fused`` until its energy fails to compile as one graph, and ``plain`` from then on.
+    """A chain that is ``fused`` until its energy fails to compile as one graph, and ``plain`` from then on, in later
+    chains of the same energy too.
 
     Where the energy traces and the compiler behind it fails, that is no fault of the energy's, and raises.
     """
 
-    def __init__(self, fused: Chain, plain: Chain):
-        self.fused, self.plain, self.works = fused, plain, True
+    def __init__(self, fused: Chain, plain: Chain, kept: _Kept):
+        self.fused, self.plain, self.kept = fused, plain, kept
 
     def __call__(self, *arguments):
-        if self.works:
-            try:
-                return self.fused(*arguments)
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                raise RuntimeError(
-                    f"the compiler failed on the transition ({first_line(error)}); compile=False runs without it"
-                ) from error
-            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-                self.works = False
-                warnings.warn(
-                    f"the energy does not compile as one graph and runs eagerly ({first_line(error)}); compile=False "
-                    "says so",
-                    stacklevel=3,
-                )
-        return self.plain(*arguments)
+        if self.kept.refusal is not None:
+            return self.plain(*arguments)
+        try:
+            return self.fused(*arguments)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise RuntimeError(
+                f"the compiler failed on the transition ({first_line(error)}); compile=False runs without it"
+            ) from error
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            reason = first_line(error)
+        made = self.plain(*arguments)  # where the energy itself is at fault, it says so here
+        self.kept.refusal = reason
+        warnings.warn(
+            f"the energy does not compile as one graph and runs eagerly ({reason}); compile=False says so", stacklevel=3
+        )
+        return made
 
 
 # -------------------------------------------------------------------------------------------- replayed from CUDA graphs
@@ -235,19 +308,28 @@ class _Held:
         return self.numbers, self.state, self.seed, self.step, self.mask
 
 
+class Replays:
+    """The graphs of one transition, by what `_Held` are told apart by; and the lock of those who use them."""
+
+    def __init__(self):
+        self.held: dict[tuple, _Held] = {}
+        self.lock = threading.Lock()
+
+
 class Captured:
     """A chain whose transitions are captured as CUDA graphs, by shape and number, and replayed. Threads take turns.
 
     Every call rehearses its first transition: nothing is launched, but Dynamo's guards see whatever Python state the
     energy depends on, and tell which tensors it reads. Where either has changed, the graphs are captured anew.
-    ``record(function, device)`` gives the function's replay; tests on a CPU pass one that calls it.
+    ``record(function, device)`` gives the function's replay; tests on a CPU pass one that calls it. ``replays``: those
+    of earlier chains of this transition.
     """
 
-    def __init__(self, advance: Callable, record: Callable = cuda_graph):
+    def __init__(self, advance: Callable, record: Callable = cuda_graph, replays: Replays | None = None):
         self.advance, self.record = advance, record
         self.stepwise = Stepwise(advance, sparing=True)
-        self.held: dict[tuple, _Held] = {}
-        self.lock = threading.Lock()
+        replays = Replays() if replays is None else replays
+        self.held, self.lock = replays.held, replays.lock
 
     def __call__(self, count, numbers, state, seed, step, offset=0, mask=None):
         with self.lock:
@@ -325,11 +407,9 @@ def _pieces(count: int, most: int) -> list[int]:
     return [count // parts + (i < count % parts) for i in range(parts)]
 
 
-def _captured(transition: Callable) -> Captured:
-    """The transition's captured chain, which lives as long as it does, so that a later run finds its graphs."""
-    if not hasattr(transition, "captured"):
-        transition.captured = Captured(transition)
-    return transition.captured
+def _captured(transition: CompiledTransition) -> Captured:
+    """The transition's captured chain, which finds the graphs of earlier runs."""
+    return Captured(transition, replays=transition.replays)
 
 
 def _beside(reads: Reads, arguments) -> Reads:

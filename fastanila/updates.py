@@ -23,7 +23,7 @@ from . import completion, noise, runs, samplers
 from .capture import capture_stream, compiled, cuda_graph, first_line
 from .config import Settings
 from .energies import for_chains, sampling
-from .learners import Learner, averaged_parameters, clipped_norm, follow, gradients, move
+from .learners import Learner, as_number, averaged_parameters, clipped_norm, follow, gradients, move
 from .noise import Stream
 from .objectives import ELBO, Likelihood, elbo, likelihood
 from .transitions import Info, State, chain_of
@@ -87,10 +87,10 @@ def build_update(job: Job) -> Callable[[], Update]:
     chain = chain_of(job.sampler, on_chains, z=job.chains, compile=s.fused, capture=False, strict=True)
     numbers = job.sampler.numbers_on(device)
     seed = noise.as_word64(s.seed, device)
-    one = torch.ones((), device=device)
+    one = torch.ones((), dtype=torch.float32, device=device)
     # tensors, because a number would be a constant of what is compiled, and another one would compile it anew
     steps, ema, energy_l2, clip_grad, kl, warm_up, data_noise = (
-        torch.tensor(x, device=device)
+        as_number(x, device)
         for x in (s.steps, s.ema, s.energy_l2, s.clip_grad, s.kl_weight, s.vae_warm_up, s.data_noise)
     )
     schedules = [learner.rate.on(device) for learner in job.learners]
@@ -122,7 +122,7 @@ def build_update(job: Job) -> Callable[[], Update]:
         broken = job.broken | ~finite
         for rate, schedule in zip(rates, schedules, strict=True):
             rate.copy_(schedule.at(iteration) * one)
-        decay = torch.clamp((1 + iteration) / (10 + iteration), max=ema)
+        decay = torch.clamp(((1 + iteration) / (10 + iteration)).float(), max=ema)
         job.start.keep(iteration, z, unless=broken)
         job.chains.copy_(torch.where(broken, job.chains, z))
         if job.proposals is not None:
@@ -241,4 +241,4 @@ def draw_data(
 def kl_weight(weight: float | Tensor, warm_up: Tensor | None, iteration: Tensor) -> float | Tensor:
     """The weight of KL in the VAE's loss. In the warm-up it falls geometrically to its own: a decoder with much noise
     of its own learns to cover all that there is, and then the detail."""
-    return weight if warm_up is None else weight * _FIRST_KL ** torch.clamp(1 - iteration / warm_up, min=0.0)
+    return weight if warm_up is None else weight * _FIRST_KL ** torch.clamp(1 - (iteration / warm_up).float(), min=0.0)

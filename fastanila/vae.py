@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import checks, completion, noise
-from .energies import channels_last, fourier
+from .energies import Conv2d, ConvTranspose2d, Linear, channels_last, fourier
 
 _LATENT_SCALE = 5.0  #: standard deviation of the frequencies of a latent's Fourier features
 _INITIAL = noise.Stream.INITIAL
@@ -118,8 +118,8 @@ def _mlp(inputs: Features, outputs: int, width: int, depth: int) -> nn.Sequentia
     sizes = [inputs.outputs, *[width] * depth]
     layers: list[nn.Module] = [inputs]
     for a, b in itertools.pairwise(sizes):
-        layers += [nn.Linear(a, b), nn.SiLU()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+        layers += [Linear(a, b), nn.SiLU()]
+    return nn.Sequential(*layers, Linear(sizes[-1], outputs))
 
 
 class Pyramid(nn.Module):
@@ -128,8 +128,8 @@ class Pyramid(nn.Module):
     def __init__(self, channels: int, size: int, width: int):
         super().__init__()
         self.sizes, self.widths = _levels(size, width)
-        self.stem = nn.Conv2d(channels, width, 3, 1, 1)
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in itertools.pairwise(self.widths))
+        self.stem = Conv2d(channels, width, 3, 1, 1)
+        self.down = nn.ModuleList(Conv2d(a, b, 4, 2, 1) for a, b in itertools.pairwise(self.widths))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = [functional.silu(self.stem(channels_last(x)))]
@@ -145,7 +145,7 @@ class Encoder(nn.Module):
         super().__init__()
         checks.count("latent", latent)
         self.pyramid = Pyramid(channels, size, width)
-        self.head = nn.Linear(self.pyramid.widths[-1] * self.pyramid.sizes[-1] ** 2, 2 * latent)
+        self.head = Linear(self.pyramid.widths[-1] * self.pyramid.sizes[-1] ** 2, 2 * latent)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,13 +162,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.sizes, widths = _levels(size, width)
         self.condition = Pyramid(condition, size, width) if condition else None
-        self.foot = nn.Linear(latent, widths[-1] * self.sizes[-1] ** 2)
+        self.foot = Linear(latent, widths[-1] * self.sizes[-1] ** 2)
         inputs = [2 * w if condition else w for w in widths]
         self.up = nn.ModuleList(
-            nn.ConvTranspose2d(inputs[i], widths[i - 1], 4, 2, 1, output_padding=self.sizes[i - 1] % 2)
+            ConvTranspose2d(inputs[i], widths[i - 1], 4, 2, 1, output_padding=self.sizes[i - 1] % 2)
             for i in reversed(range(1, len(widths)))
         )
-        self.head = nn.Conv2d(inputs[0], channels, 3, 1, 1)
+        self.head = Conv2d(inputs[0], channels, 3, 1, 1)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, latents: Tensor, condition: Tensor | None = None) -> Tensor:

@@ -6,6 +6,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # ahead of torch: workers that all take
 import pytest
 import torch
 
+from fastanila import capture, transitions
+
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
@@ -24,3 +26,17 @@ def poisoned(monkeypatch):
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     monkeypatch.setattr(torch, "empty_like", filled)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.compile traces as ever and then runs what it traced: the graphs, without waiting for a compiler."""
+    made = []
+
+    def traced(graph, inputs, options=None):
+        made.append(graph)
+        return graph
+
+    monkeypatch.setattr(capture, "_inductor", traced)
+    monkeypatch.setattr(transitions, "_kept", type(transitions._kept)())
+    return made

@@ -289,6 +289,22 @@ def test_what_is_fused(monkeypatch):
     assert ops.fused(z)
 
 
+def test_plain_holds_until_the_last_thread_has_left(monkeypatch):
+    if ops._kernel is None:
+        pytest.skip("triton is not installed")
+    monkeypatch.setattr(ops, "INTERPRETED", True)
+    z, first, second = torch.zeros(2, 2), ops.plain(), ops.plain()
+    first.__enter__()
+    second.__enter__()  # of another thread, which leaves later
+    first.__exit__(None, None, None)
+    assert not ops.fused(z)
+    second.__exit__(None, None, None)
+    assert ops.fused(z)
+    with pytest.raises(ArithmeticError), ops.plain():
+        raise ArithmeticError
+    assert ops.fused(z)
+
+
 def test_the_cpu_path_needs_no_triton():
     """As on macOS and Windows, where triton cannot be had."""
     program = """
