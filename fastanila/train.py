@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 from typing import Any
 
-from . import config
+from . import command, config
 from .config import Settings
-
-DONE, BAD_ARGUMENTS, DIVERGED = 0, 2, 3
 
 EXTRA = {
     "config": (str, "TOML file of settings, or a run's config.json; flags win over it."),
@@ -31,7 +30,7 @@ def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool]:
     under: dict[str, Any] = {}
     if files.config is not None:
         under = config.read(files.config)
-        if files.config.endswith("config.json"):  # to start the same run again, somewhere else
+        if config.is_of_a_run(files.config):  # to start the same run again, somewhere else
             under.pop("out", None)
     elif files.resume is not None:
         from . import runs
@@ -71,36 +70,43 @@ def cli(argv: list[str] | None, defaults: dict[str, Any]):
 
 
 def main(argv: list[str] | None = None) -> int:
-    if "--help" in (sys.argv[1:] if argv is None else argv):
-        parse(argv)  # exits; ahead of the imports, which take torch seconds
+    if {"--help", "-h"} & set(sys.argv[1:] if argv is None else argv):
+        return command.exit_code(lambda: parse(argv) and command.DONE)  # exits; ahead of torch, which takes seconds
+    importlib.import_module(".training", __package__)  # ahead of `exit_code`, under which Ctrl-C is an exception
+    return command.exit_code(lambda: trained(argv))
+
+
+def trained(argv: list[str] | None) -> int:
+    """Do what the flags say; the exit code."""
     import torch
 
-    from . import capture, checkpoint, training
+    from . import capture, checkpoint, run_directory, training
 
-    try:
+    with command.refusing(ValueError, TypeError, checkpoint.CheckpointError):
         settings, resume, dry_run = parse(argv)
         job = training.prepare(settings, resume)
-    except (ValueError, TypeError, OSError, checkpoint.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_ARGUMENTS
     if dry_run:
-        print(training.path(job))
-        print(config.dump(job.settings), end="")
-        return DONE
+        for line in training.notes(job):
+            command.complain(line)
+        command.say(training.path(job))
+        command.say(config.dump(job.settings).rstrip())
+        return command.DONE
     try:
-        training.run(job, lambda line: print(line, flush=True))
+        with command.refusing(run_directory.Taken):
+            training.run(job, command.say)
     except training.Diverged as stop:
-        print(f"error: {stop}", file=sys.stderr)
-        return DIVERGED
+        command.complain(f"error: {stop}")
+        return command.DIVERGED
     except torch._dynamo.exc.BackendCompilerFailed as error:
         reason = capture.first_line(error)
-        print(f"error: compiling failed; --no-fused runs without a compiler ({reason})", file=sys.stderr)
-        return BAD_ARGUMENTS
+        command.complain(f"error: compiling failed; --no-fused runs without a compiler ({reason})")
+        return command.FAILED
     except training.Interrupted as stop:
-        print(stop, file=sys.stderr)
+        command.complain(str(stop))
         return 128 + stop.number
-    return DONE
+    return command.DONE
 
 
 if __name__ == "__main__":
+    command.end_at_once_on_interrupt()
     sys.exit(main())
