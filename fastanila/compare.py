@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, command, config, plots, run_directory, runs
+from . import checkpoint, command, config, needs, plots, run_directory, runs
 from .config import EXACT
 from .evaluate import evaluate
 from .report import read_rows
@@ -194,7 +194,12 @@ def compared(arguments: argparse.Namespace) -> int:
             raise ValueError(f"jobs must be at least 1, got {arguments.jobs}")
         thresholds = arguments.thresholds or [config.defaults(arguments.data, "anila").get("threshold", 1.0)]
         chosen = list(dict.fromkeys(trials(arguments.samplers, thresholds, arguments.seeds)))
+        if arguments.thresholds and all(trial.threshold is None for trial in chosen):
+            raise ValueError(f"thresholds has no effect with samplers={' '.join(arguments.samplers)}, which have none")
         resolved = {trial: settings_of(trial, common) for trial in chosen}
+        given = {name for name in ("data_dir",) if getattr(arguments, name) is not None}
+        for reason in needs.idle(next(iter(resolved.values())), given).values():
+            raise ValueError(reason)
         out.mkdir(parents=True, exist_ok=True)
         run_directory.check_writable(out)
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)

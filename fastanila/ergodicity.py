@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import checkpoint, checks, command, config, markov, plots, run_directory, runs, targets
+from . import checkpoint, checks, command, config, markov, needs, plots, run_directory, runs, targets
 from .reference import NORMS
 from .samplers import SAMPLERS, Sampler
 from .targets import Target
@@ -304,12 +304,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--beta", type=float, default=0.25, help="of V = pi^-beta (default 0.25)")
     parser.add_argument("--radius", type=float, help="of the ball, in place of the one described in the module")
     parser.add_argument("--out", help="directory for ergodicity.json and ergodicity.png")
-    return command.exit_code(lambda: analysed(parser.parse_args(argv)))
+
+    def work() -> int:
+        arguments = parser.parse_args(argv)
+        return analysed(arguments, needs.given(parser, argv, arguments))
+
+    return command.exit_code(work)
 
 
-def analysed(arguments: argparse.Namespace) -> int:
-    """Print, and write, what the arguments ask for; the exit code."""
+def analysed(arguments: argparse.Namespace, given: set[str]) -> int:
+    """Print, and write, what the arguments ask for; the exit code. ``given``: those that the command line has."""
     if arguments.table:
+        with command.refusing(ValueError):
+            needs.refuse(given - {"table"}, sorted(given), "with table, which is one of given targets and samplers")
         command.say(table())
         return command.DONE
     with command.refusing(ValueError, RuntimeError, checkpoint.CheckpointError):

@@ -47,6 +47,7 @@ from . import (
     distances,
     draws,
     exact,
+    needs,
     ops,
     plots,
     run_directory,
@@ -170,13 +171,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--fused", action=argparse.BooleanOptionalAction, default=True, help="compile the transitions it makes"
     )
-    return command.exit_code(lambda: evaluated(parser.parse_args(argv)))
+
+    def work() -> int:
+        arguments = parser.parse_args(argv)
+        return evaluated(arguments, needs.given(parser, argv, arguments))
+
+    return command.exit_code(work)
 
 
-def evaluated(arguments: argparse.Namespace) -> int:
-    """Print what the arguments ask for; the exit code."""
+def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
+    """Print what the arguments ask for; the exit code. ``given``: those that the command line has."""
     with command.refusing(ValueError, ModuleNotFoundError, checkpoint.CheckpointError):
+        if not arguments.chains:
+            needs.refuse(given, ["draws", "seed"], "without chains, whose transitions it is of")
         run = runs.load(arguments.run, arguments.device)
+        for reason in needs.idle(run.settings, given & {"data_dir"}).values():
+            raise ValueError(reason)
         if arguments.chains:
             run_directory.check_writable(config.path_of("run", arguments.run))
         chains: dict[str, Any] = {}

@@ -29,6 +29,7 @@ from . import (
     config,
     data,
     draws,
+    needs,
     plots,
     run_directory,
     runs,
@@ -37,6 +38,7 @@ from . import (
 from .draws import sample
 
 SUFFIXES = (".png", ".npz")
+_OF_SAMPLER = ("step_size", "threshold", "norm", "leapfrog_steps")
 _COLUMNS = 8  # of a picture of interpolations
 
 
@@ -160,13 +162,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="names the noise")
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--fused", action=argparse.BooleanOptionalAction, default=True, help="compile the transition")
-    return command.exit_code(lambda: sampled(parser.parse_args(argv)))
+
+    def work() -> int:
+        arguments = parser.parse_args(argv)
+        return sampled(arguments, needs.given(parser, argv, arguments))
+
+    return command.exit_code(work)
 
 
-def sampled(arguments: argparse.Namespace) -> int:
-    """Draw and write what the arguments ask for; the exit code."""
-    changes = ("step_size", "threshold", "norm", "leapfrog_steps")
-    changes = {k: v for k in changes if (v := getattr(arguments, k)) is not None}
+def sampled(arguments: argparse.Namespace, given: set[str]) -> int:
+    """Draw and write what the arguments ask for; the exit code. ``given``: those that the command line has."""
+    changes = {k: v for k in _OF_SAMPLER if (v := getattr(arguments, k)) is not None}
     with command.refusing(ValueError, checkpoint.CheckpointError):
         out = out_of(arguments.out)
         for name, least in (("count", 1), ("completions", 1), ("warm_up", 0)):
@@ -174,6 +180,7 @@ def sampled(arguments: argparse.Namespace) -> int:
         if arguments.steps is not None:
             checks.count("steps", arguments.steps, least=0)
         run = runs.load(arguments.run, arguments.device)
+        check_effects(run, arguments, given)
         if changes or arguments.sampler is not None:
             run = runs.with_sampler(run, arguments.sampler or run.settings.sampler, **changes)
     command.say(transitions.path(run.sampler, run.energy, run.chains, fused=arguments.fused))
@@ -183,6 +190,24 @@ def sampled(arguments: argparse.Namespace) -> int:
         drawn = draw(run, arguments, out)
     command.say(f"{drawn} in {out}")
     return command.DONE
+
+
+def check_effects(run: runs.Run, arguments: argparse.Namespace, given: set[str]) -> None:
+    """Raise ValueError naming an argument of the command line that would change nothing."""
+    fills = bool(arguments.inpaint) or run.settings.task == "completion"
+    if not fills:
+        needs.refuse(
+            given, ["completions"], "where nothing is completed: it needs inpaint, or a run with task=completion"
+        )
+    if not (fills or arguments.reconstruct):
+        needs.refuse(given, ["data_dir"], "where no data are read: it needs inpaint, reconstruct or task=completion")
+    for reason in needs.idle(run.settings, given & {"data_dir"}).values():
+        raise ValueError(reason)
+    moves = ("sampler", *_OF_SAMPLER)
+    if arguments.reconstruct:
+        needs.refuse(given, ["steps", "warm_up", *moves], "with reconstruct, which makes no transitions")
+    if arguments.steps == 0 or (arguments.interpolate and arguments.steps is None):
+        needs.refuse(given, moves, "where no transitions are made: it needs steps above 0")
 
 
 def out_of(written: str) -> Path:

@@ -41,8 +41,32 @@ def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool]:
     init = files.init if files.init is not None else under.get("init")
     task = files.task if files.task is not None else under.get("task")
     values = vars(cli(argv, config.defaults(dataset, sampler, init, task) | under))
-    resume, dry_run, _ = values.pop("resume"), values.pop("dry_run"), values.pop("config")
-    return Settings(**values), resume, dry_run
+    resume, dry_run, file = values.pop("resume"), values.pop("dry_run"), values.pop("config")
+    settings = Settings(**values)
+    check_effects(settings, argv, resume=resume, file=file, under=under)
+    return settings, resume, dry_run
+
+
+def check_effects(
+    settings: Settings, argv: list[str] | None, *, resume: str | None, file: str | None, under: dict[str, Any]
+) -> None:
+    """Refuse flags that would change nothing (ValueError), and warn of settings of the config file that do not: it may
+    be shared by runs of several kinds, and hold what is as it would be without it."""
+    from . import needs
+
+    resolved = config.resolve(settings)
+    flags = needs.flags(sys.argv[1:] if argv is None else argv, under.keys() | vars(settings).keys())
+    if resume is not None and "out" in flags:
+        raise ValueError("out has no effect with resume: the run stays in its folder")
+    idle = needs.idle(resolved, flags)
+    if idle:
+        raise ValueError("; ".join(idle.values()))
+    if file is not None:
+        idle = needs.idle(resolved, under.keys() - flags)
+        bare = config.resolve(dataclasses.replace(settings, **{name: getattr(Settings, name) for name in idle}))
+        for name, reason in idle.items():
+            if getattr(bare, name) != getattr(resolved, name):
+                command.complain(f"warning: config {file}: {reason}")
 
 
 def cli(argv: list[str] | None, defaults: dict[str, Any]):
