@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from . import compiler
+
 T = TypeVar("T")
 _numbers = itertools.count()
 
@@ -25,6 +27,7 @@ def compiled(function: Callable, options: Mapping[str, Any] | None = None) -> Ca
     all closures of one function share: a program with many energies would run into the limit. A copy of the code
     under a new name has none of that history.
     """
+    compiler.check_cache()
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
@@ -34,7 +37,7 @@ def compiled(function: Callable, options: Mapping[str, Any] | None = None) -> Ca
 
 def _inductor(graph, example_inputs, options: dict[str, Any] | None = None) -> Callable:
     """Inductor, whose compiled graphs tell `watching` what they are called with."""
-    with warnings.catch_warnings():
+    with compiler.quiet(), warnings.catch_warnings():
         # that float32 products could be TF32; whoever wants them says so, see runs.matmul_precision
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         run = torch._dynamo.lookup_backend("inductor")(graph, example_inputs, config_patches=options)

@@ -17,7 +17,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import checkpoint, completion, config, data, draws, exact, learners, ops, plots, run_directory, runs, transitions
+from . import (
+    checkpoint,
+    compiler,
+    completion,
+    config,
+    data,
+    draws,
+    exact,
+    learners,
+    ops,
+    plots,
+    run_directory,
+    runs,
+    transitions,
+)
 from .config import Settings
 from .report import Metrics, Progress, Watch, tensorboard_writer
 from .updates import Job, Update, build_update, revision
@@ -61,6 +75,7 @@ def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
     device = runs.device_of(settings.device)
     directory = config.path_of("resume", resume) if resume is not None else new_directory(settings)
     run_directory.check_writable(directory)
+    compiler.prepare(compiling=settings.fused)
     if settings.tensorboard:
         tensorboard_writer()
     dataset = runs.load_data(settings, device)
