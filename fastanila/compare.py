@@ -211,9 +211,9 @@ def compared(arguments: argparse.Namespace) -> int:
         finished = train(resolved[trial], directory, threads)
         with turn:
             lines[trial] = measured(trial, directory, finished, arguments.data_dir)
-            command.say(f"{len(lines)} of {len(chosen)}: {trial.name} {'done' if finished else 'diverged'}")
             found = [lines[t] for t in chosen if t in lines]
             checkpoint.write_text(out / "compare.json", json.dumps(found, indent=2) + "\n")
+            command.say(f"{len(lines)} of {len(chosen)}: {trial.name} {'done' if finished else 'diverged'}")
 
     torch.set_num_threads(threads)
     try:

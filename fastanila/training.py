@@ -311,7 +311,7 @@ def with_what_is_kept(job: Job, error: OSError) -> OSError:
         save(job)
     newest = checkpoint.latest(job.directory / "checkpoints")
     where = "" if newest is None else f" from update {int(newest.stem)}"
-    return OSError(error.errno, f"{error.strerror}; --resume {job.directory} goes on{where}", error.filename)
+    return OSError(error.errno, f"{error.strerror or error}; --resume {job.directory} goes on{where}", error.filename)
 
 
 # ----------------------------------------------------------------------------------------- its folder, and its signals
