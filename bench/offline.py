@@ -26,9 +26,8 @@ SHARED_MEMORY = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 23
 
 
 def compile_step(
-    target: str, dtype: str = "fp32", *, lane=0, gamma=False, mask=False, bounds=False, pointers=True,
-    configuration=anisotropic.CONFIGURATION,
-) -> CompiledKernel:  # fmt: skip
+    target: str, dtype: str = "fp32", *, lane=0, gamma=False, mask=False, bounds=False, pointers=True
+) -> CompiledKernel:
     """The anisotropic step for a target of TARGETS; ``dtype`` is fp32, bf16 or fp16.
 
     ``pointers``: threshold, step size, noise scale, seed and step come as 0-dim tensors, as a sampler passes them.
@@ -37,7 +36,7 @@ def compile_step(
     constants = dict(
         **{name: pointers for name in ("THRESHOLD_PTR", "STEP_SIZE_PTR", "NOISE_SCALE_PTR", "SEED_PTR", "STEP_PTR")},
         LANE=lane, HAS_GAMMA=gamma, HAS_MASK=mask, HAS_BOUNDS=bounds,
-        FAST=TARGETS[target].backend == "cuda", BLOCK=configuration.block,
+        FAST=TARGETS[target].backend == "cuda", BLOCK=anisotropic.CONFIGURATION.block,
     )  # fmt: skip
     number = "*fp32" if pointers else "fp32"
     word = "*i64" if pointers else "i64"
@@ -59,7 +58,7 @@ def compile_step(
     return triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=TARGETS[target],
-        options={"num_warps": configuration.warps, "enable_fp_fusion": True},
+        options={"num_warps": anisotropic.CONFIGURATION.warps, "enable_fp_fusion": True},
     )
 
 

@@ -212,7 +212,7 @@ def captured(function: Way, device: torch.device) -> Way:
     with torch.cuda.graph(graph):
         result = function()
 
-    def replay():
+    def replay(kept=function):  # what the graph reads lives as long as its replay
         graph.replay()
         return result
 

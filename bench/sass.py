@@ -55,14 +55,12 @@ class Kernel:
     counted: str = "kernel"
 
 
-def _step(
-    reads: Sequence[int | None] = (None, None), configuration: anisotropic.Configuration = anisotropic.WIDE, **variant
-) -> Kernel:
-    variant["configuration"] = configuration
+def _step(reads: Sequence[int | None] = (None, None), **variant) -> Kernel:
+    block, warps = anisotropic.CONFIGURATION
     return Kernel(
         name="anisotropic_step_kernel",
         compile=lambda architecture, dtype: offline.compile_step(architecture, dtype, **variant),
-        elements=configuration.block / (32 * configuration.warps),
+        elements=block / (32 * warps),
         reads=reads,
     )
 
@@ -121,7 +119,6 @@ def _mlp(*, dim: int, width: int, depth: int = 2, features: int = 0, chains: int
 #: Every kernel that an operator launches, by the configurations that matter. b = inf takes the kernel of a finite b.
 KERNELS: dict[str, Kernel] = {
     "step": _step(),
-    "step-narrow": _step(configuration=anisotropic.NARROW),
     "step-bounds": _step(bounds=True),
     "step-gamma": _step(reads=(None, None, 4), gamma=True),
     "step-mask": _step(reads=(None, None, 1), mask=True),

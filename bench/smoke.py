@@ -177,7 +177,7 @@ def failed_capture(run: Run) -> Iterator[Finding]:
 # --------------------------------------------------------------------------------------------------------------- times
 
 #: Sizes of the step's launch that may be chosen: elements and warps of a program.
-STEP_SIZES = ((2048, 4), (1024, 4), (2048, 8), (512, 4))
+STEP_SIZES = ((2048, 4), (1024, 4), (2048, 8), (512, 2))
 #: Of the whole-chain kernel of an MLP: chains and warps of a program; None is what it chooses by itself.
 MLP_SIZES = (None, (8, 4), (8, 8), (4, 4), (4, 8), (16, 8))
 

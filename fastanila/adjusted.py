@@ -26,6 +26,8 @@ REFUSALS = {
     "refresh": "a gain held from the chain's start would make the reverse move unlike the one proposed",
 }
 
+_ABOVE_ALL = 1e30  #: an energy that no state has
+
 
 class Adapted(NamedTuple):
     sampler: Adjusted  #: with the step size found, which stays as it is
@@ -121,6 +123,21 @@ class _AdjustedStep(Adjusted):
 
     def proposal(self, z: Tensor, score: Tensor) -> Proposal:
         return reference.proposal(z, score, self.threshold, step_size=self.step_size, norm=self.norm)
+
+    def begun(self, advance, state, *, seed, step, offset, mask):
+        """By a transition ahead of the first, from an energy above all others to z itself. Since that is accepted, it
+        leads to z, its energy, its score and the proposal of ``step``."""
+        if state.score is None:
+            z = state.z
+            above = torch.full((len(z),), _ABOVE_ALL, device=z.device)
+            before = State(z, energy=above, score=torch.zeros_like(z), proposal=z.clone())
+            state = advance(before, seed, step - 1, offset, mask)
+            # rejected: energy or score at z is not finite. From an infinite energy nothing is accepted: the chain stays
+            return state._replace(energy=torch.where(state.energy == _ABOVE_ALL, math.inf, state.energy))
+        if state.proposal is None:
+            settings = dict(step_size=self.step_size, norm=self.norm, seed=seed, step=step, offset=offset, mask=mask)
+            return state._replace(proposal=ops.anisotropic_step(state.z, state.score, self.threshold, **settings))
+        return state
 
     def transition(self, evaluate, state, *, seed, step, offset=0, mask=None, statistics=True):
         settings = dict(step_size=self.step_size, norm=self.norm, seed=seed, offset=offset, mask=mask)

@@ -58,6 +58,11 @@ class Sampler:
         """What a chain at z (B, ...) carries into its first transition."""
         return State(z)
 
+    def begun(self, advance: Callable, state: State, *, seed: Tensor, step: Tensor, offset: int, mask) -> State:
+        """``state`` with all that the chain carries from transition to transition, so that its first one, ``step``, is
+        the same graph as the others. advance(state, seed, step, offset, mask) -> State is that graph."""
+        return state
+
     def proposal(self, z: Tensor, score: Tensor) -> Proposal:
         """The independent normals that a transition draws from at z (B, ...), ahead of clamping or any correction.
 

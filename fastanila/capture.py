@@ -8,7 +8,7 @@ import itertools
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,8 +20,8 @@ T = TypeVar("T")
 _numbers = itertools.count()
 
 
-def compiled(function: Callable, options: Mapping[str, Any] | None = None) -> Callable:
-    """torch.compile(fullgraph=True), with a cache of its own for each call of this function. ``options``: Inductor's.
+def compiled(function: Callable) -> Callable:
+    """torch.compile(fullgraph=True), with a cache of its own for each call of this function.
 
     Dynamo keeps its cache, its recompilation limit and what it has learned of changing shapes by code object, which
     all closures of one function share: a program with many energies would run into the limit. A copy of the code
@@ -31,16 +31,15 @@ def compiled(function: Callable, options: Mapping[str, Any] | None = None) -> Ca
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
-    backend = functools.partial(_inductor, options=dict(options)) if options else _inductor
-    return torch.compile(own, fullgraph=True, backend=backend)
+    return torch.compile(own, fullgraph=True, backend=_inductor)
 
 
-def _inductor(graph, example_inputs, options: dict[str, Any] | None = None) -> Callable:
+def _inductor(graph, example_inputs) -> Callable:
     """Inductor, whose compiled graphs tell `watching` what they are called with."""
     with compiler.quiet(), warnings.catch_warnings():
         # that float32 products could be TF32; whoever wants them says so, see runs.matmul_precision
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-        run = torch._dynamo.lookup_backend("inductor")(graph, example_inputs, config_patches=options)
+        run = torch._dynamo.lookup_backend("inductor")(graph, example_inputs)
     last = None
 
     def call(*inputs):

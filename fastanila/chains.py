@@ -61,7 +61,8 @@ class PersistentStart:
     """
 
     def __init__(
-        self, count: int, population: int, shape, box: tuple[float, float], *, reinit: float, seed: int | Tensor,
+        self, count: int, population: int, shape, box: tuple[float, float], *, reinit: float | Tensor,
+        seed: int | Tensor,
         device=None,
     ):  # fmt: skip
         if population % count:

@@ -114,6 +114,10 @@ class Completions:
         return self.images.box
 
     @property
+    def fingerprint(self) -> dict:
+        return self.images.fingerprint
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         channels, height, width = self.images.shape
         return channels + 1, height, width

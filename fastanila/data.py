@@ -9,24 +9,23 @@ for images, from a set that training never sees. Draws trace under
 
 from __future__ import annotations
 
+import hashlib
 import math
-import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastanila import noise
+from fastanila import image_files, noise
 from fastanila.config import IMAGES
 from fastanila.exact import Modes
 from fastanila.noise import Stream
-
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # ImageFolder's
-
 
 #: what a draw is for -> the streams of its uniforms (or indices) and of its normals
 _STREAMS = {
@@ -49,6 +48,7 @@ class Density:
     log_density: Callable[[Tensor], Tensor] | None = None
     entropy: float | None = None  #: in nats, where it has a closed form
     modes: Modes | None = None  #: where they are well apart
+    fingerprint = None  #: of `Images`; a density needs none, since its draws follow from its name
 
     @property
     def shape(self) -> tuple[int]:
@@ -77,6 +77,14 @@ class Images:
     def shape(self) -> tuple[int, int, int]:
         return tuple(self.train.shape[1:])
 
+    @cached_property
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """What tells these images from others, as JSON has it: of each set its shape and its pixels' SHA-256 digest."""
+        return {
+            name: {"shape": list(images.shape), "sha256": hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()}
+            for name, images in (("training", self.train), ("held-out", self.held_out))
+        }
+
     def to(self, device) -> Images:
         return replace(self, train=self.train.to(device), held_out=self.held_out.to(device))
 
@@ -91,6 +99,18 @@ class Images:
         # A GPU divides by a constant through its reciprocal, so write the product and get the same bits everywhere.
         drawn = (images[rows].to(torch.float32) - 127.5) * (1 / 127.5)
         return drawn if device is None else drawn.to(device)
+
+
+def changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> list[str]:
+    """How the images of two fingerprints differ, in words; nothing where one is not known."""
+    found = []
+    for name in before if before and now else ():
+        was, become = before[name], now[name]
+        if was["shape"][0] != become["shape"][0]:
+            found.append(f"{was['shape'][0]} {name} images then, {become['shape'][0]} now")
+        elif was != become:
+            found.append(f"as many {name} images, but not the same")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -277,46 +297,55 @@ def _from_torchvision(kind: type, root: Path, download: bool, **options):
 def _image_folder(root: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
     if not root.is_dir():
         raise FileNotFoundError(f"no images: {root} is not a folder; pass --data-dir for where the class folders lie")
-    parts = root / "train", root / "test"
-    if all(part.is_dir() for part in parts):
-        return tuple(_read_images(_image_paths(part, least=1), size, channels) for part in parts)
-    return _split(_read_images(_image_paths(root, least=2), size, channels), every=10)
+    parts = image_files.parts(root)
+    if parts is None:
+        return _apart(*_split(_read_images([*_found(root, least=2).values()], size, channels), every=10))
+    train, held_out = (_found(part, least=1) for part in parts)
+    if both := [train[identity] for identity in train if identity in held_out]:
+        number = "1 image is" if len(both) == 1 else f"{len(both)} images are"
+        raise ValueError(f"{number} in both {parts[0]} and {parts[1]}, by a link: {both[0]}")
+    train, held_out = (_read_images([*part.values()], size, channels) for part in (train, held_out))
+    if copies := int(_copies(train, held_out).sum()):
+        _tell(f"{copies} of {len(held_out)} held-out images equal a training image, pixel by pixel")
+    return train, held_out
 
 
-def _image_paths(root: Path, least: int) -> list[str]:
-    """The images below ``root``'s class folders, sorted; which class they are of is of no use to us."""
-    paths = sorted(
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if folder != str(root) and name.lower().endswith(_EXTENSIONS)
-    )
+def _apart(train: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, where the split is ours: held-out images of which there is a copy in training go there too."""
+    copies = _copies(train, held_out)
+    if copies.all():  # nothing would be held out
+        _tell(f"all {len(held_out)} held-out images equal a training image, pixel by pixel")
+    elif copies.any():
+        _tell(f"not held out: {int(copies.sum())} of the images, which have copies, pixel by pixel, in training")
+        return torch.cat([train, held_out[copies]]), held_out[~copies]
+    return train, held_out
+
+
+def _copies(train: Tensor, held_out: Tensor) -> Tensor:
+    """Which held-out images equal a training image, pixel by pixel: (M,) bool."""
+
+    def digests(images: Tensor) -> list[bytes]:
+        return [hashlib.blake2b(image, digest_size=16).digest() for image in images.numpy()]
+
+    known = set(digests(train))
+    return torch.tensor([digest in known for digest in digests(held_out)])
+
+
+def _tell(line: str) -> None:
+    warnings.warn(line, stacklevel=3)
+
+
+def _found(root: Path, least: int) -> dict[image_files.Identity, str]:
+    """The images below ``root``'s class folders, by what tells files apart, in the order of their paths."""
+    paths = image_files.find(root)
     if len(paths) < least:
-        raise ValueError(
-            f"{len(paths)} images in {root}: expected {least} or more, in class folders, as {' '.join(_EXTENSIONS)}"
-        )
+        expected = f"{least} or more, in class folders, as {' '.join(image_files.EXTENSIONS)}"
+        raise ValueError(f"{len(paths)} images in {root}: expected {expected}")
     return paths
 
 
 def _read_images(paths: Sequence[str], size: int, channels: int) -> Tensor:
-    # one by one: a pool of threads makes a small image take twice as long, for want of Python's lock
-    return _channels_first(np.stack([_read_image(path, size, channels) for path in paths]))
-
-
-def _read_image(path: str, size: int, channels: int) -> np.ndarray:
-    """(size, size, channels) uint8: the shorter side resized to ``size``, the longer cropped about its centre."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB" if channels == 3 else "L")
-    except Exception as error:  # whatever a decoder makes of broken bytes: OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"cannot read the image {path}: {error}") from error
-    shorter = min(image.size)
-    width, height = (int(size * side / shorter) for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    return np.asarray(image).reshape(size, size, channels)
+    return _channels_first(image_files.read(paths, size, channels))
 
 
 def _channels_first(pixels: np.ndarray) -> Tensor:
@@ -347,6 +376,10 @@ def load(
     ``data_dir`` is where image-folder, cifar10 and flowers102 look, the last two in "data" by default and with
     ``download`` to fetch what is not there; nothing else ever uses the network. ``size`` and ``channels`` (1 or 3)
     are what image-folder and flowers102 make of their files; digits are 1x8x8 and cifar10 is 3x32x32.
+
+    An image-folder holds class folders, of which every tenth image is held out, or train/ beside test/ (or val/,
+    valid/, validation/ where that is missing) with class folders in each: see `image_files.parts`, and
+    `image_files` for which files are taken and what is made of 16 bits, transparency and orientation.
 
     Raises ValueError for an unknown name, a wrong option and data that cannot be read, FileNotFoundError for data that
     are not there.

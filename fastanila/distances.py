@@ -79,7 +79,7 @@ def mmd(a: Tensor, b: Tensor) -> float:
     """The squared maximum mean discrepancy of (N, k) and (M, k), N, M >= 2, unbiased: for equal laws its mean is 0.
 
     The kernel is exp(-|x - y|**2 / (2 m**2)) with m the median distance within the pooled rows (Gretton et al., JMLR
-    2012). O((N + M)**2) memory: for a few thousand rows.
+    2012). O((N + M)**2) memory: for a few thousand rows. NaN for a set of one row, which has no such estimate.
     """
     if not _finite(a, b):
         return math.nan
@@ -124,6 +124,9 @@ def evaluate_images(
     `gaussian_pixels`, which a model of images must beat; frechet_train of as many training images, evenly spaced,
     the floor at this count; mmd of the chains, and mmd_start (at most 2000 rows a side).
     """
+    for name, images in (("chains", chains), ("held_out", held_out), ("train", train), ("start", start)):
+        if len(images) < 2:
+            raise ValueError(f"{name} must be at least 2 images, which have a covariance, got {len(images)}")
     features = pca(train, components)
     count = len(chains)
     spaced = torch.arange(min(count, len(train)), device=train.device) * len(train) // min(count, len(train))

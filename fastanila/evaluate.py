@@ -68,11 +68,13 @@ def evaluate(run: runs.Run, *, data_dir: str | None = None, fused: bool = True) 
 
 def _evaluate(run: runs.Run, data_dir: str | None, fused: bool) -> dict[str, float]:
     device, settings = run.chains.device, run.settings
-    dataset = runs.load_data(settings, device, data_dir)
+    dataset = runs.data_of(run, data_dir)
     report: dict[str, float] = {"iteration": run.iteration}
     if settings.task == "completion":
         return report | completed(run, dataset, fused=fused)
     plane = isinstance(dataset, data.Density)
+    if not plane:
+        _check_counts(run, dataset)
     chains, start = run.chains, None
     if run.vae is not None:
         start, chains = draws.pairs(run, _PLANE_PAIRS if plane else _IMAGE_PAIRS, fused=fused)
@@ -89,6 +91,22 @@ def _evaluate(run: runs.Run, data_dir: str | None, fused: bool) -> dict[str, flo
         return pixels.float() / 127.5 - 1
 
     return report | distances.evaluate_images(chains, scaled(dataset.held_out), scaled(dataset.train), start)
+
+
+def _check_counts(run: runs.Run, images: data.Images) -> None:
+    """Raise ValueError, ahead of the work, where there are too few images for a Frechet distance."""
+    counts = [("training image", len(images.train)), ("held-out image", len(images.held_out))]
+    if run.vae is None:
+        counts.append(("chain", len(run.chains)))
+    for name, count in counts:
+        if count < 2:
+            raise ValueError(f"evaluation needs at least 2 {name}s, and there is {count}{_advice(run, name)}")
+
+
+def _advice(run: runs.Run, lacking: str) -> str:
+    if run.settings.data != "image-folder" or lacking == "chain":
+        return ""
+    return " (of a folder without test/ or val/ every tenth image is held out: 11 are the fewest that do)"
 
 
 @torch.no_grad()

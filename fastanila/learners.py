@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ class Learner:
     module: nn.Module
     optimizer: torch.optim.Optimizer  #: of its parameters alone
     average: nn.Module | None  #: the moving average of the parameters
-    rate: Callable[[int | Tensor], float | Tensor]  #: the learning rate of an update
+    rate: Schedule
 
     @property
     def model(self) -> nn.Module:
@@ -45,14 +44,26 @@ def build(
         fused=True,
         capturable=device.type == "cuda",
     )
-    rate = functools.partial(learning_rate, lr, decay, settings.iterations, first=first)
+    rate = Schedule(lr, decay, settings.iterations, first)
     return Learner(network, optimizer, averaged(network) if settings.ema else None, rate)
 
 
-def learning_rate(lr: float, decay: str, iterations: int, iteration: int | Tensor, *, first: int = 0) -> float | Tensor:
+class Schedule(NamedTuple):
     """A learning rate that falls to zero over the iterations, or (decay="none") stays; zero ahead of the ``first``."""
-    left = 1 - iteration / iterations if decay == "linear" else 1.0
-    return lr * left * (iteration >= first) if first else lr * left
+
+    lr: float | Tensor
+    decay: str
+    iterations: int | Tensor
+    first: int | Tensor = 0
+
+    def at(self, iteration: int | Tensor) -> float | Tensor:
+        left = 1 - iteration / self.iterations if self.decay == "linear" else 1.0
+        return self.lr * left * (iteration >= self.first)
+
+    def on(self, device: torch.device) -> Schedule:
+        """The same with 0-dim tensors for its numbers, which are then no constants of what is compiled with it."""
+        numbers = dict(lr=self.lr, iterations=self.iterations, first=self.first)
+        return self._replace(**{name: torch.tensor(x, device=device) for name, x in numbers.items()})
 
 
 def averaged(energy: nn.Module) -> nn.Module:
@@ -66,11 +77,11 @@ def gradients(learner: Learner) -> list[Tensor]:
     return [p.grad for p in learner.module.parameters()]
 
 
-def clipped_norm(norms: list[Tensor], grads: list[Tensor], clip: float) -> Tensor:
-    """The norm of the gradient, 0-dim, from each parameter's; with ``clip`` > 0 the gradient is then scaled in place to
-    a norm of at most that, as `torch.nn.utils.clip_grad_norm_` does."""
+def clipped_norm(norms: list[Tensor], grads: list[Tensor], clip: float | Tensor | None) -> Tensor:
+    """The norm of the gradient, 0-dim, from each parameter's; with ``clip`` the gradient is then scaled in place to a
+    norm of at most that, as `torch.nn.utils.clip_grad_norm_` does."""
     total = torch.linalg.vector_norm(torch.stack(norms))
-    if clip:
+    if clip is not None:
         torch._foreach_mul_(grads, torch.clamp(clip / (total + 1e-6), max=1.0))
     return total
 

@@ -180,7 +180,7 @@ def _counters(q: Tensor, seed, step, stream: int, start: int) -> tuple[Tensor, .
         q & _MASK,
         q >> 32,
         zero + (step & _MASK),
-        zero + (stream + 256 * (step >> 32)),
+        zero + ((stream + 256 * (step >> 32)) & _MASK),  # of a step tensor, mod 2**56: -1 is the one ahead of 0
         seed & _MASK,
         (seed >> 32) & _MASK,
     )

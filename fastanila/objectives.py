@@ -22,7 +22,7 @@ def likelihood(
     energy: Callable[[Tensor], Tensor],
     data: Tensor,
     chains: Tensor,
-    energy_l2: float = 0.0,
+    energy_l2: float | Tensor = 0.0,
     *,
     starts: Tensor | None = None,
 ) -> Likelihood:
@@ -38,7 +38,7 @@ def likelihood(
     groups = [data, chains.detach(), *([] if starts is None else [starts.detach()])]
     on_data, on_chains, *others = energy(torch.cat(groups)).split([len(x) for x in groups])
     loss = on_data.mean() - on_chains.mean()
-    if energy_l2:
+    if isinstance(energy_l2, Tensor) or energy_l2:
         loss = loss + energy_l2 * (on_data.square().mean() + on_chains.square().mean())
     return Likelihood(loss, *(u.mean().detach() for u in (on_data, on_chains, *others)))
 

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -57,13 +58,14 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that a killed writer left unfinished is dropped."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    """The rows of a metrics.jsonl; a last line that a killed writer left unfinished is dropped, another is told."""
+    rows, lines = [], path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            if number < len(lines):
+                warnings.warn(f"{path}: line {number} is no JSON, and left out", stacklevel=2)
     return rows
 
 
@@ -128,6 +130,7 @@ class Progress:
             from tqdm import tqdm
 
             self.bar = tqdm(total=self.iterations, initial=self.first, unit="update", dynamic_ncols=True)
+            self.bar.set_postfix_str("the first update is under way")
         return self
 
     def __exit__(self, *_):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ class Run(NamedTuple):
     settings: Settings
     iteration: int  #: updates made
     vae: vae.VAE | None = None  #: of init="vae": what proposes where chains start; its moving average, as the energy's
+    fingerprint: dict | None = None  #: of the images it was trained on (`data.Images.fingerprint`); None if not known
 
 
 def load(directory: str | Path, device: str = "auto") -> Run:
@@ -55,7 +57,7 @@ def load(directory: str | Path, device: str = "auto") -> Run:
     if settings.init == "vae":
         proposer = trained(build_vae(settings, chains.shape[1:]), checkpoint.subset(tensors, AMORTIZED), "vae")
     sampler = build_sampler(settings, data.box_of(settings.data))
-    return Run(energy, sampler, chains, settings, state["iteration"], proposer)
+    return Run(energy, sampler, chains, settings, state["iteration"], proposer, state.get("data"))
 
 
 def with_sampler(run: Run, sampler: str, **changes: Any) -> Run:
@@ -110,6 +112,15 @@ def load_data(settings: Settings, device, data_dir: str | None = None) -> Datase
         device=device,
     )
     return completion.Completions(found, settings.mask) if settings.task == "completion" else found
+
+
+def data_of(run: Run, data_dir: str | None = None) -> Dataset:
+    """`load_data` of a trained run, on its chains' device, with a warning if they are not what it was trained on."""
+    dataset = load_data(run.settings, run.chains.device, data_dir)
+    if changed := data.changes(run.fingerprint, dataset.fingerprint):
+        told = "the images are not those the run was trained on, of which some may be held out now"
+        warnings.warn(f"{told}: {'; '.join(changed)}", stacklevel=2)
+    return dataset
 
 
 def build_energy(settings: Settings, shape: tuple[int, ...]) -> nn.Module:
@@ -174,8 +185,9 @@ def build_start(settings: Settings, dataset: Dataset, device, proposer: vae.VAE 
     if settings.init == "noise":
         return starts.NoiseStart(count, dataset.shape, dataset.box, seed=seed, device=device)
     return starts.PersistentStart(
-        count, settings.chains, dataset.shape, dataset.box, reinit=settings.reinit, seed=seed, device=device
-    )
+        count, settings.chains, dataset.shape, dataset.box, seed=seed, device=device,
+        reinit=torch.tensor(settings.reinit, device=device),
+    )  # fmt: skip
 
 
 def at_precision(energy: nn.Module, precision: str) -> nn.Module:

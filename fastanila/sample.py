@@ -97,7 +97,7 @@ def draw(run: runs.Run, arguments: argparse.Namespace, out: Path) -> str:
     if arguments.start and not plain:
         raise ValueError(f"start is for plain samples, and none are drawn here; got {arguments.start}")
     if arguments.inpaint or settings.task == "completion":
-        dataset = runs.load_data(settings, run.chains.device, arguments.data_dir)
+        dataset = runs.data_of(run, arguments.data_dir)
         found = draws.completions(run, dataset, count, region=arguments.inpaint, each=arguments.completions, **how)
         write_completed(out, found, run)
         mse, psnr = draws.errors(found.truth, found.missing, found.completions, data.box_of(settings.data))
@@ -109,7 +109,7 @@ def draw(run: runs.Run, arguments: argparse.Namespace, out: Path) -> str:
         write(out, draws.moved(run, z, **how | {"steps": arguments.steps or 0}), run)
         return f"{rows} interpolations of {_COLUMNS} proposals"
     if arguments.reconstruct:
-        dataset = runs.load_data(settings, run.chains.device, arguments.data_dir)
+        dataset = runs.data_of(run, arguments.data_dir)
         update, device = runs.updates_past(run), run.chains.device
         x = dataset.draw(count, seed=arguments.seed, step=update, purpose="held-out", device=device)
         back = draws.reconstructed(run.vae, x)

@@ -13,12 +13,13 @@ from .config import Settings
 EXTRA = {
     "config": (str, "TOML file of settings, or a run's config.json; flags win over it."),
     "resume": (str, "Run directory to go on with: its settings hold, and only flags that change no number may differ."),
+    "changed_data": (bool, "With --resume: go on although the images are not those that the run was trained on."),
     "dry_run": (bool, "Check everything, print the resolved settings, and stop."),
 }
 
 
-def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool]:
-    """(settings, not yet resolved; --resume; --dry-run): flags over the config file or the resumed run."""
+def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool, bool]:
+    """(settings, not yet resolved; --resume; --dry-run; --changed-data): flags over the file or the resumed run."""
     import argparse
 
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -42,9 +43,12 @@ def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool]:
     task = files.task if files.task is not None else under.get("task")
     values = vars(cli(argv, config.defaults(dataset, sampler, init, task) | under))
     resume, dry_run, file = values.pop("resume"), values.pop("dry_run"), values.pop("config")
+    changed_data = values.pop("changed_data")
+    if changed_data and resume is None:
+        raise ValueError("changed_data can be given with resume only: a new run has no other data")
     settings = Settings(**values)
     check_effects(settings, argv, resume=resume, file=file, under=under)
-    return settings, resume, dry_run
+    return settings, resume, dry_run, changed_data
 
 
 def check_effects(
@@ -107,8 +111,8 @@ def trained(argv: list[str] | None) -> int:
     from . import capture, checkpoint, run_directory, training
 
     with command.refusing(ValueError, TypeError, checkpoint.CheckpointError):
-        settings, resume, dry_run = parse(argv)
-        job = training.prepare(settings, resume)
+        settings, resume, dry_run, changed_data = parse(argv)
+        job = training.prepare(settings, resume, changed_data=changed_data)
     if dry_run:
         for line in training.notes(job):
             command.complain(line)

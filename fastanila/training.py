@@ -34,7 +34,7 @@ from . import (
 )
 from .config import Settings
 from .report import Metrics, Progress, Watch, tensorboard_writer
-from .updates import Job, Update, build_update, revision
+from .updates import Job, Update, build_update, compiles_once, revision
 
 _PROPOSALS = 20_000  #: whose histogram is compared with the model's law
 #: Updates after which the run looks, at the latest, whether they are finite.
@@ -55,17 +55,24 @@ class Interrupted(RuntimeError):
         self.number = number
 
 
-def train(settings: Settings, resume: str | Path | None = None, say: Callable[[str], None] = print) -> runs.Run:
+def train(
+    settings: Settings,
+    resume: str | Path | None = None,
+    say: Callable[[str], None] = print,
+    *,
+    changed_data: bool = False,
+) -> runs.Run:
     """Train as the settings say; or go on with the run in ``resume``, of which they may only differ where harmless.
 
+    ``changed_data``: go on also if the images are not those that the run's last checkpoint was trained on.
     Writes the run directory (config.json, metrics.jsonl, checkpoints/, samples/, figure.png) and returns the run.
     Raises ValueError or FileNotFoundError for settings that cannot be, `Diverged`, `Interrupted`, and OSError, with the
     run's state saved if that can be, where a file cannot be written.
     """
-    return run(prepare(settings, resume), say)
+    return run(prepare(settings, resume, changed_data=changed_data), say)
 
 
-def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
+def prepare(settings: Settings, resume: str | Path | None = None, *, changed_data: bool = False) -> Job:
     """Check the settings and build a run's parts; leaves no file behind. Raises ValueError or OSError."""
     if resume is not None and settings.vae_warm_up is None:  # its default follows the iterations, which may change
         settings = dataclasses.replace(settings, vae_warm_up=runs.read_settings(resume).vae_warm_up)
@@ -104,7 +111,7 @@ def prepare(settings: Settings, resume: str | Path | None = None) -> Job:
         begins=None if resume is not None else "numbered" if settings.out is None else "named",
     )
     if resume is not None:
-        restore(job)
+        restore(job, changed_data)
         if job.iteration > settings.iterations:
             raise ValueError(f"iterations must be at least the {job.iteration} made already, got {settings.iterations}")
     return job
@@ -130,8 +137,11 @@ def make_updates(job: Job, say: Callable[[str], None], caught: list[int]) -> Non
     """The loop over the updates that are left, in a folder in which the run has begun; ``caught`` ends it."""
     s = job.settings
     say(path(job))
+    if s.fused:
+        say(compiling(job.device))
     update = build_update(job)
     with (
+        threads(job),
         contextlib.nullcontext() if s.fused else ops.plain(),
         runs.matmul_precision(s.precision),
         Metrics(job.directory, job.iteration, s.tensorboard) as metrics,
@@ -188,6 +198,34 @@ def path(job: Job) -> str:
     return transitions.path(job.sampler, energy, job.chains, fused=job.settings.fused, update=True)
 
 
+def compiling(device: torch.device) -> str:
+    """One line on what the first update waits for."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # imports the compiler: see `compiler.prepare`
+
+    what = "the update" if compiles_once(device) else "the chains' transition"
+    return f"the first update waits until {what} is compiled, and kept in {cache_dir()} for later runs"
+
+
+_THREADS = torch.get_num_threads()  #: as torch chose them
+
+
+@contextlib.contextmanager
+def threads(job: Job) -> Iterator[None]:
+    """One thread for chains in the plane, unless OMP_NUM_THREADS or torch.set_num_threads asks for others.
+
+    Their operations take microseconds. More threads gain a third at best, and wait for one another in each of them:
+    beside another busy process that takes ten times as long.
+    """
+    before = torch.get_num_threads()
+    chosen = before != _THREADS or "OMP_NUM_THREADS" in os.environ
+    if job.device.type == "cpu" and isinstance(job.data, data.Density) and not chosen:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 # ---------------------------------------------------------------------------------------------------- what it shows
 
 
@@ -207,12 +245,12 @@ def summary(job: Job, made: Update) -> dict[str, float | int]:
         "gamma_mean": 1 - (1 - made.info.gamma_mean.mean().item()) / gains,
         "acceptance": made.info.acceptance.mean().item(),
         "grad_norm": made.grad_norms[0].item(),
-        "lr": job.ebm.rate(job.iteration - 1),
+        "lr": job.ebm.rate.at(job.iteration - 1),
         "seconds": job.seconds,
     }
     if made.teaching is not None:
         row |= {name: value.item() for name, value in made.teaching._asdict().items()} | revision(job)
-        row |= {"vae_grad_norm": made.grad_norms[1].item(), "vae_lr": job.vae.rate(job.iteration - 1)}
+        row |= {"vae_grad_norm": made.grad_norms[1].item(), "vae_lr": job.vae.rate.at(job.iteration - 1)}
     return row
 
 
@@ -260,12 +298,18 @@ def save(job: Job) -> None:
     tensors |= checkpoint.prefixed("start", job.start.tensors())
     if "start.population" not in tensors:
         tensors["chains"] = job.chains
-    state = {"iteration": job.iteration, "seconds": job.seconds}
+    state = {"iteration": job.iteration, "seconds": job.seconds, "data": job.data.fingerprint}
     checkpoint.save_numbered(job.directory / "checkpoints", job.iteration, tensors, state)
 
 
-def restore(job: Job) -> None:
+def restore(job: Job, changed_data: bool = False) -> None:
     tensors, state = checkpoint.load_latest(job.directory / "checkpoints", job.device)
+    changed = data.changes(state.get("data"), job.data.fingerprint)  # a checkpoint of before has none
+    if changed and not changed_data:
+        raise ValueError(
+            f"data are not what {job.directory} was trained on: {'; '.join(changed)}. Put them back, or go on with "
+            "these, and other numbers, by --changed-data"
+        )
     learners.restore(job.ebm, "energy", tensors, job.directory)
     if job.vae is not None:
         learners.restore(job.vae, "vae", checkpoint.subset(tensors, runs.AMORTIZED), job.directory)

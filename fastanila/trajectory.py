@@ -271,7 +271,12 @@ def _linears(energy: MLP) -> list[nn.Module]:
 
 
 def _shared_memory(z: Tensor) -> int:
-    return _mlp.shared_memory(z.device.index) if z.is_cuda else _INTERPRETERS_SHARED_MEMORY
+    return _device_shared_memory(z.device.index) if z.is_cuda else _INTERPRETERS_SHARED_MEMORY
+
+
+@torch.compiler.assume_constant_result  # Dynamo does not trace what asks the driver
+def _device_shared_memory(index: int) -> int:
+    return _mlp.shared_memory(index)
 
 
 def _check_adjusted(noise_scale, bounds, refresh: str) -> None:

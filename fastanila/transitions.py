@@ -80,7 +80,10 @@ def chain_of(
     transition = compiled_transition(sampler, energy, score)
     # one that is several graphs reads what lies between them, at addresses that prove nothing
     captured = capture and z.is_cuda and sampler.is_one_graph
-    fused = _captured(transition) if captured else Stepwise(transition, sparing=z.is_cuda)
+    if captured:
+        fused = _captured(transition)
+    else:  # on a CPU a graph that only begins the chains would take longer to compile than all that it saves
+        fused = Stepwise(transition, sparing=z.is_cuda, begun=None if z.is_cuda else sampler)
     return fused if strict else _FallingBack(fused, plain)
 
 
@@ -108,15 +111,26 @@ def path(sampler, energy, z: Tensor, *, fused: bool, update: bool = False) -> st
 class Stepwise:
     """A chain that calls ``advance`` for every transition."""
 
-    def __init__(self, advance: Callable, *, sparing: bool):
+    def __init__(self, advance: Callable, *, sparing: bool, begun=None):
         # sparing: statistics of the last transition only. On a CPU that would mean to compile the transition twice,
         # which costs more than all the statistics of a run.
-        self.advance, self.sparing = advance, sparing
+        # begun: the sampler, if it is to make the state complete ahead of the first transition.
+        self.advance, self.sparing, self.begun = advance, sparing, begun
 
     def __call__(self, count, numbers, state, seed, step, offset=0, mask=None):
+        if self.begun is not None:
+            state = self._begun(numbers, state, seed, step, offset, mask)
         for made, t in enumerate(_times(step, count), start=1):
             state, info = self.advance(numbers, state, seed, t, offset, mask, made == count or not self.sparing)
         return state, info
+
+    def _begun(self, numbers, state, seed, step, offset, mask) -> State:
+        def advance(state, seed, step, offset, mask):
+            (t,) = _times(step, 1)
+            return self.advance(numbers, state, seed, t, offset, mask, True)[0]
+
+        sampler = self.begun.with_numbers(numbers)
+        return sampler.begun(advance, state, seed=seed, step=step, offset=offset, mask=mask)
 
 
 def _times(step: Tensor, count: int) -> tuple[Tensor, ...]:

@@ -10,7 +10,6 @@ one graph, captured once and replayed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import warnings
 from collections.abc import Callable
@@ -90,34 +89,41 @@ def build_update(job: Job) -> Callable[[], Update]:
     numbers = job.sampler.numbers_on(device)
     seed = noise.as_word64(s.seed, device)
     one = torch.ones((), device=device)
+    # tensors, because a number would be a constant of what is compiled, and another one would compile it anew
+    steps, ema, energy_l2, clip_grad, kl, warm_up, data_noise = (
+        torch.tensor(x, device=device)
+        for x in (s.steps, s.ema, s.energy_l2, s.clip_grad, s.kl_weight, s.vae_warm_up, s.data_noise)
+    )
+    schedules = [learner.rate.on(device) for learner in job.learners]
     rates = [group["lr"] for learner in job.learners for group in learner.optimizer.param_groups]
 
     def begin(iteration: Tensor):
         """What an update draws, and the step of its first transition: a chain's index is its place in this update's
         batch, and transitions never share a step, so no noise repeats."""
-        batch, free = draw_data(job, iteration, seed)
+        batch, free = draw_data(job, iteration, seed, data_noise)
         start, xi = job.start.draw(iteration, batch), None
         if job.vae is not None:
             shape = (s.batch_size, job.vae.module.latent)
             xi = noise.normal(shape, seed=seed, step=iteration, stream=Stream.POSTERIOR, device=device)
-        return batch, free, start, xi, iteration * s.steps
+        return batch, free, start, xi, iteration * steps
 
     def learn(batch: Tensor, chains: Tensor, proposals: Tensor | None) -> Likelihood:
-        return likelihood(energy, batch, chains, s.energy_l2, starts=proposals)
+        return likelihood(energy, batch, chains, energy_l2 if s.energy_l2 else 0.0, starts=proposals)
 
     def teach(batch: Tensor, chains: Tensor, xi: Tensor, iteration: Tensor) -> ELBO:
-        lesson = torch.where(iteration < s.vae_warm_up, batch, chains) if s.vae_warm_up else chains
-        return elbo(job.vae.module, lesson, kl_weight(s, iteration), xi)
+        lesson = torch.where(iteration < warm_up, batch, chains) if s.vae_warm_up else chains
+        return elbo(job.vae.module, lesson, kl_weight(kl, warm_up if s.vae_warm_up else None, iteration), xi)
 
     def settle(iteration: Tensor, batch_energies: list[Tensor], norms, grads, z: Tensor, start: Tensor):
         """Judge whether all is finite, and if it is, keep what the update has made, all but the parameters."""
-        totals = [clipped_norm(norms_of, of, s.clip_grad) for norms_of, of in zip(norms, grads, strict=True)]
+        clip = clip_grad if s.clip_grad else None
+        totals = [clipped_norm(norms_of, of, clip) for norms_of, of in zip(norms, grads, strict=True)]
         small = torch.stack(batch_energies).abs() < _LARGEST_ENERGY
         finite = small.all() & torch.isfinite(z).all() & torch.isfinite(torch.stack(totals)).all()
         broken = job.broken | ~finite
-        for rate, learner in zip(rates, job.learners, strict=True):
-            rate.copy_(learner.rate(iteration) * one)
-        decay = torch.clamp((1 + iteration) / (10 + iteration), max=s.ema)
+        for rate, schedule in zip(rates, schedules, strict=True):
+            rate.copy_(schedule.at(iteration) * one)
+        decay = torch.clamp((1 + iteration) / (10 + iteration), max=ema)
         job.start.keep(iteration, z, unless=broken)
         job.chains.copy_(torch.where(broken, job.chains, z))
         if job.proposals is not None:
@@ -127,11 +133,9 @@ def build_update(job: Job) -> Callable[[], Update]:
         return totals, broken.float(), torch.where(broken, 1.0, decay)
 
     on_cuda = device.type == "cuda"
-    options = fewest_kernels(job.chains) if on_cuda else {}
-    compile = functools.partial(compiled, options=options) if s.fused else lambda function: function
-    begin_of, learn_of, teach_of = compile(begin), compile(learn), compile(teach)
-    # these two run once an update: on a CPU they take less time than their compilation could save
-    settle_of, follow_of = (compile(settle), compile(follow)) if on_cuda else (settle, follow)
+    # What runs once an update: on a CPU it takes a twentieth of it, and would take longer to compile than that saves.
+    compile = compiled if s.fused and compiles_once(device) else lambda function: function
+    begin_of, learn_of, teach_of, settle_of, follow_of = map(compile, (begin, learn, teach, settle, follow))
 
     def update() -> Update:
         for learner in job.learners:
@@ -165,12 +169,9 @@ def build_update(job: Job) -> Callable[[], Update]:
     return _captured(update, device) if s.fused and on_cuda else update
 
 
-def fewest_kernels(chains: Tensor) -> dict[str, bool]:
-    """Inductor's options for work so small that a launch costs more than what it does."""
-    if chains.dim() != 2 or len(chains) > 4096:
-        return {}
-    # A sum over the batch as one kernel, not as partial sums and their sum. No device has decided yet.
-    return {"split_reductions": False}
+def compiles_once(device: torch.device) -> bool:
+    """Whether it pays to compile what runs once an update."""
+    return device.type == "cuda"
 
 
 def revision(job: Job) -> dict[str, float]:
@@ -222,20 +223,23 @@ def _captured(update: Callable[[], Update], device: torch.device) -> Callable[[]
     return run
 
 
-def draw_data(job: Job, iteration: int | Tensor, seed: int | Tensor) -> tuple[Tensor, Tensor | None]:
-    """An update's data, and which of its elements chains may move: all (None), or the regions of completions."""
+def draw_data(
+    job: Job, iteration: int | Tensor, seed: int | Tensor, data_noise: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """An update's data, and which of its elements chains may move: all (None), or the regions of completions.
+
+    data_noise: a 0-dim tensor in place of the settings' number."""
     s = job.settings
     batch = job.data.draw(s.batch_size, seed=seed, step=iteration, device=job.device)
     free = completion.free(batch) if s.task == "completion" else None
     if s.data_noise:
         normals = noise.normal(batch.shape, seed=seed, step=iteration, stream=Stream.DATA_NOISE, device=job.device)
-        batch = batch + s.data_noise * (normals if free is None else torch.where(free, normals, 0.0))
+        scale = s.data_noise if data_noise is None else data_noise
+        batch = batch + scale * (normals if free is None else torch.where(free, normals, 0.0))
     return batch, free
 
 
-def kl_weight(settings: Settings, iteration: Tensor) -> float | Tensor:
+def kl_weight(weight: float | Tensor, warm_up: Tensor | None, iteration: Tensor) -> float | Tensor:
     """The weight of KL in the VAE's loss. In the warm-up it falls geometrically to its own: a decoder with much noise
     of its own learns to cover all that there is, and then the detail."""
-    if not settings.vae_warm_up:
-        return settings.kl_weight
-    return settings.kl_weight * _FIRST_KL ** torch.clamp(1 - iteration / settings.vae_warm_up, min=0.0)
+    return weight if warm_up is None else weight * _FIRST_KL ** torch.clamp(1 - iteration / warm_up, min=0.0)

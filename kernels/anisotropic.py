@@ -24,12 +24,10 @@ class Configuration(NamedTuple):
     warps: int
 
 
-#: 16 elements a thread: the fewest instructions an element, at 124 to 127 registers a thread (triton 3.6, sm_90).
-WIDE = Configuration(2048, 4)
-#: 8 elements a thread: a fifth more instructions at 44 registers, so that 2.5 times as many threads hide what they wait
-#: for. No device has decided yet between the two; `python -m bench.gpu` times both.
-NARROW = Configuration(1024, 4)
-CONFIGURATION = WIDE  #: what `launch` takes
+#: What `launch` takes: 8 elements a thread. With 16 a thread needs a sixth fewer instructions an element, but three
+#: times the registers, so that fewer threads hide what the others wait for. On an H200 bfloat16 reaches 0.90 of the
+#: speed of a copy with 8 and 0.84 with 16; float32 all of it with either (bench/RESULTS.md, "The step's launch").
+CONFIGURATION = Configuration(1024, 4)
 
 LANGEVIN_STREAM = tl.constexpr(0)
 

@@ -76,7 +76,9 @@ def log_ratio(
     moved = proposal - z  # of the states as stored: no rounded mean comes between them
     forth = moved - (0.5 * step_size) * drift
     back = moved + (0.5 * step_size) * drift_back
-    squared = inverse * forth * forth - inverse_back * back * back
+    # Magnitudes of what is positive anyway, lest one product be fused into the difference and go unrounded there: so
+    # the ratio of the way back is the negative of this one to the last bit, and equal terms cancel, however large.
+    squared = tl.abs(inverse * forth * forth) - tl.abs(inverse_back * back * back)
     # a shared norm multiplies the logarithm's error by the elements that share it
     ROUGH: tl.constexpr = FAST and NORM == ELEMENT
     logs = 0.34657359027997264 * (log2(inverse_back, ROUGH) - log2(inverse, ROUGH))  # ln 2 / 2

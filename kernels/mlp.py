@@ -246,9 +246,6 @@ def mlp_kernel(
 # ----------------------------------------------------------------------------------------------------------- launching
 
 
-#: Warps of a program with layers of at most 64 units and features, and the number to try in its place: 8 hide more
-#: latency and take some 14 % more instructions; on AMD they spill. No device has decided yet: a benchmark sets `WARPS`.
-WARPS, WARPS_TO_TRY = 4, 8
 #: Programs that fill a large GPU (an H100 has 132 multiprocessors); beyond them, programs take more rows.
 PROGRAMS = 132
 
@@ -259,12 +256,12 @@ def mlp_constants(dim: int, width: int, depth: int, features: int, chains: int, 
     Few chains want few rows a program, for latency. Many want as many as registers bear without spilling: fewer with
     features, and where matrices pass through registers at every transition. None where not one matrix fits.
     """
-    found = _mlp_constants(dim, width, depth, features, chains, shared, WARPS)
+    found = _mlp_constants(dim, width, depth, features, chains, shared)
     return found and (dict(found[0]), found[1])  # a copy, which the caller may add to
 
 
 @functools.lru_cache(maxsize=64)
-def _mlp_constants(dim, width, depth, features, chains, shared, warps_of_64):
+def _mlp_constants(dim, width, depth, features, chains, shared):
     width_p2 = max(16, triton.next_power_of_2(width))  # tl.dot's smallest
     features_p2 = max(16, triton.next_power_of_2(features)) if features else 0
     hidden, first = width_p2 * width_p2, features_p2 * width_p2
@@ -276,7 +273,8 @@ def _mlp_constants(dim, width, depth, features, chains, shared, warps_of_64):
         held = _held(matrices, shared - _scratch(rows, width_p2, features_p2))
     if held < 0:
         return None
-    warps = 4 if rows <= 2 else 8 if max(width_p2, features_p2) > 64 else warps_of_64
+    # layers of 64 units: on an H200 8 warps take 1.05 to 1.2 times as long as 4
+    warps = 8 if rows > 2 and max(width_p2, features_p2) > 64 else 4
     constants = dict(
         DIM=dim, DIM_P2=triton.next_power_of_2(dim), WIDTH=width, WIDTH_P2=width_p2, DEPTH=depth,
         FEATURES=features, FEATURES_P2=features_p2, ROWS=rows, HELD=held,

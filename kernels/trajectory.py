@@ -116,7 +116,9 @@ def log_ratio(
     """log q(z | x) - log q(x | z) of each row, (ROWS,), where x = z + moved: the formula is that of metropolis.py."""
     forth = moved - (0.5 * step_size) * drift
     back = moved + (0.5 * step_size) * drift_back
-    squared = stretch * forth * forth - stretch_back * back * back
+    # Magnitudes of what is positive anyway, lest one product be fused into the difference and go unrounded there: so
+    # the ratio of the way back is the negative of this one to the last bit, and equal terms cancel, however large.
+    squared = tl.abs(stretch * forth * forth) - tl.abs(stretch_back * back * back)
     # a shared norm multiplies the logarithm's error by the elements that share it
     ROUGH: tl.constexpr = FAST and not CHAIN_NORM
     logs = 0.34657359027997264 * (log2(stretch_back, ROUGH) - log2(stretch, ROUGH))  # ln 2 / 2

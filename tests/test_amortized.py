@@ -171,9 +171,10 @@ def test_what_is_not_finite_never_reaches_either_network():
 def test_the_warm_up(tmp_path):
     """The energy stands still, and the VAE learns from data, with a weight of KL that falls to its own."""
     settings = runs.config.resolve(Settings(**SMALL | dict(vae_warm_up=4, iterations=8, kl_weight=0.2)))
-    weights = [float(updates.kl_weight(settings, torch.tensor(i))) for i in (0, 2, 4, 7)]
+    warm_up = torch.tensor(settings.vae_warm_up)
+    weights = [float(updates.kl_weight(settings.kl_weight, warm_up, torch.tensor(i))) for i in (0, 2, 4, 7)]
     assert weights == pytest.approx([2.0, 0.2 * 10**0.5, 0.2, 0.2])
-    assert updates.kl_weight(runs.config.resolve(Settings(**SMALL | dict(vae_warm_up=0))), torch.tensor(0)) == 0.1
+    assert updates.kl_weight(0.1, None, torch.tensor(0)) == 0.1
     job = training.prepare(Settings(**SMALL | dict(vae_warm_up=4), fused=False))
     update = updates.build_update(job)
     before = [p.detach().clone() for p in job.ebm.module.parameters()]

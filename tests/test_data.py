@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import pickle
@@ -341,11 +342,13 @@ def folder(tmp_path):
 
 
 def reference_pixels(path: Path, size: int, mode: str = "RGB") -> torch.Tensor:
-    """The same by torchvision's transforms."""
+    """The same by torchvision's transforms, on white where it is transparent."""
     from torchvision import transforms
 
     with Image.open(path) as file:
-        image = file.convert(mode)
+        pixels = np.asarray(file.convert("RGBA"), dtype=float)
+    colour, alpha = pixels[..., :3], pixels[..., 3:] / 255
+    image = Image.fromarray(np.rint(colour * alpha + 255 * (1 - alpha)).astype(np.uint8)).convert(mode)
     resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC, antialias=True)
     return transforms.PILToTensor()(transforms.CenterCrop(size)(resize(image)))
 
@@ -396,6 +399,114 @@ def test_a_folder_without_enough_images_says_what_was_expected(tmp_path):
     (tmp_path / "test").mkdir()
     with pytest.raises(ValueError, match=r"0 images in .*test: expected 1 or more"):
         data.load("image-folder", data_dir=tmp_path)
+
+
+def flat(path: Path, value: int, size: int = 4) -> None:
+    """An image of one grey."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (size, size), value).save(path)
+
+
+def greys(images: torch.Tensor) -> list[int]:
+    """What grey each of the images made by `flat` is."""
+    return images[:, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    "train, held_out",
+    [
+        *[("train", "val"), ("train", "valid"), ("train", "validation"), ("Training", "Testing"), ("TRAIN", "test")],
+        *[("train", "dev"), ("train_images", "val_images"), ("seg_train", "seg_test"), ("train2017", "val2017")],
+    ],
+)
+def test_images_for_validation_are_not_trained_on(tmp_path, train, held_out):
+    for i in range(12):
+        flat(tmp_path / train / "a" / f"{i}.png", i)
+        flat(tmp_path / held_out / "a" / f"{i}.png", 100 + i)
+    images = data.load("image-folder", data_dir=tmp_path, size=4)
+    assert sorted(greys(images.train)) == list(range(12))
+    assert sorted(greys(images.held_out)) == list(range(100, 112))
+
+
+def test_where_there_is_a_test_set_validation_is_left_alone(tmp_path):
+    for i, name in enumerate(("train", "val", "test")):
+        flat(tmp_path / name / "a" / "x.png", i)
+    images = data.load("image-folder", data_dir=tmp_path, size=4)
+    assert greys(images.train) == [0] and greys(images.held_out) == [2]
+
+
+def test_sets_that_are_not_understood_are_refused(tmp_path):
+    def refusal(*names: str) -> str:
+        root = tmp_path / "-".join(names).replace("/", "+")
+        for name in names:
+            flat(root / name / "x.png", 0)
+        with pytest.raises(ValueError) as error:
+            data.load("image-folder", data_dir=root)
+        return one_line(error).replace(str(root), "ROOT")
+
+    assert refusal("val/a", "a/a") == (
+        "ROOT holds val/ but no train/: name the folder to train on train/, "
+        "or pass --data-dir ROOT/val to train on that"
+    )
+    assert refusal("train/a", "val/a", "valid/a") == "ROOT holds val/ and valid/: expected one of them"
+    assert refusal("train/a", "training/a", "val/a") == "ROOT holds train/ and training/: expected one of them"
+    below = "ROOT/set holds train/ and val/, which would be read as one: pass --data-dir ROOT/set, or put them above"
+    assert refusal("set/train/a", "set/val/a").startswith(below)
+    assert refusal("set/train", "set/val").startswith(below)  # each class in two sets
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for i, name in enumerate(("bus", "train", "bullet_train", "test_tube")):
+        flat(tmp_path / name / "x.png", i)
+    images = data.load("image-folder", data_dir=tmp_path, size=4)
+    assert sorted(greys(images.train) + greys(images.held_out)) == [0, 1, 2, 3]
+
+
+def test_an_image_in_both_sets_is_refused(tmp_path):
+    flat(tmp_path / "train" / "a" / "x.png", 0)
+    flat(tmp_path / "train" / "a" / "y.png", 1)
+    flat(tmp_path / "test" / "a" / "z.png", 2)
+    os.link(tmp_path / "train" / "a" / "y.png", tmp_path / "test" / "a" / "y.png")
+    with pytest.raises(ValueError, match=r"1 image is in both .*train and .*test, by a link: .*train.a.y\.png"):
+        data.load("image-folder", data_dir=tmp_path)
+    (tmp_path / "val").symlink_to("train")  # for want of another set
+    (tmp_path / "test").rename(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"2 images are in both .*train and .*val"):
+        data.load("image-folder", data_dir=tmp_path)
+
+
+def test_copies_of_an_image_stay_together(tmp_path):
+    for i in range(21):
+        flat(tmp_path / "a" / f"{i:02d}.png", 13 if i == 10 else i)  # the eleventh, to be held out, is as one after it
+    with pytest.warns(
+        UserWarning, match="not held out: 1 of the images, which have copies, pixel by pixel, in training"
+    ):
+        images = data.load("image-folder", data_dir=tmp_path, size=4)
+    assert greys(images.held_out) == [0, 20]
+    assert sorted(greys(images.train)) == sorted([*range(1, 10), *range(11, 20), 13])
+
+
+def test_copies_that_are_held_out_are_told(tmp_path):
+    for i in range(4):
+        flat(tmp_path / "same" / "a" / f"{i}.png", 7)
+        flat(tmp_path / "sets" / "train" / "a" / f"{i}.png", i)
+        flat(tmp_path / "sets" / "test" / "a" / f"{i}.png", i + 3)
+    with pytest.warns(UserWarning, match="all 1 held-out images equal a training image, pixel by pixel"):
+        assert len(data.load("image-folder", data_dir=tmp_path / "same", size=4).held_out) == 1
+    with pytest.warns(UserWarning, match="1 of 4 held-out images equal a training image, pixel by pixel"):
+        assert greys(data.load("image-folder", data_dir=tmp_path / "sets", size=4).held_out) == [3, 4, 5, 6]
+
+
+def test_a_fingerprint_tells_images_apart():
+    images = make_images()
+    same = make_images()
+    assert images.fingerprint == same.fingerprint and data.changes(images.fingerprint, same.fingerprint) == []
+    assert json.loads(json.dumps(images.fingerprint)) == images.fingerprint
+    more, other = make_images(held_out=8), make_images()
+    other.train[3, 1, 1, 4] += 1
+    assert data.changes(images.fingerprint, more.fingerprint) == ["7 held-out images then, 8 now"]
+    assert data.changes(images.fingerprint, other.fingerprint) == ["as many training images, but not the same"]
+    assert data.changes(None, images.fingerprint) == data.changes(None, data.load("rings").fingerprint) == []
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:

@@ -182,6 +182,17 @@ def test_sliced_wasserstein_is_a_distance():
     assert seen == pytest.approx(1, abs=4 * 4.9 / 4 / math.sqrt(4096))
 
 
+@pytest.mark.parametrize("name", ("chains", "held_out", "train", "start"))
+def test_evaluate_images_says_which_images_are_too_few(name):
+    sets = {other: randn(1 if other == name else 4, 1, 3, 3) for other in ("chains", "held_out", "train", "start")}
+    with pytest.raises(ValueError, match=f"{name} must be at least 2 images, which have a covariance, got 1"):
+        distances.evaluate_images(**sets)
+
+
+def test_one_row_has_no_mmd():
+    assert math.isnan(distances.mmd(randn(1, 3), randn(5, 3))) and math.isnan(distances.mmd(randn(5, 3), randn(1, 3)))
+
+
 def test_evaluate_images_orders_what_is_closer():
     def images(count, seed):  # two kinds of image: strong correlation, which no pixelwise Gaussian has
         pattern = randn(1, 1, 8, 8, seed=99)

@@ -43,7 +43,7 @@ def test_every_variant_compiles(target, name):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accesses_are_sixteen_bytes_and_nothing_spills(target, dtype):
     sass = disassemble(compile_step(target, dtype))
-    threads_elements = 16 * {"fp32": 4, "bf16": 2, "fp16": 2}[dtype]  # bytes a thread moves
+    threads_elements = 8 * {"fp32": 4, "bf16": 2, "fp16": 2}[dtype]  # bytes a thread moves
     assert sass.count("LDG.E.128") == 2 * threads_elements // 16
     assert sass.count("STG.E.128") == threads_elements // 16
     opcodes = {word.split(".")[0] for word in sass.split()}

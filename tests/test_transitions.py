@@ -5,13 +5,14 @@ that can go wrong on our side of a capture, are those of the real one. tests/par
 """
 
 import contextlib
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
-from fastanila import MALA, AniLA, Langevin, capture, noise, transitions
+from fastanila import MALA, AdjustedAniLA, AniLA, Langevin, capture, noise, transitions
 from fastanila.energies import MLP, GaussianMixture
 from fastanila.transitions import Captured, State, Stepwise, compiled_transition
 
@@ -265,3 +266,51 @@ def test_the_first_piece_of_an_exact_chain_does_not_undo_the_graphs_of_the_other
             assert_same(state, want)
         made.append(recorder.made)
     assert made == [2, 2, 2]
+
+
+# ------------------------------------------------------------------------------------------- how an exact chain begins
+
+
+@pytest.mark.parametrize(
+    "sampler", [MALA(0.3), AdjustedAniLA(1.5, 0.3), AdjustedAniLA(1.5, 0.3, norm="chain")], ids=str
+)
+@pytest.mark.parametrize("step", [0, 7, (1 << 32) - 1, 1 << 32])
+def test_a_chain_begun_by_a_transition_is_the_chain(sampler, step):
+    """The transition ahead of the first leads to the start, its energy, score and first proposal: steps wrap at 0."""
+    z = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+
+    def energy(x):
+        return torch.where(x[:, 0] > 2.5, math.inf, x.square().sum(1) + x.sin().sum(1))
+
+    z[2, 0] = 3.0  # no finite energy: that chain stays
+    advance = transitions._plain_transition(sampler, energy)
+    mask = torch.tensor([True, True, False])
+    for count, kept in ((1, None), (5, None), (5, mask)):
+        arguments = (count, sampler.numbers_on(z.device), State(z), torch.tensor(3), torch.tensor(step), 11, kept)
+        want, seen = Stepwise(advance, sparing=False)(*arguments)
+        got, info = Stepwise(advance, sparing=False, begun=sampler)(*arguments)
+        moved = torch.arange(6) != 2
+        for one, other in zip(got, want, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one[moved], other[moved], rtol=1e-5, atol=1e-5)
+        assert torch.equal(got.z[2], z[2]) and torch.equal(want.z[2], z[2])
+        assert info.acceptance[2] == 0 and got.energy[2] == math.inf
+        torch.testing.assert_close(info.acceptance[moved], seen.acceptance[moved], rtol=1e-4, atol=1e-5)
+
+
+def test_a_chain_that_goes_on_begins_with_nothing_new():
+    sampler = AdjustedAniLA(1.5, 0.3)
+    calls = []
+    plain = transitions._plain_transition(sampler, lambda x: x.square().sum(1))
+
+    def advance(*arguments):
+        calls.append(int(arguments[3]))
+        return plain(*arguments)
+
+    chain = Stepwise(advance, sparing=False, begun=sampler)
+    z, numbers, seed = torch.randn(4, 2), sampler.numbers_on(torch.device("cpu")), torch.tensor(1)
+    state, _ = chain(2, numbers, State(z), seed, torch.tensor(0))
+    state, _ = chain(2, numbers, state, seed, torch.tensor(2))
+    chain(1, numbers, state._replace(proposal=None), seed, torch.tensor(4))  # as `adapt` does
+    assert calls == [-1, 0, 1, 2, 3, 4]
