@@ -335,16 +335,12 @@ def notes(job: Job) -> list[str]:
     """What somebody who goes on with a run may not expect, a line each."""
     if job.begins is not None:
         return []
-    before, now, found = runs.read_settings(job.directory), job.settings, []
-    rates = [("--lr-decay", now.lr_decay, now.lr)]
-    rates += [("--vae-lr-decay", now.vae_lr_decay, now.vae_lr)] if job.vae is not None else []
-    for flag, decay, lr in rates:
-        if decay == "linear" and before.iterations != now.iterations:
-            was, rate = (learners.learning_rate(lr, decay, s.iterations, job.iteration) for s in (before, now))
-            ends = f"now ends at update {now.iterations}, not {before.iterations}"
-            found.append(
-                f"note: the decay of {flag} linear {ends}: it goes on at {rate:.3g} where it was {max(was, 0.0):.3g}"
-            )
+    before, now, found = runs.read_settings(job.directory).iterations, job.settings.iterations, []
+    for flag, learner in (("--lr-decay", job.ebm), ("--vae-lr-decay", job.vae)):
+        if learner is not None and learner.rate.decay == "linear" and before != now:
+            was, rate = (learner.rate._replace(iterations=n).at(job.iteration) for n in (before, now))
+            ends = f"now ends at update {now}, not {before}"
+            found.append(f"note: the decay of {flag} linear {ends}: it goes on at {rate:.3g} where it was {was:.3g}")
     return found
 
 
