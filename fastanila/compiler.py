@@ -32,14 +32,15 @@ def check_cache() -> None:
 def prepare(*, compiling: bool) -> None:
     """Import the compiler, which torch's optimizers do whether or not anything is compiled, and which then makes its
     cache's folder. Raises OSError as `check_cache` does if something is to be compiled; otherwise it needs no cache."""
+    if not compiling and "torch._dynamo" in sys.modules:
+        return
     try:
         check_cache()
     except OSError:
         if compiling:
             raise
-        if "torch._dynamo" not in sys.modules:
-            with tempfile.TemporaryDirectory() as folder, _variable(folder):
-                importlib.import_module("torch._dynamo")
+        with tempfile.TemporaryDirectory() as folder, _variable(folder):
+            importlib.import_module("torch._dynamo")
 
 
 @contextlib.contextmanager
