@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from . import compiler
+
 T = TypeVar("T")
 _numbers = itertools.count()
 
@@ -26,6 +28,7 @@ def compiled(function: Callable) -> Callable:
     all closures of one function share: a program with many energies would run into the limit. A copy of the code
     under a new name has none of that history.
     """
+    compiler.check_cache()
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
@@ -43,7 +46,7 @@ def compiles() -> bool:
 
 def _inductor(graph, example_inputs) -> Callable:
     """Inductor, whose compiled graphs tell `watching` what they are called with."""
-    with warnings.catch_warnings():
+    with compiler.quiet(), warnings.catch_warnings():
         # that float32 products could be TF32; whoever wants them says so, see runs.matmul_precision
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         run = torch._dynamo.lookup_backend("inductor")(graph, example_inputs)

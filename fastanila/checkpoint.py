@@ -10,6 +10,7 @@ One writer at a time for each directory; any number of readers.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -100,14 +101,19 @@ def load_latest(directory: str | Path, device="cpu") -> tuple[dict[str, Tensor],
 
     FileNotFoundError where ``directory`` has no checkpoint, CheckpointError where it has none that is whole.
     """
-    paths = _numbered(Path(directory))
-    if not paths:
-        raise FileNotFoundError(f"no checkpoint in {directory}")
-    for path in reversed(paths):
+    tried: set[Path] = set()
+    damaged = False
+    while path := max(set(_numbered(Path(directory))) - tried, key=_number, default=None):
+        tried.add(path)
         try:
             return load(path, device)
+        except FileNotFoundError:  # deleted meanwhile by a run that goes on, which has made others before: look again
+            pass
         except CheckpointError as error:
             warnings.warn(f"damaged checkpoint passed over: {error}", stacklevel=2)
+            damaged = True
+    if not damaged:
+        raise FileNotFoundError(f"no checkpoint in {directory}")
     raise CheckpointError(f"every checkpoint in {directory} is damaged")
 
 
@@ -126,8 +132,11 @@ def write_bytes(path: str | Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk names no file, and others the temporary one
+            error.filename, error.filename2 = str(path), None
         raise
     if hasattr(os, "O_DIRECTORY"):  # where a directory can be opened, the rename itself is forced to disk
         directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)

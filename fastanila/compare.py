@@ -9,13 +9,18 @@ those that were cut short.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # ahead of torch, which takes seconds to import
+    from .command import end_at_once_on_interrupt
+
+    end_at_once_on_interrupt()
+
 import argparse
 import concurrent.futures
 import dataclasses
 import itertools
 import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -26,12 +31,11 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, config, plots, runs
+from . import checkpoint, command, config, needs, plots, run_directory, runs
 from .config import EXACT
 from .evaluate import evaluate
 from .report import read_rows
 from .samplers import SAMPLERS
-from .train import DIVERGED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,28 +91,26 @@ def train(settings: config.Settings, directory: Path, threads: int) -> bool:
     made = progress(directory)
     if made == settings.iterations:
         return True
-    if not made and directory.exists():  # cut short ahead of its first checkpoint: nothing of it can be gone on with
-        shutil.rmtree(directory)
     file = directory.with_name(f"{directory.name}.json")
     checkpoint.write_text(file, config.dump(settings))
-    arguments = ["--resume", str(directory)] if made else ["--config", str(file), "--out", str(directory)]
+    arguments = ["--resume", str(directory)] if made is not None else ["--config", str(file), "--out", str(directory)]
     result = subprocess.run(
         [sys.executable, "-m", "fastanila.train", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         capture_output=True,
         text=True,
     )
-    if result.returncode not in (0, DIVERGED):
+    if result.returncode not in (command.DONE, command.DIVERGED):
         raise RuntimeError(f"{directory}: training failed: {(result.stderr or result.stdout).strip()[-2000:]}")
     return result.returncode == 0
 
 
-def progress(directory: Path) -> int:
-    """Updates that the run's last checkpoint has made; 0 if it has none."""
+def progress(directory: Path) -> int | None:
+    """Updates that the run's last checkpoint has made; None if it has none, so that a run can begin there."""
     try:
         return runs.load(directory, "cpu").iteration
     except FileNotFoundError:
-        return 0
+        return None
 
 
 def measured(trial: Trial, directory: Path, finished: bool, data_dir: str | None) -> dict[str, Any]:
@@ -176,23 +178,30 @@ def main(argv: list[str] | None = None) -> int:
         "--fused", action=argparse.BooleanOptionalAction, default=True, help="compiled transitions with the fused step"
     )
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, which share the processor's cores")
-    arguments = parser.parse_args(argv)
-    out = Path(arguments.out)
+    return command.exit_code(lambda: compared(parser.parse_args(argv)))
+
+
+def compared(arguments: argparse.Namespace) -> int:
+    """Make the comparison that the arguments ask for; the exit code."""
     common = {
         k: v
         for k in ("data", "data_dir", "iterations", "step_size", "fused")
         if (v := getattr(arguments, k)) is not None
     } | {"sample_every": 0}
-    try:
+    with command.refusing(ValueError):
+        out = config.path_of("out", arguments.out)
         if arguments.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {arguments.jobs}")
         thresholds = arguments.thresholds or [config.defaults(arguments.data, "anila").get("threshold", 1.0)]
         chosen = list(dict.fromkeys(trials(arguments.samplers, thresholds, arguments.seeds)))
+        if arguments.thresholds and all(trial.threshold is None for trial in chosen):
+            raise ValueError(f"thresholds has no effect with samplers={' '.join(arguments.samplers)}, which have none")
         resolved = {trial: settings_of(trial, common) for trial in chosen}
+        given = {name for name in ("data_dir",) if getattr(arguments, name) is not None}
+        for reason in needs.idle(next(iter(resolved.values())), given).values():
+            raise ValueError(reason)
         out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        run_directory.check_writable(out)
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     lines: dict[Trial, dict[str, Any]] = {}
     turn = threading.Lock()  # evaluation uses torch's own threads, and the table is written by one at a time
@@ -202,29 +211,29 @@ def main(argv: list[str] | None = None) -> int:
         finished = train(resolved[trial], directory, threads)
         with turn:
             lines[trial] = measured(trial, directory, finished, arguments.data_dir)
-            print(f"{len(lines)} of {len(chosen)}: {trial.name} {'done' if finished else 'diverged'}", flush=True)
             found = [lines[t] for t in chosen if t in lines]
             checkpoint.write_text(out / "compare.json", json.dumps(found, indent=2) + "\n")
+            command.say(f"{len(lines)} of {len(chosen)}: {trial.name} {'done' if finished else 'diverged'}")
 
     torch.set_num_threads(threads)
     try:
-        with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        with (
+            command.refusing(RuntimeError, ValueError, checkpoint.CheckpointError),
+            concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool,
+        ):
             try:
                 for done in [pool.submit(make, trial) for trial in chosen]:
                     done.result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # one that fails, or Ctrl-C, ends all
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    except (RuntimeError, OSError, ValueError, checkpoint.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        command.complain("stopped; the same command goes on")
+        return 128 + signal.SIGINT
     rows = summary([lines[trial] for trial in chosen])
     plots.save_comparison(out / "compare.png", rows)
-    print(table(rows))
-    print(f"everything is in {out}")
-    return 0
+    command.say(table(rows))
+    command.say(f"everything is in {out}")
+    return command.DONE
 
 
 if __name__ == "__main__":

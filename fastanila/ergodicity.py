@@ -12,6 +12,11 @@ if the box has room to judge it there. DIR gets ergodicity.json and ergodicity.p
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # ahead of torch, which takes seconds to import
+    from .command import end_at_once_on_interrupt
+
+    end_at_once_on_interrupt()
+
 import argparse
 import dataclasses
 import itertools
@@ -23,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import checkpoint, checks, markov, plots, runs, targets
+from . import checkpoint, checks, command, config, markov, needs, plots, run_directory, runs, targets
 from .reference import NORMS
 from .samplers import SAMPLERS, Sampler
 from .targets import Target
@@ -299,36 +304,43 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--beta", type=float, default=0.25, help="of V = pi^-beta (default 0.25)")
     parser.add_argument("--radius", type=float, help="of the ball, in place of the one described in the module")
     parser.add_argument("--out", help="directory for ergodicity.json and ergodicity.png")
-    arguments = parser.parse_args(argv)
+
+    def work() -> int:
+        arguments = parser.parse_args(argv)
+        return analysed(arguments, needs.given(parser, argv, arguments))
+
+    return command.exit_code(work)
+
+
+def analysed(arguments: argparse.Namespace, given: set[str]) -> int:
+    """Print, and write, what the arguments ask for; the exit code. ``given``: those that the command line has."""
     if arguments.table:
-        print(table())
-        return 0
-    try:
+        with command.refusing(ValueError):
+            needs.refuse(given - {"table"}, sorted(given), "with table, which is one of given targets and samplers")
+        command.say(table())
+        return command.DONE
+    with command.refusing(ValueError, RuntimeError, checkpoint.CheckpointError):
         checks.positive("beta", arguments.beta, finite=True)
         if arguments.radius is not None:
             checks.positive("radius", arguments.radius, finite=True)
+        out = None if arguments.out is None else config.path_of("out", arguments.out)
+        if out is not None:
+            run_directory.check_writable(out)
         members = members_of(arguments)
         resolution = arguments.resolution or (800 if len(members[0].target.box) == 1 else 48)
         report, results = family(members, resolution, arguments.beta, arguments.radius)
-    except (ValueError, RuntimeError, OSError, checkpoint.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{report['target']}, {report['sampler']}, {resolution} cells an axis, ball of radius "
-          f"{report['ball']['radius']:.3g}, V = pi^-{arguments.beta:g}")  # fmt: skip
+    command.say(f"{report['target']}, {report['sampler']}, {resolution} cells an axis, ball of radius "
+                f"{report['ball']['radius']:.3g}, V = pi^-{arguments.beta:g}")  # fmt: skip
     for own in report["members"]:
-        print(summary(own))
+        command.say(summary(own))
     if len(members) > 1:
-        print(summary(report["uniform"]))
+        command.say(summary(report["uniform"]))
     for line in itertools.chain.from_iterable(map(warnings, report["members"])):
-        print(f"warning: {line}", file=sys.stderr)
-    if arguments.out is not None:
-        try:
-            write(Path(arguments.out), report, results)
-        except OSError as error:
-            print(f"error: cannot write {arguments.out}: {error}", file=sys.stderr)
-            return 2
-        print(f"ergodicity.json and ergodicity.png in {arguments.out}")
-    return 0
+        command.complain(f"warning: {line}")
+    if out is not None:
+        write(out, report, results)
+        command.say(f"ergodicity.json and ergodicity.png in {out}")
+    return command.DONE
 
 
 def write(directory: Path, report: dict, results: list[Result]) -> None:

@@ -19,6 +19,11 @@ fixed projections for images; see `fastanila.diagnostics`); RUN/chains.png shows
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # ahead of torch, which takes seconds to import
+    from .command import end_at_once_on_interrupt
+
+    end_at_once_on_interrupt()
+
 import argparse
 import contextlib
 import json
@@ -31,7 +36,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, checks, completion, data, diagnostics, distances, draws, exact, ops, plots, runs
+from . import (
+    checkpoint,
+    checks,
+    command,
+    completion,
+    config,
+    data,
+    diagnostics,
+    distances,
+    draws,
+    exact,
+    needs,
+    ops,
+    plots,
+    run_directory,
+    runs,
+)  # fmt: skip
 
 _MOST_CHAINS = 256  # that `mixing` runs
 _PLANE_PAIRS, _IMAGE_PAIRS = 10_000, 1024  # drawn where a VAE proposes
@@ -168,21 +189,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--fused", action=argparse.BooleanOptionalAction, default=True, help="compile the transitions it makes"
     )
-    arguments = parser.parse_args(argv)
-    try:
+
+    def work() -> int:
+        arguments = parser.parse_args(argv)
+        return evaluated(arguments, needs.given(parser, argv, arguments))
+
+    return command.exit_code(work)
+
+
+def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
+    """Print what the arguments ask for; the exit code. ``given``: those that the command line has."""
+    with command.refusing(ValueError, ModuleNotFoundError, checkpoint.CheckpointError):
+        if not arguments.chains:
+            needs.refuse(given, ["draws", "seed"], "without chains, whose transitions it is of")
         run = runs.load(arguments.run, arguments.device)
+        for reason in needs.idle(run.settings, given & {"data_dir"}).values():
+            raise ValueError(reason)
+        if arguments.chains:
+            run_directory.check_writable(config.path_of("run", arguments.run))
         chains: dict[str, Any] = {}
         if arguments.chains:
             found, trace = mixing(run, arguments.draws, seed=arguments.seed, fused=arguments.fused)
             title = f"{arguments.run}: {found['chains']} chains, {type(run.sampler).__name__}"
-            save_mixing(Path(arguments.run) / "chains.png", found, trace, title)
+            save_mixing(config.path_of("run", arguments.run) / "chains.png", found, trace, title)
             chains = {"chains": _finite(found)}
         report = evaluate(run, data_dir=arguments.data_dir, fused=arguments.fused)
-    except (ValueError, OSError, ModuleNotFoundError, checkpoint.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps({"run": str(arguments.run), **_finite(report), **chains}, indent=2))
-    return 0
+    command.say(json.dumps({"run": str(arguments.run), **_finite(report), **chains}, indent=2))
+    return command.DONE
 
 
 def _finite(report: dict[str, float]) -> dict[str, float | None]:

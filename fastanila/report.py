@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -38,14 +39,19 @@ class Metrics:
         return self
 
     def __exit__(self, *_):
-        self.file.close()
+        with contextlib.suppress(OSError):  # what was not written is what `write` has told of
+            self.file.close()
         if self.board is not None:
             self.board.close()
 
     def write(self, row: dict) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}  # JSON has no NaN or infinity
-        self.file.write(json.dumps(finite) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(finite) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk names no file
+            error.filename = str(self.path)
+            raise
         if self.board is not None:
             for name in row.keys() - {"iteration"}:
                 self.board.add_scalar(name, row[name], row["iteration"])
@@ -120,7 +126,7 @@ class Progress:
 
     def __enter__(self):
         self.began = time.perf_counter()
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=self.iterations, initial=self.first, unit="update", dynamic_ncols=True)

@@ -41,13 +41,14 @@ def load(directory: str | Path, device: str = "auto") -> Run:
 
     Raises FileNotFoundError if it is no run or has no checkpoint yet, `checkpoint.CheckpointError` if all are damaged.
     """
+    directory = config.path_of("run", directory)
     with torch.inference_mode(False), torch.device("cpu"):  # whatever torch's mode and default device are
         return _load(directory, device_of(device))
 
 
-def _load(directory: str | Path, device: torch.device) -> Run:
+def _load(directory: Path, device: torch.device) -> Run:
     settings = read_settings(directory)
-    tensors, state = checkpoint.load_latest(Path(directory) / "checkpoints", device)
+    tensors, state = checkpoint.load_latest(directory / "checkpoints", device)
     chains = last_chains(tensors)
 
     def trained(network: nn.Module, tensors: dict[str, Tensor], name: str) -> nn.Module:
@@ -98,7 +99,7 @@ def last_chains(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def read_settings(directory: str | Path) -> Settings:
-    path = Path(directory) / "config.json"
+    path = config.path_of("run", directory) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is not a run: it has no config.json")
     return config.resolve(Settings(**config.read(path)))
@@ -108,7 +109,7 @@ def load_data(settings: Settings, device, data_dir: str | None = None) -> Datase
     """The run's data set, from ``data_dir`` where they are images that have moved."""
     found = data.load(
         settings.data,
-        data_dir=settings.data_dir if data_dir is None else data_dir,
+        data_dir=settings.data_dir if data_dir is None else config.path_of("data_dir", data_dir),
         size=settings.image_size,
         channels=settings.channels,
         download=settings.download,

@@ -7,6 +7,11 @@ of held-out images by a model of whole images; a run with task=completion comple
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # ahead of torch, which takes seconds to import
+    from .command import end_at_once_on_interrupt
+
+    end_at_once_on_interrupt()
+
 import argparse
 import io
 import sys
@@ -16,16 +21,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checkpoint, checks, completion, config, data, draws, plots, runs, transitions
+from . import (
+    checkpoint,
+    checks,
+    command,
+    completion,
+    config,
+    data,
+    draws,
+    needs,
+    plots,
+    run_directory,
+    runs,
+    transitions,
+)  # fmt: skip
 from .draws import sample
 
 SUFFIXES = (".png", ".npz")
+_OF_SAMPLER = ("step_size", "threshold", "norm", "leapfrog_steps")
 _COLUMNS = 8  # of a picture of interpolations
 
 
 def write(path: Path, z: Tensor, run: runs.Run) -> None:
     """A picture of the samples (.png: a grid of images, or a scatter with the density), or the samples (.npz)."""
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         write_arrays(path, samples=z)
     elif z.dim() == 2:
         plots.save_plane(path, run.energy, data.load(run.settings.data), z, f"{run.settings.data}, {len(z)} samples")
@@ -36,7 +55,7 @@ def write(path: Path, z: Tensor, run: runs.Run) -> None:
 def write_pairs(path: Path, run: runs.Run, **pair: Tensor) -> None:
     """Two sets of as many states, by name: the first above the second, or beside it; .npz: both."""
     above, below = pair.values()
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         write_arrays(path, **pair)
     elif below.dim() == 2:
         density, title = data.load(run.settings.data), f"{run.settings.data}, {len(below)} {list(pair)[1]}"
@@ -48,7 +67,7 @@ def write_pairs(path: Path, run: runs.Run, **pair: Tensor) -> None:
 def write_completed(path: Path, found: draws.Completed, run: runs.Run) -> None:
     """A row an image: with the region blank, the VAE's first proposal if there is one, the completions, the truth.
     .npz: samples, truth, missing, and proposals if there are any."""
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         others = {k: v for k, v in found._asdict().items() if v is not None and k != "completions"}
         write_arrays(path, samples=found.completions, **others)
         return
@@ -143,40 +162,62 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="names the noise")
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--fused", action=argparse.BooleanOptionalAction, default=True, help="compile the transition")
-    arguments = parser.parse_args(argv)
-    changes = ("step_size", "threshold", "norm", "leapfrog_steps")
-    changes = {k: v for k in changes if (v := getattr(arguments, k)) is not None}
-    try:
-        out = Path(arguments.out)
-        if out.suffix not in SUFFIXES:
-            raise ValueError(f"out must end in {' or '.join(SUFFIXES)}, got {arguments.out}")
+
+    def work() -> int:
+        arguments = parser.parse_args(argv)
+        return sampled(arguments, needs.given(parser, argv, arguments))
+
+    return command.exit_code(work)
+
+
+def sampled(arguments: argparse.Namespace, given: set[str]) -> int:
+    """Draw and write what the arguments ask for; the exit code. ``given``: those that the command line has."""
+    changes = {k: v for k in _OF_SAMPLER if (v := getattr(arguments, k)) is not None}
+    with command.refusing(ValueError, checkpoint.CheckpointError):
+        out = out_of(arguments.out)
         for name, least in (("count", 1), ("completions", 1), ("warm_up", 0)):
             checks.count(name, getattr(arguments, name), least)
         if arguments.steps is not None:
             checks.count("steps", arguments.steps, least=0)
         run = runs.load(arguments.run, arguments.device)
+        check_effects(run, arguments, given)
         if changes or arguments.sampler is not None:
             run = runs.with_sampler(run, arguments.sampler or run.settings.sampler, **changes)
-    except (ValueError, OSError, checkpoint.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(transitions.path(run.sampler, run.energy, run.chains, fused=arguments.fused))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"error: cannot write {out}: {error}", file=sys.stderr)
-        return 2
-    try:
-        with runs.matmul_precision(run.settings.precision):
-            drawn = draw(run, arguments, out)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: cannot write {out}: {error}", file=sys.stderr)
-        return 2
-    print(f"{drawn} in {out}")
-    return 0
+    command.say(transitions.path(run.sampler, run.energy, run.chains, fused=arguments.fused))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    run_directory.check_writable(out.parent)
+    with command.refusing(ValueError), runs.matmul_precision(run.settings.precision):
+        drawn = draw(run, arguments, out)
+    command.say(f"{drawn} in {out}")
+    return command.DONE
+
+
+def check_effects(run: runs.Run, arguments: argparse.Namespace, given: set[str]) -> None:
+    """Raise ValueError naming an argument of the command line that would change nothing."""
+    fills = bool(arguments.inpaint) or run.settings.task == "completion"
+    if not fills:
+        needs.refuse(
+            given, ["completions"], "where nothing is completed: it needs inpaint, or a run with task=completion"
+        )
+    if not (fills or arguments.reconstruct):
+        needs.refuse(given, ["data_dir"], "where no data are read: it needs inpaint, reconstruct or task=completion")
+    for reason in needs.idle(run.settings, given & {"data_dir"}).values():
+        raise ValueError(reason)
+    moves = ("sampler", *_OF_SAMPLER)
+    if arguments.reconstruct:
+        needs.refuse(given, ["steps", "warm_up", *moves], "with reconstruct, which makes no transitions")
+    if arguments.steps == 0 or (arguments.interpolate and arguments.steps is None):
+        needs.refuse(given, moves, "where no transitions are made: it needs steps above 0")
+
+
+def out_of(written: str) -> Path:
+    """The file to write. Raises ValueError where it can be none."""
+    out = config.path_of("out", written)
+    if out.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"out must end in {' or '.join(SUFFIXES)}, got {written}")
+    if out.is_dir():
+        raise ValueError(f"out must be a file, but {out} is a folder")
+    return out
 
 
 if __name__ == "__main__":

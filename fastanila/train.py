@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 from typing import Any
 
-from . import config
+from . import command, config
 from .config import Settings
-
-DONE, BAD_ARGUMENTS, DIVERGED = 0, 2, 3
 
 EXTRA = {
     "config": (str, "TOML file of settings, or a run's config.json; flags win over it."),
@@ -32,7 +31,7 @@ def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool, bool]:
     under: dict[str, Any] = {}
     if files.config is not None:
         under = config.read(files.config)
-        if files.config.endswith("config.json"):  # to start the same run again, somewhere else
+        if config.is_of_a_run(files.config):  # to start the same run again, somewhere else
             under.pop("out", None)
     elif files.resume is not None:
         from . import runs
@@ -43,11 +42,35 @@ def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool, bool]:
     init = files.init if files.init is not None else under.get("init")
     task = files.task if files.task is not None else under.get("task")
     values = vars(cli(argv, config.defaults(dataset, sampler, init, task) | under))
-    resume, dry_run, _ = values.pop("resume"), values.pop("dry_run"), values.pop("config")
+    resume, dry_run, file = values.pop("resume"), values.pop("dry_run"), values.pop("config")
     changed_data = values.pop("changed_data")
     if changed_data and resume is None:
         raise ValueError("changed_data can be given with resume only: a new run has no other data")
-    return Settings(**values), resume, dry_run, changed_data
+    settings = Settings(**values)
+    check_effects(settings, argv, resume=resume, file=file, under=under)
+    return settings, resume, dry_run, changed_data
+
+
+def check_effects(
+    settings: Settings, argv: list[str] | None, *, resume: str | None, file: str | None, under: dict[str, Any]
+) -> None:
+    """Refuse flags that would change nothing (ValueError), and warn of settings of the config file that do not: it may
+    be shared by runs of several kinds, and hold what is as it would be without it."""
+    from . import needs
+
+    resolved = config.resolve(settings)
+    flags = needs.flags(sys.argv[1:] if argv is None else argv, under.keys() | vars(settings).keys())
+    if resume is not None and "out" in flags:
+        raise ValueError("out has no effect with resume: the run stays in its folder")
+    idle = needs.idle(resolved, flags)
+    if idle:
+        raise ValueError("; ".join(idle.values()))
+    if file is not None:
+        idle = needs.idle(resolved, under.keys() - flags)
+        bare = config.resolve(dataclasses.replace(settings, **{name: getattr(Settings, name) for name in idle}))
+        for name, reason in idle.items():
+            if getattr(bare, name) != getattr(resolved, name):
+                command.complain(f"warning: config {file}: {reason}")
 
 
 def cli(argv: list[str] | None, defaults: dict[str, Any]):
@@ -75,36 +98,43 @@ def cli(argv: list[str] | None, defaults: dict[str, Any]):
 
 
 def main(argv: list[str] | None = None) -> int:
-    if "--help" in (sys.argv[1:] if argv is None else argv):
-        parse(argv)  # exits; ahead of the imports, which take torch seconds
+    if {"--help", "-h"} & set(sys.argv[1:] if argv is None else argv):
+        return command.exit_code(lambda: parse(argv) and command.DONE)  # exits; ahead of torch, which takes seconds
+    importlib.import_module(".training", __package__)  # ahead of `exit_code`, under which Ctrl-C is an exception
+    return command.exit_code(lambda: trained(argv))
+
+
+def trained(argv: list[str] | None) -> int:
+    """Do what the flags say; the exit code."""
     import torch
 
-    from . import capture, checkpoint, training
+    from . import capture, checkpoint, run_directory, training
 
-    try:
+    with command.refusing(ValueError, TypeError, checkpoint.CheckpointError):
         settings, resume, dry_run, changed_data = parse(argv)
         job = training.prepare(settings, resume, changed_data=changed_data)
-    except (ValueError, TypeError, OSError, checkpoint.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_ARGUMENTS
     if dry_run:
-        print(training.path(job))
-        print(config.dump(job.settings), end="")
-        return DONE
+        for line in training.notes(job):
+            command.complain(line)
+        command.say(training.path(job))
+        command.say(config.dump(job.settings).rstrip())
+        return command.DONE
     try:
-        training.run(job, lambda line: print(line, flush=True))
+        with command.refusing(run_directory.Taken):
+            training.run(job, command.say)
     except training.Diverged as stop:
-        print(f"error: {stop}", file=sys.stderr)
-        return DIVERGED
+        command.complain(f"error: {stop}")
+        return command.DIVERGED
     except torch._dynamo.exc.BackendCompilerFailed as error:
         reason = capture.first_line(error)
-        print(f"error: compiling failed; --no-fused runs without a compiler ({reason})", file=sys.stderr)
-        return BAD_ARGUMENTS
+        command.complain(f"error: compiling failed; --no-fused runs without a compiler ({reason})")
+        return command.FAILED
     except training.Interrupted as stop:
-        print(stop, file=sys.stderr)
+        command.complain(str(stop))
         return 128 + stop.number
-    return DONE
+    return command.DONE
 
 
 if __name__ == "__main__":
+    command.end_at_once_on_interrupt()
     sys.exit(main())

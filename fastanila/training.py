@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import signal
 import time
@@ -15,9 +16,22 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from . import checkpoint, completion, config, data, draws, exact, learners, ops, plots, runs, transitions
+from . import (
+    checkpoint,
+    compiler,
+    completion,
+    config,
+    data,
+    draws,
+    exact,
+    learners,
+    ops,
+    plots,
+    run_directory,
+    runs,
+    transitions,
+)
 from .config import Settings
 from .report import Metrics, Progress, Watch, tensorboard_writer
 from .updates import Job, Update, build_update, compiles_once, revision
@@ -25,6 +39,8 @@ from .updates import Job, Update, build_update, compiles_once, revision
 _PROPOSALS = 20_000  #: whose histogram is compared with the model's law
 #: Updates after which the run looks, at the latest, whether they are finite.
 _LOOK_EVERY = 100
+#: Those that end a run between two updates, as far as the system has them: Ctrl-C, kill, and a terminal that closes.
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Diverged(RuntimeError):
@@ -50,21 +66,24 @@ def train(
 
     ``changed_data``: go on also if the images are not those that the run's last checkpoint was trained on.
     Writes the run directory (config.json, metrics.jsonl, checkpoints/, samples/, figure.png) and returns the run.
-    Raises ValueError or FileNotFoundError for settings that cannot be, `Diverged`, `Interrupted`.
+    Raises ValueError or FileNotFoundError for settings that cannot be, `Diverged`, `Interrupted`, and OSError, with the
+    run's state saved if that can be, where a file cannot be written.
     """
     return run(prepare(settings, resume, changed_data=changed_data), say)
 
 
 @torch.inference_mode(False)
 def prepare(settings: Settings, resume: str | Path | None = None, *, changed_data: bool = False) -> Job:
-    """Check the settings and build a run's parts; writes nothing. Raises ValueError or FileNotFoundError."""
+    """Check the settings and build a run's parts; leaves no file behind. Raises ValueError or OSError."""
     if resume is not None and settings.vae_warm_up is None:  # its default follows the iterations, which may change
         settings = dataclasses.replace(settings, vae_warm_up=runs.read_settings(resume).vae_warm_up)
     settings = config.resolve(settings)
     if resume is not None:
         settings = resumed_settings(settings, resume)
     device = runs.device_of(settings.device)
-    directory = Path(resume) if resume is not None else new_directory(settings)
+    directory = config.path_of("resume", resume) if resume is not None else new_directory(settings)
+    run_directory.check_writable(directory)
+    compiler.prepare(compiling=settings.fused)
     if settings.tensorboard:
         tensorboard_writer()
     dataset = runs.load_data(settings, device)
@@ -90,6 +109,7 @@ def prepare(settings: Settings, resume: str | Path | None = None, *, changed_dat
         proposals=None if vae is None else chains.clone(),
         made=torch.zeros((), dtype=torch.int64, device=device),
         broken=torch.zeros((), dtype=torch.bool, device=device),
+        begins=None if resume is not None else "numbered" if settings.out is None else "named",
     )
     if resume is not None:
         restore(job, changed_data)
@@ -102,9 +122,23 @@ def prepare(settings: Settings, resume: str | Path | None = None, *, changed_dat
 @torch.enable_grad()
 def run(job: Job, say: Callable[[str], None] = print) -> runs.Run:
     """Make the updates that are left, and leave the run directory complete."""
+    with run_directory_of(job), caught_signals() as caught:
+        say = heard(say, caught)
+        for line in notes(job):
+            say(line)
+        begin(job)
+        try:
+            make_updates(job, say, caught)
+            picture(job, job.directory / "figure.png")
+        except OSError as error:
+            raise with_what_is_kept(job, error) from error
+        say(f"done: {job.iteration} updates in {job.seconds:.0f} s; everything is in {job.directory}")
+        return runs.load(job.directory, str(job.device))
+
+
+def make_updates(job: Job, say: Callable[[str], None], caught: list[int]) -> None:
+    """The loop over the updates that are left, in a folder in which the run has begun; ``caught`` ends it."""
     s = job.settings
-    (job.directory / "samples").mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(job.directory / "config.json", config.dump(s))
     say(path(job))
     if s.fused:
         say(compiling(job.device))
@@ -115,7 +149,6 @@ def run(job: Job, say: Callable[[str], None] = print) -> runs.Run:
         runs.matmul_precision(s.precision),
         Metrics(job.directory, job.iteration, s.tensorboard) as metrics,
         Progress(job.iteration, s.iterations, say) as progress,
-        caught_signals() as caught,
     ):
         watch = Watch(s)
         while job.iteration < s.iterations:
@@ -142,9 +175,6 @@ def run(job: Job, say: Callable[[str], None] = print) -> runs.Run:
                 save(job)
                 where = f"stopped after update {job.iteration}, saved; go on with --resume {job.directory}"
                 raise Interrupted(f"{signal.Signals(caught[0]).name}: {where}", caught[0])
-    picture(job, job.directory / "figure.png")
-    say(f"done: {job.iteration} updates in {job.seconds:.0f} s; everything is in {job.directory}")
-    return runs.load(job.directory, str(job.device))
 
 
 def looks(settings: Settings) -> list[int]:
@@ -173,6 +203,8 @@ def path(job: Job) -> str:
 
 def compiling(device: torch.device) -> str:
     """One line on what the first update waits for."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # imports the compiler: see `compiler.prepare`
+
     what = "the update" if compiles_once(device) else "the chains' transition"
     return f"the first update waits until {what} is compiled, and kept in {cache_dir()} for later runs"
 
@@ -302,22 +334,86 @@ def resumed_settings(settings: Settings, directory: str | Path) -> Settings:
     return settings
 
 
+def notes(job: Job) -> list[str]:
+    """What somebody who goes on with a run may not expect, a line each."""
+    if job.begins is not None:
+        return []
+    before, now, found = runs.read_settings(job.directory).iterations, job.settings.iterations, []
+    for flag, learner in (("--lr-decay", job.ebm), ("--vae-lr-decay", job.vae)):
+        if learner is not None and learner.rate.decay == "linear" and before != now:
+            was, rate = (learner.rate._replace(iterations=n).at(job.iteration) for n in (before, now))
+            ends = f"now ends at update {now}, not {before}"
+            found.append(f"note: the decay of {flag} linear {ends}: it goes on at {rate:.3g} where it was {was:.3g}")
+    return found
+
+
+def with_what_is_kept(job: Job, error: OSError) -> OSError:
+    """The error that ended the run, which says where the run can go on; its state is saved first, if that can be."""
+    with contextlib.suppress(OSError, Diverged):
+        check_finite(job)
+        save(job)
+    newest = checkpoint.latest(job.directory / "checkpoints")
+    where = "" if newest is None else f" from update {int(newest.stem)}"
+    return OSError(error.errno, f"{error.strerror or error}; --resume {job.directory} goes on{where}", error.filename)
+
+
+# ----------------------------------------------------------------------------------------- its folder, and its signals
+
+
 def new_directory(settings: Settings) -> Path:
-    """Where a new run goes: --out, which must not hold another, or the first free name under runs/."""
-    if settings.out is not None:
-        path = Path(settings.out)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"out must be a new or empty folder, but {path} holds another run; --resume goes on")
-        return path
-    path, number = Path("runs") / settings.data, 2
-    while path.exists():
-        path, number = Path("runs") / f"{settings.data}-{number}", number + 1
+    """Where a new run would go now: --out, in which one must be able to begin, or the first free name under runs/."""
+    if settings.out is None:
+        return next(path for path in run_directory.names(settings.data) if not path.exists())
+    path = Path(settings.out)
+    run_directory.check_new(path)
     return path
 
 
 @contextlib.contextmanager
+def run_directory_of(job: Job) -> Iterator[None]:
+    """The run's folder is there, and no other process trains in it; of a new run it is this one's from here on.
+
+    Raises `run_directory.Taken` if the folder is another's."""
+    if job.begins == "numbered":
+        job.directory = run_directory.make(run_directory.names(job.settings.data))
+        job.settings = dataclasses.replace(job.settings, out=str(job.directory))
+    elif job.begins == "named":
+        job.directory.mkdir(parents=True, exist_ok=True)
+    with run_directory.locked(job.directory):
+        if job.begins is not None:
+            run_directory.check_new(job.directory)  # again, now that nobody else can begin there
+        yield
+
+
+def begin(job: Job) -> None:
+    """Write what makes the folder a run: from here on it can be resumed, whatever ends it."""
+    (job.directory / "samples").mkdir(exist_ok=True)
+    checkpoint.write_text(job.directory / "config.json", config.dump(job.settings))
+    if job.begins is not None:
+        save(job)
+        job.begins = None
+
+
+def heard(say: Callable[[str], None], caught: list[int]) -> Callable[[str], None]:
+    """``say``, where a reader that has gone (| head) ends the run as a signal does. A terminal that has gone does not:
+    who closes it on a run that is to go on has nobody to tell."""
+
+    def told(line: str) -> None:
+        try:
+            say(line)
+        except BrokenPipeError:
+            caught.append(getattr(signal, "SIGPIPE", signal.SIGTERM))
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+
+    return told
+
+
+@contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted, to be acted on between updates; a second one acts at once."""
+    """SIGINT, SIGTERM and SIGHUP are noted, to be acted on between updates; a second one acts at once. One that is
+    ignored stays so: a run in the background, or under nohup, goes on."""
     caught: list[int] = []
     before = {}
 
@@ -325,10 +421,14 @@ def caught_signals() -> Iterator[list[int]]:
         caught.append(number)
         for n, handler in before.items():
             signal.signal(n, handler)
+        if number == signal.SIGINT:  # by os.write, because a handler may have interrupted a print
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this update; Ctrl-C again stops at once\n")
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
     except ValueError:  # not the main thread: whoever runs this thread handles signals
         pass
     try:

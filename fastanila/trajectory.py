@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checks, ops, reference
+from . import checks, compiler, ops, reference
 from .arguments import as_noise_scale, as_seed, as_step, as_step_size, as_threshold
 from .energies import MLP, GaussianMixture
 
@@ -272,6 +272,9 @@ def _linears(energy: MLP) -> list[nn.Module]:
 
 def _shared_memory(z: Tensor) -> int:
     return _device_shared_memory(z.device.index) if z.is_cuda else _INTERPRETERS_SHARED_MEMORY
+
+
+compiler.prepare(compiling=False)  # which this decorator imports
 
 
 @torch.compiler.assume_constant_result  # Dynamo does not trace what asks the driver

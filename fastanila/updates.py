@@ -14,7 +14,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class Job:
     broken: Tensor  #: 0-dim bool on the device: an update was not finite, and none was made since
     iteration: int = 0  #: updates asked for
     seconds: float = 0.0  #: spent in updates
+    begins: Literal["named", "numbered"] | None = None  #: in ``directory``, or under the next free name; None: goes on
 
     @property
     def learners(self) -> list[Learner]:

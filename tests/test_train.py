@@ -298,6 +298,27 @@ def test_a_run_can_be_extended(tmp_path):
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("init", ["persistent", "vae"])
+def test_a_longer_run_says_how_it_changes_the_decay(tmp_path, init, capsys):
+    out, own = tmp_path / "run", dict(init=init, chains=64, lr=1e-3, vae_width=8, fused=False)
+    own |= dict(vae_warm_up=1, vae_lr=1e-2) if init == "vae" else {}
+    quiet(Settings(**SMALL | own | dict(iterations=4, save_every=2), out=str(out)))
+    (out / "checkpoints" / "00000004.safetensors").unlink()
+    said = []
+    assert command.main(["--resume", str(out), "--iterations", "8", "--dry-run"]) == 0
+    err = capsys.readouterr().err
+    training.train(Settings(**SMALL | own | dict(iterations=8)), resume=out, say=said.append)
+    notes = [line for line in said if line.startswith("note: ")]
+    assert err.splitlines() == notes and len(notes) == (2 if init == "vae" else 1)
+    decay = "now ends at update 8, not 4: it goes on at"
+    assert notes[0] == f"note: the decay of --lr-decay linear {decay} 0.00075 where it was 0.0005"
+    if init == "vae":
+        assert notes[1] == f"note: the decay of --vae-lr-decay linear {decay} 0.0075 where it was 0.005"
+    said.clear()
+    training.train(Settings(**SMALL | own | dict(iterations=8)), resume=out, say=said.append)  # nothing has changed
+    assert not [line for line in said if line.startswith("note: ")]
+
+
 def test_a_compiled_run_resumes_with_the_same_numbers(tmp_path):
     """In a fresh process each, as it happens."""
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()] + ["--save-every=8"]
