@@ -59,17 +59,17 @@ def trials(samplers: Sequence[str], thresholds: Sequence[float], seeds: Sequence
 
 
 def settings_of(trial: Trial, common: dict[str, Any]) -> config.Settings:
-    """The trial's settings: at most as many gradients of the energy an update as the data set's K transitions take.
+    """The trial's settings: at most as many gradients of the energy an update as AniLA takes by its default.
 
     An exact sampler takes one more than its transitions, where its chains start.
     """
     settings = config.resolve(config.Settings(**common, sampler=trial.sampler, seed=trial.seed))
-    steps = settings.steps - (trial.sampler in EXACT)
+    anila = vars(config.resolve(config.Settings(data=settings.data, sampler="anila")))
+    steps = anila["steps"] - (trial.sampler in EXACT)
     if trial.sampler == "hmc":
         steps //= settings.leapfrog_steps
     own: dict[str, Any] = {"steps": max(steps, 1)}
     if trial.threshold is not None:
-        anila = vars(config.resolve(config.Settings(data=settings.data, sampler="anila")))
         level = anila | {"threshold": trial.threshold, "step_size": settings.step_size}
         own["threshold"] = config.translated(level, "anila", trial.sampler)["threshold"]
     settings = dataclasses.replace(settings, **own)

@@ -400,7 +400,7 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.split("\n", 1)
     assert lines[0] == "cpu: compiled reference" or lines[0].startswith("cuda")
     settings = json.loads(lines[1])
-    assert settings["threshold"] == "inf" and settings["steps"] == 60
+    assert settings["threshold"] == "inf" and settings["steps"] == 40
     assert not list(tmp_path.iterdir())
 
 
@@ -469,7 +469,7 @@ def test_help_explains_every_flag(capsys):
     ).split():
         assert f"--{flag}" in text, flag
     # the data set's own defaults are shown, and switches are switches
-    assert "(default: 60)" in text and "--no-clamp" in text
+    assert "(default: 40)" in text and "--no-clamp" in text
 
 
 def test_help_does_not_wait_for_torch():
