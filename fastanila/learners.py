@@ -99,22 +99,18 @@ def move(learner: Learner, unless: Tensor) -> None:
     del learner.optimizer.found_inf
 
 
-def averaged_parameters(learners: list[Learner]) -> tuple[list[Tensor], list[Tensor]]:
-    """The moving averages of all parameters that have one, and these parameters, detached."""
-    pairs = [
-        (average, p.detach())
-        for learner in learners
-        if learner.average is not None
-        for average, p in zip(learner.average.parameters(), learner.module.parameters(), strict=True)
-    ]
-    return [a for a, _ in pairs], [p for _, p in pairs]
+def averaged_parameters(learners: list[Learner]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """By learner, the moving averages of its parameters and the parameters, detached."""
+    averages = [list(learner.average.parameters()) for learner in learners]
+    return averages, [[p.detach() for p in learner.module.parameters()] for learner in learners]
 
 
 @torch.no_grad()
-def follow(averages: list[Tensor], parameters: list[Tensor], decay: Tensor) -> None:
-    """Move a moving average's parameters by 1 - decay (0-dim) of the way towards the module's."""
-    torch._foreach_mul_(averages, decay)
-    torch._foreach_add_(averages, torch._foreach_mul(parameters, 1 - decay))
+def follow(averages: list[list[Tensor]], parameters: list[list[Tensor]], decays: list[Tensor]) -> None:
+    """Move each learner's moving average by 1 - decay (0-dim) of the way towards its parameters."""
+    for average, now, decay in zip(averages, parameters, decays, strict=True):
+        torch._foreach_mul_(average, decay)
+        torch._foreach_add_(average, torch._foreach_mul(now, 1 - decay))
 
 
 # ---------------------------------------------------------------------------------------------------- saving, resuming

@@ -145,9 +145,13 @@ def build_energy(settings: Settings, shape: tuple[int, ...]) -> nn.Module:
         return completion.ConditionalEnergy(network) if settings.task == "completion" else network
 
 
+#: Added to the seed, of which torch takes 32 bits: networks of like layers would else begin as copies of one another.
+_OF_VAE = 1 << 31
+
+
 def build_vae(settings: Settings, shape: tuple[int, ...]) -> vae.VAE:
-    """The VAE on the CPU, initialised as the energy is."""
-    with _seeded(settings.seed):
+    """The VAE on the CPU, initialised as the energy is, but from numbers of its own."""
+    with _seeded(settings.seed + _OF_VAE):
         if settings.energy == "mlp":
             return vae.of_vectors(
                 math.prod(shape),

@@ -123,14 +123,14 @@ def build_update(job: Job) -> Callable[[], Update]:
         broken = job.broken | ~finite
         for rate, schedule in zip(rates, schedules, strict=True):
             rate.copy_(schedule.at(iteration) * one)
-        decay = torch.clamp(((1 + iteration) / (10 + iteration)).float(), max=ema)
+        decays = [torch.where(broken, 1.0, average_decay(iteration - x.first, ema)) for x in schedules]
         job.start.keep(iteration, z, unless=broken)
         job.chains.copy_(torch.where(broken, job.chains, z))
         if job.proposals is not None:
             job.proposals.copy_(torch.where(broken, job.proposals, start))
         job.broken.copy_(broken)
         job.made.copy_(iteration + (~broken).long())
-        return totals, broken.float(), torch.where(broken, 1.0, decay)
+        return totals, broken.float(), decays
 
     on_cuda = device.type == "cuda"
     # What runs once an update: on a CPU it takes a twentieth of it, and would take longer to compile than that saves.
@@ -158,12 +158,11 @@ def build_update(job: Job) -> Callable[[], Update]:
             norms = iter(torch._foreach_norm([g for of in grads for g in of]))
             norms = [list(itertools.islice(norms, len(of))) for of in grads]
             energies = [result.energy_data, result.energy_chains]
-            totals, broken, decay = settle_of(job.made, energies, norms, grads, state.z, start)
+            totals, broken, decays = settle_of(job.made, energies, norms, grads, state.z, start)
             for learner in job.learners:
                 move(learner, unless=broken)
-            averages, parameters = averaged_parameters(job.learners)
-            if averages:
-                follow_of(averages, parameters, decay)
+            if s.ema:
+                follow_of(*averaged_parameters(job.learners), decays)
         return Update(result.energy_data, result.energy_chains, totals, info, teaching)
 
     return _captured(update, device) if s.fused and on_cuda else update
@@ -172,6 +171,12 @@ def build_update(job: Job) -> Callable[[], Update]:
 def compiles_once(device: torch.device) -> bool:
     """Whether it pays to compile what runs once an update."""
     return device.type == "cuda"
+
+
+def average_decay(made: Tensor, most: Tensor) -> Tensor:
+    """The decay of a moving average: small while few updates have been ``made`` since its network began to learn."""
+    made = torch.clamp(made, min=0)
+    return torch.clamp(((1 + made) / (10 + made)).float(), max=most)
 
 
 def revision(job: Job) -> dict[str, float]:

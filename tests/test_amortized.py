@@ -110,6 +110,24 @@ def test_the_energies_are_those_of_what_they_are_called():
     assert len({round(x.item(), 4) for x in found}) == 3
 
 
+def test_each_average_counts_from_where_its_network_begins_to_learn():
+    job = training.prepare(Settings(**SMALL | dict(vae_warm_up=3, ema=0.999), fused=False))
+    update = updates.build_update(job)
+    for _ in range(4):
+        before = [[p.clone() for p in learner.average.parameters()] for learner in job.learners]
+        update()
+    for old, learner, made in zip(before, job.learners, (0, 3), strict=True):
+        decay = (1 + made) / (10 + made)
+        for was, average, p in zip(old, learner.average.parameters(), learner.module.parameters(), strict=True):
+            torch.testing.assert_close(average, decay * was + (1 - decay) * p.detach())
+
+
+def test_the_networks_of_a_pair_begin_apart():
+    job = training.prepare(Settings(data="digits", init="vae", fused=False, vae_width=32, width=32))
+    ours = {p.flatten()[0].item() for p in job.ebm.module.parameters() if p.dim() > 1}
+    assert not ours & {p.flatten()[0].item() for p in job.vae.module.parameters() if p.dim() > 1}
+
+
 def test_a_longer_run_keeps_its_warm_up(tmp_path):
     options = SMALL | dict(vae_warm_up=None, sample_every=0)
     quiet(Settings(**options | dict(iterations=8), fused=False, out=str(tmp_path / "run")))

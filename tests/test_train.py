@@ -90,7 +90,7 @@ def test_learning_rate_and_average():
     before = average.weight.clone()
     with torch.no_grad():
         energy.weight += 1
-    learners.follow(list(average.parameters()), [p.detach() for p in energy.parameters()], torch.tensor(0.9))
+    learners.follow([list(average.parameters())], [[p.detach() for p in energy.parameters()]], [torch.tensor(0.9)])
     torch.testing.assert_close(average.weight, before + 0.1)
     assert not average.weight.requires_grad and energy.weight.requires_grad
 
