@@ -15,7 +15,6 @@ class Likelihood(NamedTuple):
     loss: Tensor  #: to be minimised, 0-dim
     energy_data: Tensor  #: mean U(data), 0-dim, detached
     energy_chains: Tensor  #: mean U(chains), 0-dim, detached
-    energy_starts: Tensor | None = None  #: mean U(starts), 0-dim, detached
 
 
 def likelihood(
@@ -23,8 +22,6 @@ def likelihood(
     data: Tensor,
     chains: Tensor,
     energy_l2: float | Tensor = 0.0,
-    *,
-    starts: Tensor | None = None,
 ) -> Likelihood:
     """The likelihood gradient as a loss: mean U(data) - mean U(chains), chains detached.
 
@@ -32,15 +29,13 @@ def likelihood(
     law (Karimi, Xie and Li, Algorithm 1, eq. 7; eq. 3 of an early draft has the sign reversed). ``energy_l2`` adds
     its multiple of mean U(data)**2 + mean U(chains)**2, which keeps the energies near zero (Du and Mordatch 2019).
 
-    data: (N, ...), chains: (M, ...), of one dtype and device; energy maps either to one float32 energy a state. starts:
-    where the chains began, (L, ...), if their energy is wanted too, from the same pass; they have no part in the loss.
+    data: (N, ...), chains: (M, ...), of one dtype and device; energy maps either to one float32 energy a state.
     """
-    groups = [data, chains.detach(), *([] if starts is None else [starts.detach()])]
-    on_data, on_chains, *others = energy(torch.cat(groups)).split([len(x) for x in groups])
+    on_data, on_chains = energy(torch.cat((data, chains.detach()))).split((len(data), len(chains)))
     loss = on_data.mean() - on_chains.mean()
     if isinstance(energy_l2, Tensor) or energy_l2:
         loss = loss + energy_l2 * (on_data.square().mean() + on_chains.square().mean())
-    return Likelihood(loss, *(u.mean().detach() for u in (on_data, on_chains, *others)))
+    return Likelihood(loss, on_data.mean().detach(), on_chains.mean().detach())
 
 
 class ELBO(NamedTuple):

@@ -64,7 +64,6 @@ class Job:
 class Teaching(NamedTuple):
     """What one update saw of the VAE: 0-dim each."""
 
-    energy_proposals: Tensor  #: mean U of the proposals
     reconstruction: Tensor  #: of `objectives.elbo`, as is the next
     kl: Tensor
 
@@ -107,8 +106,8 @@ def build_update(job: Job) -> Callable[[], Update]:
             xi = noise.normal(shape, seed=seed, step=iteration, stream=Stream.POSTERIOR, device=device)
         return batch, free, start, xi, iteration * steps
 
-    def learn(batch: Tensor, chains: Tensor, proposals: Tensor | None) -> Likelihood:
-        return likelihood(energy, batch, chains, energy_l2 if s.energy_l2 else 0.0, starts=proposals)
+    def learn(batch: Tensor, chains: Tensor) -> Likelihood:
+        return likelihood(energy, batch, chains, energy_l2 if s.energy_l2 else 0.0)
 
     def teach(batch: Tensor, chains: Tensor, xi: Tensor, iteration: Tensor) -> ELBO:
         lesson = torch.where(iteration < warm_up, batch, chains) if s.vae_warm_up else chains
@@ -146,13 +145,13 @@ def build_update(job: Job) -> Callable[[], Update]:
             if s.fused:
                 for_chains(energy)  # the parameters of now
             state, info = chain(s.steps, numbers, State(start), seed, first, 0, free)
-        result = learn_of(batch, state.z, start if job.vae is not None else None)
+        result = learn_of(batch, state.z)
         result.loss.backward(one)
         teaching = None
         if job.vae is not None:
             lesson = teach_of(batch, state.z, xi, job.made)
             lesson.loss.backward(one)
-            teaching = Teaching(result.energy_starts, lesson.reconstruction, lesson.kl)
+            teaching = Teaching(lesson.reconstruction, lesson.kl)
         with torch.no_grad():
             grads = [gradients(learner) for learner in job.learners]
             norms = iter(torch._foreach_norm([g for of in grads for g in of]))
@@ -179,17 +178,21 @@ def average_decay(made: Tensor, most: Tensor) -> Tensor:
     return torch.clamp(((1 + made) / (10 + made)).float(), max=most)
 
 
+@torch.no_grad()
 def revision(job: Job) -> dict[str, float]:
-    """How the last update's transitions changed its proposals, of init="vae".
+    """The last update's proposals, and how its transitions changed them, of init="vae".
 
-    moved: root mean square, over the elements that may move, of revised less proposal; units of data. spread: standard
-    deviation of the proposals over the batch, divided by that of the revised.
+    energy_proposals: mean U of them, by the energy as the update left it. moved: root mean square, over the elements
+    that may move, of revised less proposal; units of data. spread: standard deviation of the proposals over the batch,
+    divided by that of the revised.
     """
     free = completion.free(job.chains) if job.settings.task == "completion" else None
     share = 1.0 if free is None else free.float().mean()
     moved = ((job.chains - job.proposals).square().mean() / share).sqrt()
     spread = (_variance(job.proposals, free) / _variance(job.chains, free)).sqrt()
-    return {"moved": moved.item(), "spread": spread.item()}
+    with sampling(job.ebm.module):
+        energy = runs.at_precision(job.ebm.module, job.settings.precision)(job.proposals).mean()
+    return {"energy_proposals": energy.item(), "moved": moved.item(), "spread": spread.item()}
 
 
 def _variance(x: Tensor, free: Tensor | None) -> Tensor:

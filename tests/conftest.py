@@ -1,4 +1,5 @@
 import os
+import signal
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # ahead of torch: workers that all take all cores wait for one another
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -7,6 +8,11 @@ import pytest
 import torch
 
 from fastanila import capture, transitions
+
+# A suite that is started in the background ignores these, and so would the commands that its tests end by them.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
+    if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

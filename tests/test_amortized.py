@@ -104,7 +104,7 @@ def test_the_energies_are_those_of_what_they_are_called():
     job = training.prepare(Settings(**SMALL | dict(vae_warm_up=5), fused=False))  # in which the energy stands still
     made = updates.build_update(job)()
     batch, _ = updates.draw_data(job, 0, 0)
-    found = (made.energy_data, made.energy_chains, made.teaching.energy_proposals)
+    found = (made.energy_data, made.energy_chains, torch.tensor(updates.revision(job)["energy_proposals"]))
     for got, states in zip(found, (batch, job.chains, job.proposals), strict=True):
         assert got.item() == pytest.approx(job.ebm.module(states).mean().item(), rel=1e-5)
     assert len({round(x.item(), 4) for x in found}) == 3

@@ -217,5 +217,5 @@ def test_a_chain_in_one_tile_reads_its_score_once():
 def test_addresses_are_64_bit():
     """Offsets of element indices beyond 2^31: the block's first element is a 64-bit product."""
     ttir = compile_step("sm_90", "fp32").asm["ttir"]
-    assert "arith.extsi" in ttir and "tensor<2048xi64>" in ttir
-    assert "!tt.ptr<f32>>, tensor<2048xi64>" in ttir and "!tt.ptr<f32>>, tensor<2048xi32>" not in ttir
+    assert "arith.extsi" in ttir and "tensor<1024xi64>" in ttir
+    assert "!tt.ptr<f32>>, tensor<1024xi64>" in ttir and "!tt.ptr<f32>>, tensor<1024xi32>" not in ttir
