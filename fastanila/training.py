@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from . import (
+    capture,
     checkpoint,
     compiler,
     completion,
@@ -140,7 +141,7 @@ def make_updates(job: Job, say: Callable[[str], None], caught: list[int]) -> Non
     """The loop over the updates that are left, in a folder in which the run has begun; ``caught`` ends it."""
     s = job.settings
     say(path(job))
-    if s.fused:
+    if s.fused and capture.compiles():
         say(compiling(job.device))
     update = build_update(job)
     with (
