@@ -11,7 +11,7 @@ from pathlib import Path
 from .processes import Command, Ended, run
 
 #: Where the tests marked gpu are; to collect the others takes longer than some of these run.
-FOLDERS = ("tests/parity", "tests/test_checkpoint.py")
+FOLDERS = ("tests/kernels", "tests/training/test_checkpoint.py")
 _WORKERS = 14  #: at most
 _MOST_FAILURES = 60  #: with more of them there is nothing to learn from the rest
 

@@ -1,7 +1,7 @@
 """Chains and updates keep CUDA's capture rules and their budgets of launches, and a capture that fails breaks nothing.
 
 It runs on a CUDA device without kernels (support/fake_device.py), so wherever there is g++ and a torch with CUDA.
-The numbers that captured chains and updates give are compared on a GPU, by tests/parity/test_capture.py.
+The numbers that captured chains and updates give are compared on a GPU, by tests/kernels/test_capture.py.
 """
 
 import pytest

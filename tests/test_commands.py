@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_files import quiet
 
 import fastanila
 from fastanila import compare, ergodicity, evaluate, files, sample, train
 from fastanila.cli import exits
 from fastanila.training import checkpoint, config
 from fastanila.training.settings import Settings
+from run_files import quiet
 
 COMMANDS = ("train", "sample", "evaluate", "compare", "ergodicity")
 TINY = dict(

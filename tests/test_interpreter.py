@@ -1,4 +1,4 @@
-"""Runs tests/parity in Triton's interpreter, in a process of its own: it is chosen when triton is imported."""
+"""Runs tests/kernels in Triton's interpreter, in a process of its own: it is chosen when triton is imported."""
 
 import os
 import subprocess
@@ -9,14 +9,14 @@ import pytest
 
 from fastanila.ops import dispatch
 
-PARITY = Path(__file__).parent / "parity"
+KERNELS = Path(__file__).parent / "kernels"
 #: Tests of each file at least that run and pass there: what a GPU alone can run is skipped.
 LEAST = {
     "test_metropolis.py": 40,
-    "test_rows.py": 40,
+    "test_step_rows.py": 40,
     "test_step.py": 40,
     "test_training.py": 2,
-    "test_trajectory.py": 60,
+    "test_whole_chain.py": 60,
 }
 
 
@@ -24,7 +24,7 @@ LEAST = {
 @pytest.mark.parametrize("name", LEAST)
 def test_kernels_in_the_interpreter(name):
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PARITY / name)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(KERNELS / name)],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -38,4 +38,4 @@ def test_kernels_in_the_interpreter(name):
 
 def test_no_file_is_left_out():
     """But the one of captures, which an interpreter cannot make."""
-    assert {path.name for path in PARITY.glob("test_*.py")} == {*LEAST, "test_capture.py"}
+    assert {path.name for path in KERNELS.glob("test_*.py")} == {*LEAST, "test_capture.py"}

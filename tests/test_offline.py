@@ -4,9 +4,8 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES  # noqa: E402
-
 from bench.offline import TARGETS, compile_metropolis, compile_rows, compile_step, disassemble, resources  # noqa: E402
+from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES  # noqa: E402
 from fastanila import ops  # noqa: E402
 from fastanila.kernels import metropolis, step_rows  # noqa: E402
 from fastanila.ops.reference import NORMS  # noqa: E402

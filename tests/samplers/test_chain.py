@@ -1,7 +1,7 @@
 """How chains make their transitions: captured ones equal those made one by one, and notice whatever has changed.
 
 Without a CUDA device the record is the function itself, called again: the tensors it reads and writes, which is all
-that can go wrong on our side of a capture, are those of the real one. tests/parity/test_capture.py has the real one.
+that can go wrong on our side of a capture, are those of the real one. tests/kernels/test_capture.py has the real one.
 """
 
 import contextlib

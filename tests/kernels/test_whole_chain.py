@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+
 from cases import (
     ADJUSTED_MIXTURES,
     ADJUSTED_NETWORKS,
@@ -20,9 +22,6 @@ from cases import (
     SLOW_ADJUSTED_NETWORKS,
     SQUEEZED,
 )
-from steps import DEVICE, MARKS, counting
-from torch._dynamo.testing import CompileCounter
-
 from fastanila import MALA, AdjustedAniLA, noise, ops
 from fastanila.models import MLP, ConvNet, GaussianMixture
 from fastanila.models.score import evaluator
@@ -30,6 +29,7 @@ from fastanila.models.wrappers import Autocast
 from fastanila.ops import dispatch, reference
 from fastanila.ops import whole_chain as whole_chain_ops
 from fastanila.samplers import whole_chain
+from steps import DEVICE, MARKS, counting
 
 pytestmark = MARKS
 SETTINGS = dict(threshold=1.5, step_size=0.1, noise_scale=0.9, seed=(1 << 63) + 5, step=(1 << 33) - 4)

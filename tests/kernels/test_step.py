@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
-from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, draw, expected
 
 from fastanila import noise, ops
 from fastanila.ops import dispatch
+from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, draw, expected
 
 pytestmark = MARKS
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from run_files import final, numbers, quiet, rows
 from torch._dynamo.utils import counters
 
 import fastanila
@@ -26,6 +25,7 @@ from fastanila.training import checkpoint, config, defaults, learner, loop
 from fastanila.training import job as job_training
 from fastanila.training import update as update_training
 from fastanila.training.settings import Settings
+from run_files import final, numbers, quiet, rows
 
 SMALL = dict(
     sampler="anila",

@@ -1,7 +1,7 @@
 """The samplers with a Metropolis correction leave their target as it is: by the identity that makes them exact, and by
 where exact draws are after 50 transitions. Each test names mutants that it refuses; false alarms: 1e-6 each.
 
-The operator's kernel and its formula: tests/parity/test_metropolis.py.
+The operator's kernel and its formula: tests/kernels/test_metropolis.py.
 """
 
 import math
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from known import BANANA, FALSE_ALARM, NORMAL, SKEWED
 
 import oracle
 from fastanila import HMC, MALA, AdjustedAniLA, ops
@@ -19,6 +18,7 @@ from fastanila.models.score import evaluator
 from fastanila.ops import reference
 from fastanila.samplers.calibration import averaged, dual_averaging
 from fastanila.samplers.state import State
+from known import BANANA, FALSE_ALARM, NORMAL, SKEWED
 
 pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="mutants of the definition are not mutants of the kernel")
 

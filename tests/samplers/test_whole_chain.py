@@ -9,6 +9,14 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from bench.offline import (  # noqa: E402
+    SHARED_MEMORY,
+    TARGETS,
+    compile_mixture_trajectory,
+    compile_mlp_trajectory,
+    disassemble,
+    resources,
+)
 from cases import (  # noqa: E402
     ADJUSTED_MIXTURES,
     ADJUSTED_NETWORKS,
@@ -21,15 +29,6 @@ from cases import (  # noqa: E402
     SLOW_ADJUSTED_MIXTURES,
     SLOW_ADJUSTED_NETWORKS,
     SQUEEZED,
-)
-
-from bench.offline import (  # noqa: E402
-    SHARED_MEMORY,
-    TARGETS,
-    compile_mixture_trajectory,
-    compile_mlp_trajectory,
-    disassemble,
-    resources,
 )
 from fastanila import ops  # noqa: E402
 from fastanila.kernels import mlp  # noqa: E402

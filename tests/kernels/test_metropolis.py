@@ -6,14 +6,14 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES
-from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, counting, draw
 
 import oracle
+from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES
 from fastanila import noise, ops
 from fastanila.ops import Metropolis, metropolis, metropolis_step, reference
 from fastanila.ops import step as step_ops
 from fastanila.ops.reference import NORMS
+from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, counting, draw
 
 pytestmark = MARKS
 NAMED = dict(seed=(1 << 63) + 5, step=(1 << 33) + 7)

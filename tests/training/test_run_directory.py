@@ -6,13 +6,13 @@ import signal
 import threading
 
 import pytest
-from run_files import final, numbers, quiet, rows
 
 from fastanila import compare, files
 from fastanila import train as command
 from fastanila.training import checkpoint, config, loop, metrics, run, run_directory, update
 from fastanila.training import job as job_training
 from fastanila.training.settings import Settings
+from run_files import final, numbers, quiet, rows
 
 TINY = dict(
     iterations=3, steps=2, batch_size=16, chains=16, width=8, features=4, log_every=1, sample_every=0, fused=False

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from run_files import final, numbers, quiet, rows
 from torch._dynamo.utils import counters
 
 import fastanila
@@ -21,6 +20,7 @@ from fastanila.training import run as run_training
 from fastanila.training import update as update_training
 from fastanila.training.metrics import Watch
 from fastanila.training.settings import Settings
+from run_files import final, numbers, quiet, rows
 
 SMALL = dict(
     init="vae", vae_warm_up=3, iterations=12, steps=4, batch_size=64, width=16, features=8, vae_width=16, latent=3,

@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES
-from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, counting, draw, expected
 
 import oracle
+from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES
 from fastanila import ops
 from fastanila.ops import Statistics
 from fastanila.ops import step as step_ops
 from fastanila.ops.reference import NORMS
+from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, counting, draw, expected
 
 pytestmark = MARKS
 OPTIONS = {"": {}, "bounds": dict(bounds=(-0.5, 1.0)), "inf": dict(threshold=math.inf)}

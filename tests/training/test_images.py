@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from run_files import final, numbers, quiet
 
 from fastanila import evaluate, sample
 from fastanila import train as command
 from fastanila.training import checkpoint
 from fastanila.training.metrics import read_rows
 from fastanila.training.settings import Settings
+from run_files import final, numbers, quiet
 
 SMALL = dict(
     data="image-folder", image_size=8, channels=1, width=4, steps=2, batch_size=4, chains=4, iterations=2, log_every=1,

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from run_files import rows
 
 from fastanila import ops
 from fastanila.ops import metropolis
@@ -12,6 +11,7 @@ from fastanila.samplers import whole_chain
 from fastanila.training import update
 from fastanila.training.loop import train
 from fastanila.training.settings import Settings
+from run_files import rows
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,13 +5,13 @@ import itertools
 
 import pytest
 import torch
-from run_files import quiet
 
 from fastanila import compare, ergodicity, evaluate, sample, train
 from fastanila.data import Images
 from fastanila.training import build, config, defaults, needs
 from fastanila.training import settings as settings_training
 from fastanila.training.settings import Settings
+from run_files import quiet
 
 TINY = dict(
     iterations=2, steps=2, batch_size=16, chains=16, width=8, features=4, log_every=1, sample_every=0, fused=False

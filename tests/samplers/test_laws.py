@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from known import BANANA, FALSE_ALARM, NORMAL, SKEWED
 
 from fastanila import MALA, AdjustedAniLA, AniLA, Langevin, TamedLangevin, noise, ops
 from fastanila.samplers.state import State
+from known import BANANA, FALSE_ALARM, NORMAL, SKEWED
 
 # ------------------------------------------------------------------------------- one dimension, large steps: quadrature
 
