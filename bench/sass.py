@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     print(json.dumps([dataclasses.asdict(c) for c in counts], indent=1) if chosen.json else table(counts))
     if chosen.write:
-        from fastanila.training.metrics import write  # which imports torch
+        from .report import write  # which imports torch
 
         write(table(counts), "sass")
     return 0

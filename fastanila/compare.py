@@ -33,7 +33,6 @@ import torch
 
 from . import files
 from .cli import exits
-from .cli.exits import end_at_once_on_interrupt
 from .evaluate import evaluate
 from .evaluation import plots
 from .samplers import SAMPLERS

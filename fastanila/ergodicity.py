@@ -26,7 +26,6 @@ from pathlib import Path
 
 from . import checks, files
 from .cli import exits
-from .cli.exits import end_at_once_on_interrupt
 from .cli.flags import given, refuse
 from .ops.reference import NORMS
 from .samplers import SAMPLERS

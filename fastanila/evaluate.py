@@ -38,9 +38,8 @@ from torch import Tensor
 
 from . import checks, generate
 from .cli import exits
-from .cli.exits import end_at_once_on_interrupt
 from .cli.flags import given, refuse
-from .data import completion, densities, images
+from .data import Images, completion, densities
 from .evaluation import diagnostics, distances, plane, plots
 from .ops import dispatch
 from .training import build, checkpoint, config, needs, run_directory
@@ -64,14 +63,14 @@ def _evaluate(run: Run, data_dir: str | None, fused: bool) -> dict[str, float]:
     report: dict[str, float] = {"iteration": run.iteration}
     if settings.task == "completion":
         return report | completed(run, dataset, fused=fused)
-    plane = isinstance(dataset, densities.Density)
-    if not plane:
+    in_plane = isinstance(dataset, densities.Density)
+    if not in_plane:
         _check_counts(run, dataset)
     chains, start = run.chains, None
     if run.vae is not None:
-        start, chains = generate.pairs(run, _PLANE_PAIRS if plane else _IMAGE_PAIRS, fused=fused)
+        start, chains = generate.pairs(run, _PLANE_PAIRS if in_plane else _IMAGE_PAIRS, fused=fused)
         report |= revision(run.energy, start, chains)
-    if plane:
+    if in_plane:
         if start is not None:
             report["tv_proposals_model"] = plane.law_tv(run.energy, dataset, start)
         return report | plane.evaluate(run.energy, dataset, chains, device=device)
@@ -85,7 +84,7 @@ def _evaluate(run: Run, data_dir: str | None, fused: bool) -> dict[str, float]:
     return report | distances.evaluate_images(chains, scaled(dataset.held_out), scaled(dataset.train), start)
 
 
-def _check_counts(run: Run, images: images.Images) -> None:
+def _check_counts(run: Run, images: Images) -> None:
     """Raise ValueError, ahead of the work, where there are too few images for a Frechet distance."""
     counts = [("training image", len(images.train)), ("held-out image", len(images.held_out))]
     if run.vae is None:

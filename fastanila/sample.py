@@ -23,7 +23,6 @@ from torch import Tensor
 
 from . import checks, files, generate
 from .cli import exits
-from .cli.exits import end_at_once_on_interrupt
 from .cli.flags import given, refuse
 from .data import completion, registry
 from .evaluation import distances, plots

@@ -33,7 +33,7 @@ def home(tmp_path_factory):
 
 def ended(code: str, **options) -> subprocess.CompletedProcess:
     """A process in which a command's work is ``code``; nothing of torch is imported."""
-    program = f"import sys\nfrom fastanila import command\ndef work():\n {code}\nsys.exit(command.exit_code(work))"
+    program = f"import sys\nfrom fastanila.cli import exits\ndef work():\n {code}\nsys.exit(exits.exit_code(work))"
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
     buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     return subprocess.run([sys.executable, "-c", program], text=True, check=False, env=buffered, **streams)
@@ -43,8 +43,8 @@ def ended(code: str, **options) -> subprocess.CompletedProcess:
     "code, expected, line",
     [
         ("return 0", 0, ""),
-        ("return command.DIVERGED", 3, ""),
-        ("raise command.Refused('steps must be')", 2, "error: steps must be"),
+        ("return exits.DIVERGED", 3, ""),
+        ("raise exits.Refused('steps must be')", 2, "error: steps must be"),
         ("raise FileNotFoundError('x is not a run')", 2, "error: x is not a run"),
         ("open('/no/such/file')", 2, "error: /no/such/file: No such file or directory"),
         ("raise OSError(28, 'No space left on device', '/there')", 2, "error: /there: No space left on device"),
@@ -69,7 +69,7 @@ def test_a_fault_of_the_program_keeps_its_traceback():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes end otherwise there")
-@pytest.mark.parametrize("code", ["command.say('x' * 99_999)", "print('x' * 99)\n return 0", "print('x'); sys.exit(0)"])
+@pytest.mark.parametrize("code", ["exits.say('x' * 99_999)", "print('x' * 99)\n return 0", "print('x'); sys.exit(0)"])
 def test_a_reader_that_has_gone_is_no_error(code):
     reading, writing = os.pipe()
     os.close(reading)
@@ -79,12 +79,12 @@ def test_a_reader_that_has_gone_is_no_error(code):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("code", ["command.say('x')", "print('x')\n return 0"])
+@pytest.mark.parametrize("code", ["exits.say('x')", "print('x')\n return 0"])
 def test_an_output_on_a_full_disk_is_named(code):
     with open("/dev/full", "w") as full:
         end = ended(code, stdout=full)
         assert (end.returncode, end.stderr) == (2, "error: standard output: No space left on device\n")
-        assert ended("raise command.Refused('no')", stderr=full).returncode == 2
+        assert ended("raise exits.Refused('no')", stderr=full).returncode == 2
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -44,7 +44,7 @@ def test_a_folder_that_is_there_and_cannot_be_written(monkeypatch):
 
 def test_a_plain_run_needs_no_cache(unwritable):
     """In a fresh process, in which torch's optimizer imports the compiler."""
-    code = "import os; from fastanila.training.loop import prepare; from fastanila.training.config import Settings\n"
+    code = "import os; from fastanila.training.loop import prepare; from fastanila.training.settings import Settings\n"
     code += "prepare(Settings(fused=False)); print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
     end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (end.returncode, end.stdout.strip()) == (0, unwritable), end.stderr

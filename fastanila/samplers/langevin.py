@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, ops
 from ..ops import reference
 from ..ops.reference import Proposal
 from .sampler import Sampler, check_settings
@@ -40,7 +40,7 @@ class Unadjusted(Sampler):
         gamma = state.gamma
         if gamma is None and self.refresh == "update":  # the chain starts: this gain is its gain
             gamma = reference.gain(score, self.threshold, self.norm)
-        out = step.anisotropic_step(
+        out = ops.anisotropic_step(
             state.z,
             score,
             self.threshold if gamma is None else None,
@@ -143,7 +143,7 @@ class TamedLangevin(Sampler):
 
     def transition(self, evaluate, state, *, seed, step, offset=0, mask=None, statistics=True):
         energy, score = evaluate(state.z)
-        z = step.anisotropic_step(
+        z = ops.anisotropic_step(
             state.z,
             self._tamed(score),
             math.inf,

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, ops
 from ..models.score import Evaluate
 from ..ops import reference
 from ..ops.metropolis import metropolis_step
@@ -140,7 +140,7 @@ class _AdjustedStep(Adjusted):
             return state._replace(energy=torch.where(state.energy == _ABOVE_ALL, math.inf, state.energy))
         if state.proposal is None:
             settings = dict(step_size=self.step_size, norm=self.norm, seed=seed, step=step, offset=offset, mask=mask)
-            return state._replace(proposal=step.anisotropic_step(state.z, state.score, self.threshold, **settings))
+            return state._replace(proposal=ops.anisotropic_step(state.z, state.score, self.threshold, **settings))
         return state
 
     def transition(self, evaluate, state, *, seed, step, offset=0, mask=None, statistics=True):
@@ -148,7 +148,7 @@ class _AdjustedStep(Adjusted):
         if state.score is None:
             state = self.init(evaluate, state.z)
         if state.proposal is None:
-            first = step.anisotropic_step(state.z, state.score, self.threshold, step=step, **settings)
+            first = ops.anisotropic_step(state.z, state.score, self.threshold, step=step, **settings)
             state = state._replace(proposal=first)
         proposal_energy, proposal_score = evaluate(state.proposal)
         made = metropolis_step(

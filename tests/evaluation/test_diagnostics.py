@@ -289,7 +289,7 @@ def test_chains_that_diverged_are_reported_as_null(run_directory, capsys, monkey
         run = load(*arguments)
         return run._replace(chains=torch.full_like(run.chains, math.nan))
 
-    monkeypatch.setattr(run_training, "load", broken)
+    monkeypatch.setattr(evaluate, "load", broken)
     assert evaluate.main([str(run_directory), "--chains", "--draws", "6", "--no-fused"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["chains"]["rhat"] is None and report["sw_chains"] is None and report["nll"] > 0

@@ -9,9 +9,8 @@ import torch
 from fastanila import AniLA, Langevin
 from fastanila.models import MLP, ConvNet, GaussianMixture
 from fastanila.models.wrappers import Autocast
-from fastanila.samplers import captured as captured_samplers
+from fastanila.samplers import chain, whole_chain
 from fastanila.samplers import stepwise as stepwise_samplers
-from fastanila.samplers import whole_chain
 from fastanila.training import update as update_training
 from fastanila.training.job import prepare
 from fastanila.training.settings import Settings
@@ -63,7 +62,7 @@ def test_a_captured_run_equals_the_transitions_one_by_one(name, sampler, capture
     captured = sampler.run(energy, z, steps=21, seed=1, step=4)
     again = sampler.run(energy, z, steps=21, seed=1, step=25)
     assert len(captures) == 1  # the second replays the first one's
-    monkeypatch.setattr(captured_samplers, "_captured", lambda t: stepwise_samplers.Stepwise(t, sparing=True))
+    monkeypatch.setattr(chain, "_captured", lambda t: stepwise_samplers.Stepwise(t, sparing=True))
     close = dict(rtol=1e-4, atol=1e-4) if name != "bf16" else dict(rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(captured, sampler.run(energy, z, steps=21, seed=1, step=4), **close)
     torch.testing.assert_close(again, sampler.run(energy, z, steps=21, seed=1, step=25), **close)

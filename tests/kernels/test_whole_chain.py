@@ -208,12 +208,14 @@ def test_matrices_that_do_not_fit_are_read_at_every_transition(monkeypatch):
 
     held, want = set(), whole_chain.run(energy, z, **SETTINGS, steps=3)
     for shared in SHARED_MEMORIES:
-        monkeypatch.setattr(whole_chain_ops, "_shared_memory", lambda z, shared=shared: shared)
+        for module in (whole_chain_ops, whole_chain):
+            monkeypatch.setattr(module, "_shared_memory", lambda z, shared=shared: shared)
         held.add(mlp_constants(*SQUEEZED, len(z), shared)[0]["HELD"])
         got = whole_chain.run(energy, z, **SETTINGS, steps=3)
         torch.testing.assert_close(got.z, want.z, rtol=1e-5, atol=1e-5)
     assert held == {0, 1, 2, 3, 4, 5, 6, 8}  # seven and room for the eighth hold eight
-    monkeypatch.setattr(whole_chain_ops, "_shared_memory", lambda z: 9000)
+    for module in (whole_chain_ops, whole_chain):
+        monkeypatch.setattr(module, "_shared_memory", lambda z: 9000)
     assert "shared memory" in whole_chain.refusal(energy, z)
     with pytest.raises(ValueError, match="a layer of the energy exceeds"):
         whole_chain.run(energy, z, **SETTINGS, steps=3)

@@ -35,6 +35,7 @@ from fastanila.kernels import mlp  # noqa: E402
 from fastanila.kernels.mixture import mixture_constants  # noqa: E402
 from fastanila.kernels.mlp import mlp_constants  # noqa: E402
 from fastanila.models import MLP, GaussianMixture  # noqa: E402
+from fastanila.ops import dispatch  # noqa: E402
 from fastanila.samplers import whole_chain  # noqa: E402
 
 pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter replaces the compiler")
@@ -283,7 +284,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_bad_arguments_are_named(monkeypatch, name):
-    monkeypatch.setattr(ops, "INTERPRETED", True)  # as on a device with kernels; the checks come before any launch
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)  # as on a device with kernels; the checks come before any launch
     change, error, message = ERRORS[name]
     with pytest.raises(error, match=message):
         whole_chain.run(GaussianMixture(torch.zeros(1, 2)), Z, **GOOD | change)

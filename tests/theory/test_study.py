@@ -564,7 +564,7 @@ def test_a_condition_that_fails_is_said_to(capsys):
 
 
 def test_the_command_takes_a_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_training, "load", lambda directory, device: a_run(AniLA(3.0, 0.3)))
+    monkeypatch.setattr(ergodicity, "load", lambda directory, device: a_run(AniLA(3.0, 0.3)))
     arguments = [
         "--run",
         "somewhere",

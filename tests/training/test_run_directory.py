@@ -9,7 +9,8 @@ import pytest
 
 from fastanila import compare, files
 from fastanila import train as command
-from fastanila.training import checkpoint, config, loop, metrics, run, run_directory, update
+from fastanila.cli import exits
+from fastanila.training import checkpoint, config, loop, metrics, run, run_directory
 from fastanila.training import job as job_training
 from fastanila.training.settings import Settings
 from run_files import final, numbers, quiet, rows
@@ -79,7 +80,7 @@ def test_a_run_that_fails_in_its_first_update_can_be_resumed_and_begun_again(tmp
     settings = Settings(**TINY, out=str(tmp_path / "run"))
     for _ in range(2):  # the second begins where the first has failed
         with monkeypatch.context() as patched:
-            patched.setattr(update, "build_update", lambda job: fails)
+            patched.setattr(loop, "build_update", lambda job: fails)
             with pytest.raises(Failed):
                 quiet(settings)
         assert checkpoint.load_latest(tmp_path / "run" / "checkpoints")[1]["iteration"] == 0
@@ -95,11 +96,11 @@ def test_a_run_that_fails_while_it_begins_leaves_its_name_free(tmp_path, monkeyp
     settings = Settings(**TINY, out=str(tmp_path / "run"))
     with monkeypatch.context() as patched:
         if where == "mkdir":
-            patched.setattr(job_training, "begin", fails)
+            patched.setattr(loop, "begin", fails)
         elif where == "config":
             patched.setattr(files, "write_text", fails)
         else:
-            patched.setattr(job_training, "save", fails)
+            patched.setattr(loop, "save", fails)
         with pytest.raises(Failed):
             quiet(settings)
     assert quiet(settings).iteration == 3
@@ -150,7 +151,7 @@ def test_what_ends_a_run_leaves_a_checkpoint(tmp_path, monkeypatch, name, code, 
                 raise BrokenPipeError
             signal.raise_signal(signal.Signals[name])
 
-    monkeypatch.setattr(command.command, "say", say)
+    monkeypatch.setattr(exits, "say", say)
     directory = tmp_path / "run"
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items() if k not in ("fused", "iterations")]
     assert command.main([*flags, "--no-fused", "--iterations=50", f"--out={directory}"]) == code
@@ -181,14 +182,14 @@ def test_a_full_disk_ends_in_one_line_that_says_how_to_go_on(tmp_path, monkeypat
         if what == "metrics":
             patched.setattr(metrics.Metrics, "write", full)
         elif what == "figure":
-            patched.setattr(metrics, "picture", full)
+            patched.setattr(loop, "picture", full)
         elif what == "output":
             patched.setattr("builtins.print", lambda *a, file=None, **k: file or full())
         else:
             saved = checkpoint.save_numbered
             patched.setattr(checkpoint, "save_numbered", lambda d, n, *a: full() if n else saved(d, n, *a))
         flags = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items() if k not in ("fused", "save_every")]
-        patched.setattr(command.command, "complain", said.append)
+        patched.setattr(exits, "complain", said.append)
         assert command.main([*flags, "--no-fused", "--save-every=1", f"--out={directory}"]) == 2
     (line,) = said
     kept = checkpoint.load_latest(directory / "checkpoints")[1]["iteration"]
