@@ -53,6 +53,11 @@ def test_the_version(tmp_path):
     assert (end.returncode, end.stdout) == (0, f"fastanila {fastanila.__version__}\n")
 
 
+def test_the_citation_has_the_version(pytestconfig):
+    lines = (pytestconfig.rootpath / "CITATION.cff").read_text(encoding="utf-8").splitlines()
+    assert f"version: {fastanila.__version__}" in lines
+
+
 @pytest.mark.parametrize("arguments", [["tarin", "--fused"], ["--data", "rings"], [""]])
 def test_an_unknown_command_is_refused_in_a_line(arguments, tmp_path):
     end = without_torch(tmp_path, *arguments)
