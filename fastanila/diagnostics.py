@@ -36,6 +36,7 @@ def arviz() -> ArviZ:
     try:
         import arviz_base
         import arviz_stats
+        import xarray_einstats  # noqa: F401  without it arviz_stats can be imported, but has neither R-hat nor ESS
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"R-hat and ESS need ArviZ, and {error.name} is not installed: pip install fastanila[diagnostics], which "

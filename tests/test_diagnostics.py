@@ -18,7 +18,8 @@ from PIL import Image
 from fastanila import diagnostics, energies, evaluate, noise, runs, samplers, train
 
 needs_arviz = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("arviz_base", "arviz_stats")), reason="needs ArviZ"
+    any(importlib.util.find_spec(name) is None for name in ("arviz_base", "arviz_stats", "xarray_einstats")),
+    reason="needs ArviZ",
 )
 
 
@@ -201,12 +202,14 @@ def test_bad_states_are_refused():
         diagnostics.diagnose(torch.zeros(10, 4, 1), gradients=0)
 
 
-@pytest.mark.parametrize("use", [diagnostics.rhat, diagnostics.ess_bulk, diagnostics.ess_tail, diagnostics.datatree])
-def test_without_arviz_the_extra_is_named(use, monkeypatch):
-    monkeypatch.setitem(sys.modules, "arviz_base", None)
-    missing = r"arviz_base is not installed: pip install fastanila\[diagnostics\], which needs Python 3.11 or later"
-    with pytest.raises(ModuleNotFoundError, match=missing):
-        use(autoregressive(0.0, 10, 4))
+@needs_arviz
+@pytest.mark.parametrize("name", ["arviz_base", "arviz_stats", "xarray_einstats"])
+def test_without_arviz_the_extra_is_named(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    missing = rf"{name} is not installed: pip install fastanila\[diagnostics\], which needs Python 3.11 or later"
+    for use in (diagnostics.rhat, diagnostics.ess_bulk, diagnostics.ess_tail, diagnostics.datatree):
+        with pytest.raises(ModuleNotFoundError, match=missing):
+            use(autoregressive(0.0, 10, 4))
     assert diagnostics.autocorrelation_time(autoregressive(0.0, 10, 4)).isfinite()
 
 
