@@ -2,15 +2,16 @@
 
 The functions take ``states`` (draws, chains, S): every transition's state, as `Sampler.run` keeps with keep_every=1,
 or S numbers that summarise it. Sizes and times are by summary, (S,) float64; NaN for a summary that is not finite or
-never varies. R-hat and ESS are arviz's, which is the extra "diagnostics"; the rest needs nothing.
+never varies. R-hat and ESS are ArviZ's, which is the extra "diagnostics" (Python 3.11 or later); `datatree` gives the
+chains to everything else that ArviZ can do. The rest needs nothing.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,22 +19,49 @@ from torch import Tensor
 from .. import checks, noise
 from ..models.score import sampling
 
+if TYPE_CHECKING:
+    from xarray import DataTree
+
 _COORDINATES = 8  # states of at most as many elements are summarised by all of them
 _PROJECTIONS = 4
 
 
-def arviz():
-    """The module. Raises ModuleNotFoundError, naming the extra, where it is not installed."""
+class ArviZ(NamedTuple):
+    base: ModuleType  #: arviz_base: chains as a DataTree
+    stats: ModuleType  #: arviz_stats: R-hat, ESS
+
+
+def arviz() -> ArviZ:
+    """The two of ArviZ's packages that are used. Raises ModuleNotFoundError, naming the extra, where one is missing."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of its next major version, which the extra excludes
-            import arviz
+        import arviz_base
+        import arviz_stats
+        import xarray_einstats  # noqa: F401  without it arviz_stats can be imported, but has neither R-hat nor ESS
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"R-hat and ESS need arviz, and {error.name} is not installed: pip install fastanila[diagnostics]",
+            f"R-hat and ESS need ArviZ, and {error.name} is not installed: pip install fastanila[diagnostics], which "
+            "needs Python 3.11 or later",
             name=error.name,
         ) from error
-    return arviz
+    return ArviZ(arviz_base, arviz_stats)
+
+
+def datatree(states: Tensor, names: Sequence[str] | None = None) -> DataTree:
+    """The states as ArviZ has chains: an `xarray.DataTree` whose group "posterior" has a variable for each summary.
+
+    A variable is float64 with the dimensions "chain" and "draw". ``names``: of the S summaries, as `Summaries` and
+    `Trace` have them; "summary 0", "summary 1", ... if None. ArviZ reads it: `arviz.summary(tree)`,
+    `arviz.plot_trace(tree)`. Raises ModuleNotFoundError without the extra "diagnostics", ValueError for names that are
+    not S different ones or are those of a dimension.
+    """
+    _check(states)
+    count = states.shape[2]
+    names = [f"summary {i}" for i in range(count)] if names is None else list(names)
+    if len(names) != count or len({*names, "chain", "draw"}) != count + 2:
+        raise ValueError(f"names must be {count} different ones, none of them 'chain' or 'draw', got {names}")
+    columns = states.detach().double().cpu().permute(2, 1, 0).numpy()
+    # unchecked: to have more chains than draws, of which the check warns, is common here
+    return arviz().base.from_dict({"posterior": dict(zip(names, columns, strict=True))}, check_conventions=False)
 
 
 def rhat(states: Tensor) -> Tensor:
@@ -42,20 +70,20 @@ def rhat(states: Tensor) -> Tensor:
     1 for chains that agree in location and spread, up to a few thousandths; above 1.01 they do not yet. Without bound
     where each chain stays where it is. Raises ValueError for fewer than 4 draws or 2 chains.
     """
-    az = arviz()
-    return _by_summary(states, lambda x: az.rhat(x, method="rank"))
+    stats = arviz().stats
+    return _by_summary(states, lambda tree: stats.rhat(tree, method="rank"))
 
 
 def ess_bulk(states: Tensor) -> Tensor:
     """The effective sample size of the rank-normalised states, of all chains together (Vehtari et al. 2021)."""
-    az = arviz()
-    return _by_summary(states, lambda x: az.ess(x, method="bulk"))
+    stats = arviz().stats
+    return _by_summary(states, lambda tree: stats.ess(tree, method="bulk"))
 
 
 def ess_tail(states: Tensor) -> Tensor:
     """The smaller of the effective sample sizes for the 5 % and the 95 % quantile (Vehtari et al. 2021)."""
-    az = arviz()
-    return _by_summary(states, lambda x: az.ess(x, method="tail"))
+    stats = arviz().stats
+    return _by_summary(states, lambda tree: stats.ess(tree, method="tail", prob=(0.05, 0.95)))
 
 
 def autocorrelation(states: Tensor) -> Tensor:
@@ -182,15 +210,16 @@ def trace(
     return Trace(torch.cat(values), found.names, torch.stack(accepted).mean().item())
 
 
-def _by_summary(states: Tensor, statistic: Callable) -> Tensor:
-    """The statistic of each summary as an array (chains, draws); NaN for one that is not finite or never varies."""
+def _by_summary(states: Tensor, statistic: Callable[[DataTree], DataTree]) -> Tensor:
+    """The statistic of each summary, from a `datatree` of them; NaN for one that is not finite or never varies."""
     _check(states)
-    columns = states.double().cpu().permute(2, 1, 0)
-
-    def value(x: Tensor) -> float:
-        return float(statistic(x.numpy())) if x.isfinite().all() and x.min() < x.max() else math.nan
-
-    return torch.tensor([value(x) for x in columns], dtype=torch.float64, device="cpu")
+    columns = states.detach().double().cpu()
+    sound = columns.isfinite().all(0).all(0) & (columns.amin((0, 1)) < columns.amax((0, 1)))
+    found = torch.full_like(sound, math.nan, dtype=torch.float64)
+    if sound.any():
+        values = statistic(datatree(columns[..., sound]))
+        found[sound] = torch.tensor([float(x) for x in values.data_vars.values()], dtype=torch.float64, device="cpu")
+    return found
 
 
 def _check(states: Tensor) -> None:

@@ -21,7 +21,10 @@ from fastanila.models import energies
 from fastanila.samplers import metropolis
 from fastanila.training import run as run_training
 
-needs_arviz = pytest.mark.skipif(importlib.util.find_spec("arviz") is None, reason="arviz is not installed")
+needs_arviz = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("arviz_base", "arviz_stats", "xarray_einstats")),
+    reason="needs ArviZ",
+)
 
 
 def autoregressive(phi, draws, chains, seed=0):
@@ -164,6 +167,35 @@ def test_diagnose_takes_the_worst_and_counts_gradients():
     assert json.loads(json.dumps(found._asdict())) == found._asdict()
 
 
+@needs_arviz
+@pytest.mark.filterwarnings("error")
+def test_chains_as_a_datatree():
+    states = torch.randn(7, 3, 2, generator=torch.Generator().manual_seed(0))
+    tree = diagnostics.datatree(states, ("energy", "element 0"))
+    assert list(tree.children) == ["posterior"] and list(tree["posterior"].data_vars) == ["energy", "element 0"]
+    for index, name in enumerate(("energy", "element 0")):
+        variable = tree["posterior"][name]
+        assert variable.dims == ("chain", "draw") and variable.dtype == np.float64
+        assert (variable.values == states[..., index].numpy().T).all()
+    # what ArviZ computes from it is what is reported here
+    summary = diagnostics.arviz().stats.summary(tree, kind="diagnostics", round_to="none")
+    assert summary["r_hat"].tolist() == diagnostics.rhat(states).tolist()
+    assert summary["ess_bulk"].tolist() == diagnostics.ess_bulk(states).tolist()
+    # with a gradient, in half precision, not contiguous
+    half = torch.randn(2, 9, 7).bfloat16().requires_grad_().permute(2, 1, 0)
+    tree = diagnostics.datatree(half)
+    assert list(tree["posterior"].data_vars) == ["summary 0", "summary 1"]
+    assert (tree["posterior"]["summary 1"].values == half.detach()[..., 1].double().numpy().T).all()
+
+
+def test_bad_names_of_summaries_are_refused():
+    for names in ((), ("a",), ("a", "a"), ("a", "draw"), ("chain", "b"), ("a", "b", "c")):
+        with pytest.raises(ValueError, match=r"names must be 2 different ones, none of them 'chain' or 'draw', got \["):
+            diagnostics.datatree(torch.zeros(10, 4, 2), names)
+    with pytest.raises(TypeError, match="states must be a tensor, got list"):
+        diagnostics.datatree([])
+
+
 def test_bad_states_are_refused():
     for shape in ((3, 4, 1), (10, 1, 1), (10, 4), (10, 4, 0)):
         with pytest.raises(ValueError, match=r"states must be \(draws, chains, summaries\)"):
@@ -174,10 +206,14 @@ def test_bad_states_are_refused():
         diagnostics.diagnose(torch.zeros(10, 4, 1), gradients=0)
 
 
-def test_without_arviz_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "arviz", None)
-    with pytest.raises(ModuleNotFoundError, match=r"arviz is not installed: pip install fastanila\[diagnostics\]"):
-        diagnostics.rhat(autoregressive(0.0, 10, 4))
+@needs_arviz
+@pytest.mark.parametrize("name", ["arviz_base", "arviz_stats", "xarray_einstats"])
+def test_without_arviz_the_extra_is_named(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    missing = rf"{name} is not installed: pip install fastanila\[diagnostics\], which needs Python 3.11 or later"
+    for use in (diagnostics.rhat, diagnostics.ess_bulk, diagnostics.ess_tail, diagnostics.datatree):
+        with pytest.raises(ModuleNotFoundError, match=missing):
+            use(autoregressive(0.0, 10, 4))
     assert diagnostics.autocorrelation_time(autoregressive(0.0, 10, 4)).isfinite()
 
 
@@ -268,7 +304,7 @@ def test_evaluate_chains_of_images(tmp_path, capsys):
 def test_evaluate_chains_refuses_in_one_line(run_directory, monkeypatch, capsys):
     assert evaluate.main([str(run_directory), "--chains", "--draws", "3"]) == 2
     assert capsys.readouterr().err == "error: draws must be an integer of at least 4, got 3\n"
-    monkeypatch.setitem(sys.modules, "arviz", None)
+    monkeypatch.setitem(sys.modules, "arviz_stats", None)
     assert evaluate.main([str(run_directory), "--chains"]) == 2
     assert "pip install fastanila[diagnostics]" in capsys.readouterr().err
     assert evaluate.main([str(run_directory)]) == 0  # which needs no extra
