@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
-from . import __version__, command
+from . import __version__
+from .cli import exits
 
 COMMANDS = {
     "train": "train an energy-based model with Langevin chains",
@@ -34,20 +35,20 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command that the first argument names, with the other arguments; its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     if arguments and arguments[0] in COMMANDS:
-        command.end_at_once_on_interrupt()  # the module imports torch, which takes seconds
+        exits.end_at_once_on_interrupt()  # the module imports torch, which takes seconds
         return importlib.import_module(f".{arguments[0]}", __package__).main(arguments[1:])
-    return command.exit_code(lambda: without_command(arguments))
+    return exits.exit_code(lambda: without_command(arguments))
 
 
 def without_command(arguments: list[str]) -> int:
-    """The listing or the version; `command.Refused` for anything else."""
+    """The listing or the version; `exits.Refused` for anything else."""
     if arguments == ["--version"]:
-        command.say(f"fastanila {__version__}")
+        exits.say(f"fastanila {__version__}")
     elif not arguments or arguments[0] in ("--help", "-h"):
-        command.say(listing())
+        exits.say(listing())
     else:
-        raise command.Refused(f"command must be one of {', '.join(COMMANDS)}, got {arguments[0]!r}")
-    return command.DONE
+        raise exits.Refused(f"command must be one of {', '.join(COMMANDS)}, got {arguments[0]!r}")
+    return exits.DONE
 
 
 if __name__ == "__main__":
