@@ -123,3 +123,29 @@ def test_names_exist(page):
             assert hasattr(import_module(module), name), dotted
     for module, names in re.findall(r"^from (fastanila[\w.]*) import ([\w, ]+)$", text_of(page), flags=re.M):
         assert all(hasattr(import_module(module), name.strip()) for name in names.split(",")), (module, names)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with the run that the pages speak of, made in two updates."""
+    from fastanila import train
+
+    place = tmp_path_factory.mktemp("pages")
+    made = ["--no-fused", "--iterations", "2", "--steps", "1", "--sample-every", "0", "--out", str(place / "runs/rings")]
+    assert train.main(made) == 0
+    return place
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in text_of(page)])
+def test_code_runs(page, place, monkeypatch):
+    import torch
+
+    monkeypatch.chdir(place)
+    names: dict = {}
+    torch.compiler.set_stance("force_eager")  # what is tested are the names and arguments
+    try:
+        for fence in re.findall(r"^```python\n(.*?)^```$", text_of(page), flags=re.M | re.S):
+            exec(compile(fence, page, "exec"), names)
+    finally:
+        torch.compiler.set_stance("default")
+    assert torch.isfinite(names["z"]).all()
