@@ -30,8 +30,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastanila import MALA, AdjustedAniLA, checkpoint, data, plots, runs
-from fastanila.base import Sampler
+from fastanila import MALA, AdjustedAniLA, data, files
+from fastanila.evaluation import plots
+from fastanila.samplers.sampler import Sampler
+from fastanila.training import run as run_training
 
 WALL = 0.02  #: standard deviation of the wall's normal, units of data; a training transition's noise has 0.01
 TARGET = MALA.target_acceptance
@@ -125,7 +127,7 @@ def half_square(x: Tensor) -> Tensor:
     return 0.5 * x.square().flatten(1).sum(1)
 
 
-def measured(run: runs.Run, chains: int, settling: int, transitions: int, per_decade: int) -> dict:
+def measured(run: run_training.Run, chains: int, settling: int, transitions: int, per_decade: int) -> dict:
     """The curves on the run's energy and on the product Gaussian, and how the chains settled."""
     temperature = run.settings.noise_scale**2
     box = data.box_of(run.settings.data) if run.settings.clamp else (-math.inf, math.inf)
@@ -195,7 +197,7 @@ def save(path: Path, found: dict) -> None:
     panels[0].set(ylabel="acceptance", title=f"energy of {found['data']}, D = {math.prod(found['shape'][1:]):,}")
     panels[0].legend(fontsize="small")
     plots.save_figure(path, figure)
-    checkpoint.write_text(path.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
+    files.write_text(path.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--transitions", type=int, default=4, help="for each step size")
     parser.add_argument("--per-decade", type=int, default=4, help="step sizes")
     arguments = parser.parse_args(argv)
-    run = runs.load(arguments.run, "cpu")
+    run = run_training.load(arguments.run, "cpu")
     if run.chains.dim() != 4:
         parser.error(f"RUN must be one on images, got chains of shape {tuple(run.chains.shape)}")
     found = measured(run, arguments.chains, arguments.settling, arguments.transitions, arguments.per_decade)

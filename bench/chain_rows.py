@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from fastanila import training, updates
-from fastanila.config import Settings
+from fastanila.training import job as job_training
+from fastanila.training.settings import Settings
 
 from . import limits, rival_updates, rivals, workloads
 from .row import CAPTURED, OURS, Builders, Row
@@ -246,7 +246,7 @@ def default_row(steps: int) -> Row:
             OURS: ours,
             UNADJUSTED: lambda: workloads.our_update(settings("anila"))[1],
             PLAIN: lambda: workloads.plainly(ours(fused=False)),
-            MALA_BY_HAND: lambda: by_hand(rival_updates.eager_mala_update, training.prepare(settings()), "float32"),
+            MALA_BY_HAND: lambda: by_hand(rival_updates.eager_mala_update, job_training.prepare(settings()), "float32"),
         }
 
     goals = {OURS: {MALA_BY_HAND: 1.0, PLAIN: 1.0}}
@@ -275,7 +275,7 @@ def update_row(
 ) -> Row:  # fmt: skip
     def build(device, closing) -> Builders:
         @functools.cache
-        def prepared() -> tuple[updates.Job, Way]:
+        def prepared() -> tuple[job_training.Job, Way]:
             return workloads.our_update(closing.enter_context(settings_of(device, steps=steps)))
 
         ways: Builders = {
@@ -289,7 +289,7 @@ def update_row(
     return Row("update", work, shape, dtype, build, {OURS: goals})
 
 
-def by_hand(form: Callable[..., Way], job: updates.Job, dtype: str) -> Way:
+def by_hand(form: Callable[..., Way], job: job_training.Job, dtype: str) -> Way:
     """An update in one of the forms of `rival_updates`, of the job's network on the job's data."""
     energy = workloads.Ordinary(job.ebm.module, dtype).to(job.device)
     pool = job.data.draw(4096, seed=0, step=0, device=job.device)

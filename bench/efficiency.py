@@ -18,24 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastanila import (
-    HMC,
-    MALA,
-    AdjustedAniLA,
-    AniLA,
-    Langevin,
-    TamedLangevin,
-    data,
-    diagnostics,
-    exact,
-    targets,
-    training,
-)
-from fastanila.base import Sampler
-from fastanila.calibration import calibrate
-from fastanila.config import Settings
-from fastanila.energies import sampling
-from fastanila.runs import Run, load
+from fastanila import HMC, MALA, AdjustedAniLA, AniLA, Langevin, TamedLangevin, data
+from fastanila.evaluation import diagnostics, quadrature
+from fastanila.models.score import sampling
+from fastanila.samplers.calibration import calibrate
+from fastanila.samplers.sampler import Sampler
+from fastanila.theory import study, targets
+from fastanila.training import loop
+from fastanila.training.run import Run, load
+from fastanila.training.settings import Settings
 
 from . import report
 
@@ -112,16 +103,16 @@ def eight_gaussians() -> Target:
 
 def learned(run: Run) -> Target:
     """The energy of a run in the plane, drawn from on a grid."""
-    found = targets.learned(run)
-    cells = exact.grid(found.box[0])
-    draws = exact.draw(exact.model_log_density(run.energy, cells), cells, _REFERENCE, seed=0, step=0)
+    found = study.learned(run)
+    cells = quadrature.grid(found.box[0])
+    draws = quadrature.draw(quadrature.model_log_density(run.energy, cells), cells, _REFERENCE, seed=0, step=0)
     name = f"learned energy, {run.settings.data}, {run.iteration:,} updates"
     return Target(name, run.energy, draws, draws.var(0))
 
 
 def trained(folder: str, iterations: int = 400) -> Run:
     settings = Settings(data="rings", iterations=iterations, sample_every=0, device="cpu", out=f"{folder}/run")
-    return training.train(settings, say=lambda text: None)
+    return loop.train(settings, say=lambda text: None)
 
 
 def _normals(dim: int) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from fastanila.kernels import anisotropic, metropolis, mlp, rows, trajectory
+from fastanila.kernels import metropolis, mixture, mlp, step, step_rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -32,11 +32,11 @@ def compile_step(
 
     ``pointers``: threshold, step size, noise scale, seed and step come as 0-dim tensors, as a sampler passes them.
     """
-    kernel = anisotropic.anisotropic_step_kernel
+    kernel = step.anisotropic_step_kernel
     constants = dict(
         **{name: pointers for name in ("THRESHOLD_PTR", "STEP_SIZE_PTR", "NOISE_SCALE_PTR", "SEED_PTR", "STEP_PTR")},
         LANE=lane, HAS_GAMMA=gamma, HAS_MASK=mask, HAS_BOUNDS=bounds,
-        FAST=TARGETS[target].backend == "cuda", BLOCK=anisotropic.CONFIGURATION.block,
+        FAST=TARGETS[target].backend == "cuda", BLOCK=step.CONFIGURATION.block,
     )  # fmt: skip
     number = "*fp32" if pointers else "fp32"
     word = "*i64" if pointers else "i64"
@@ -58,7 +58,7 @@ def compile_step(
     return triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=TARGETS[target],
-        options={"num_warps": anisotropic.CONFIGURATION.warps, "enable_fp_fusion": True},
+        options={"num_warps": step.CONFIGURATION.warps, "enable_fp_fusion": True},
     )
 
 
@@ -70,12 +70,12 @@ def compile_rows(
 
     norm: "channel"; or "element", "chain" with channels 1. ``aligned``: the tensors start at multiples of 16 bytes.
     """
-    kernel = rows.rows_kernel
-    tile = rows.tile_of(channels, size, norm)
+    kernel = step_rows.rows_kernel
+    tile = step_rows.tile_of(channels, size, norm)
     constants = dict(
         **{name: pointers for name in ("THRESHOLD_PTR", "STEP_SIZE_PTR", "NOISE_SCALE_PTR", "SEED_PTR", "STEP_PTR")},
         HAS_GAMMA=gamma, HAS_MASK=mask, HAS_BOUNDS=bounds, STATISTICS=statistics,
-        FAST=TARGETS[target].backend == "cuda", **rows.constants(tile, size, norm),
+        FAST=TARGETS[target].backend == "cuda", **step_rows.constants(tile, size, norm),
     )  # fmt: skip
     number, word = ("*fp32", "*i64") if pointers else ("fp32", "i64")
     types = dict(
@@ -106,7 +106,7 @@ def compile_metropolis(
     tile = metropolis.tile_of(channels, size, norm)
     constants = dict(
         **{name: pointers for name in ("THRESHOLD_PTR", "STEP_SIZE_PTR", "SEED_PTR", "STEP_PTR")},
-        HAS_MASK=mask, FAST=TARGETS[target].backend == "cuda", **rows.constants(tile, size, norm),
+        HAS_MASK=mask, FAST=TARGETS[target].backend == "cuda", **step_rows.constants(tile, size, norm),
     )  # fmt: skip
     number, word = ("*fp32", "*i64") if pointers else ("fp32", "i64")
     states = ("z", "score", "proposal", "proposal_score", "z_out", "score_out", "next")
@@ -134,9 +134,9 @@ def compile_mixture_trajectory(
     target: str, *, dim=2, components=8, adjusted=False, chain_norm=False, frozen=False, bounds=False, pointers=True
 ) -> CompiledKernel:
     """The whole-chain kernel of a Gaussian mixture, seed and step and numbers on the device where ``pointers``."""
-    constants = trajectory.mixture_constants(dim, components, adjusted)
+    constants = mixture.mixture_constants(dim, components, adjusted)
     return _compile_trajectory(
-        trajectory.mixture_kernel, target, constants, 1, adjusted, chain_norm, frozen, bounds, pointers,
+        mixture.mixture_kernel, target, constants, 1, adjusted, chain_norm, frozen, bounds, pointers,
         components_="i32",
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastanila.config import Settings
+from fastanila.training.settings import Settings
 
 from .rivals import authors_transition, mala_begun, mala_transition, move_anila
 from .workloads import Way

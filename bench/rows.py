@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastanila.capture import compiled
+from fastanila.graphs import compiled
 
 from . import limits, rivals, workloads
 from .chain_rows import IMAGES, MIXTURE, MLPS, chain_rows, update_rows
@@ -156,7 +156,7 @@ def host_row(device_type: str) -> Row:
 _FIRST_STEP = """
 import torch
 from fastanila import ops
-from fastanila.capture import compiled
+from fastanila.graphs import compiled
 def step(z, score, threshold, seed, t):
     return ops.anisotropic_step(z, score, threshold, seed=seed, step=t)
 z = torch.zeros(512, 2)

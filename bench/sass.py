@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 import triton
 from triton.compiler import CompiledKernel
 
-from fastanila.kernels import anisotropic, metropolis, mlp, rows, trajectory
+from fastanila.kernels import metropolis, mixture, mlp, step, step_rows
 
 from . import disassembly, offline
 from .disassembly import CLASSES, Instruction
@@ -56,7 +56,7 @@ class Kernel:
 
 
 def _step(reads: Sequence[int | None] = (None, None), **variant) -> Kernel:
-    block, warps = anisotropic.CONFIGURATION
+    block, warps = step.CONFIGURATION
     return Kernel(
         name="anisotropic_step_kernel",
         compile=lambda architecture, dtype: offline.compile_step(architecture, dtype, **variant),
@@ -66,7 +66,7 @@ def _step(reads: Sequence[int | None] = (None, None), **variant) -> Kernel:
 
 
 def _rows(norm: str, channels: int, size: int, **variant) -> Kernel:
-    tile = rows.tile_of(channels, size, norm)
+    tile = step_rows.tile_of(channels, size, norm)
     single = size <= tile.cols
     return Kernel(
         name="rows_kernel",
@@ -94,7 +94,7 @@ def _metropolis(norm: str, channels: int, size: int, **variant) -> Kernel:
 
 
 def _mixture(**sizes) -> Kernel:
-    constants = trajectory.mixture_constants(sizes["dim"], sizes["components"], sizes.get("adjusted", False))
+    constants = mixture.mixture_constants(sizes["dim"], sizes["components"], sizes.get("adjusted", False))
     return Kernel(
         name="mixture_kernel",
         compile=lambda architecture, dtype: offline.compile_mixture_trajectory(architecture, **sizes),
@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     print(json.dumps([dataclasses.asdict(c) for c in counts], indent=1) if chosen.json else table(counts))
     if chosen.write:
-        from .report import write  # which imports torch
+        from fastanila.training.metrics import write  # which imports torch
 
         write(table(counts), "sass")
     return 0

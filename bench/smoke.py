@@ -26,11 +26,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastanila import AdjustedAniLA, AniLA, noise, ops, reference, training, transitions, updates
-from fastanila.base import Sampler
-from fastanila.capture import cuda_graph
-from fastanila.config import Settings
-from fastanila.energies import MLP, ConvNet, GaussianMixture
+from fastanila import AdjustedAniLA, AniLA, noise, ops
+from fastanila.graphs import cuda_graph
+from fastanila.models import MLP, ConvNet, GaussianMixture
+from fastanila.ops import reference
+from fastanila.samplers import chain
+from fastanila.samplers.sampler import Sampler
+from fastanila.training import job as job_training
+from fastanila.training import loop, update
+from fastanila.training.settings import Settings
 
 from . import workloads
 from .chain_rows import IMAGES
@@ -135,7 +139,7 @@ def metropolis_numbers(run: Run) -> Iterator[Finding]:
 
 
 def _told(sampler: Sampler, energy, z: Tensor) -> Finding:
-    path = transitions.path(sampler, energy, z, fused=True)
+    path = chain.path(sampler, energy, z, fused=True)
     return dict(sampler=type(sampler).__name__, energy=type(energy).__name__, shape=list(z.shape), path=path)
 
 
@@ -184,15 +188,15 @@ MLP_SIZES = (None, (8, 4), (8, 8), (4, 4), (4, 8), (16, 8))
 
 def step_times(run: Run) -> Iterator[Finding]:
     """Every size of launch beside a copy of the same bytes."""
-    from fastanila.kernels import anisotropic
+    from fastanila.kernels import step
 
-    chosen = anisotropic.CONFIGURATION
+    chosen = step.CONFIGURATION
     for exponent, dtype in itertools.product((24, 26), workloads.DTYPES):
         arguments = workloads.step_arguments(1 << exponent, dtype, run.device)
 
         def of(block: int, warps: int, arguments=arguments) -> Way:
             def way():
-                anisotropic.CONFIGURATION = anisotropic.Configuration(block, warps)
+                step.CONFIGURATION = step.Configuration(block, warps)
                 return workloads.anisotropic_step(**arguments)
 
             return way
@@ -202,7 +206,7 @@ def step_times(run: Run) -> Iterator[Finding]:
         try:
             found = run.times(ways)
         finally:
-            anisotropic.CONFIGURATION = chosen
+            step.CONFIGURATION = chosen
         for name, times in found.items():
             shares = {"of_copy": found["copy"]["device_us"] / times["device_us"]} if times else {}
             yield dict(check="step", way=name, elements=1 << exponent, dtype=dtype, **times, **shares)
@@ -216,7 +220,7 @@ def whole_chain_times(run: Run) -> Iterator[Finding]:
         z = torch.randn(chains, 2, generator=generator).to(run.device)
         for sampler in (AniLA(10.0, 0.005), AdjustedAniLA(10.0, 0.005)):
             told = dict(check="100 transitions", features=features, **_told(sampler, energy, z))
-            sizes = MLP_SIZES if transitions.makes_whole_chains(sampler, energy, z) else (None,)
+            sizes = MLP_SIZES if chain.makes_whole_chains(sampler, energy, z) else (None,)
             for size in sizes:
                 try:
                     with mlp_size(size):
@@ -269,9 +273,9 @@ def update_times(run: Run) -> Iterator[Finding]:
         with settings as chosen:
             job, way = workloads.our_update(chosen)
             made = job.made.item()
-            path = training.path(job)
+            path = job_training.path(job)
             found = run.times({"update": way}, rounds=3)["update"]
-            ok = made == updates._WARM_UP + 2 and job.made.item() > made and not job.broken.item()
+            ok = made == update._WARM_UP + 2 and job.made.item() > made and not job.broken.item()
             yield dict(check="one update", job=name, ok=ok, path=path, **found)
             run.profile(f"one update, {name}", way)
 
@@ -284,7 +288,7 @@ def trains(run: Run) -> Iterator[Finding]:
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(iterations=iterations, sample_every=0, out=f"{folder}/run", device=str(run.device))
         began = time.perf_counter()
-        trained = training.train(settings, say=lambda text: None)
+        trained = loop.train(settings, say=lambda text: None)
         seconds = time.perf_counter() - began
         if not run.timed:
             yield dict(check="training", ok=True, updates=iterations)

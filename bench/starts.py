@@ -22,9 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastanila import config, data, draws, exact, runs
+from fastanila import data, generate
 from fastanila.compare import train
 from fastanila.evaluate import evaluate
+from fastanila.evaluation import plane as plane_evaluation
+from fastanila.evaluation import quadrature
+from fastanila.training import config, defaults
+from fastanila.training import run as run_training
+from fastanila.training import settings as settings_training
 
 from . import report
 
@@ -50,48 +55,48 @@ ABOUT_IMAGES = (
 )
 
 
-def settings_of(data_set: str, init: str, seed: int, common: dict[str, Any]) -> config.Settings:
-    return config.resolve(config.Settings(data=data_set, init=init, seed=seed, sample_every=0, **common))
+def settings_of(data_set: str, init: str, seed: int, common: dict[str, Any]) -> settings_training.Settings:
+    return config.resolve(settings_training.Settings(data=data_set, init=init, seed=seed, sample_every=0, **common))
 
 
-def needed(run: runs.Run) -> int | None:
+def needed(run: run_training.Run) -> int | None:
     """The least of LOOKS after which chains of the run's start are within WITHIN of its law; None if none is."""
     density, device = data.load(run.settings.data), run.chains.device
-    cells = exact.grid(exact.widened(density.box, 1.25), 400, device)
-    log_q = exact.model_log_density(run.energy, cells)
-    truth = exact.bin_masses(log_q, cells, density.box, _BINS)
+    cells = quadrature.grid(quadrature.widened(density.box, 1.25), 400, device)
+    log_q = quadrature.model_log_density(run.energy, cells)
+    truth = plane_evaluation.bin_masses(log_q, cells, density.box, _BINS)
     if run.settings.init == "persistent":
-        distinct = exact.spaced(run.chains, _CHAINS)
+        distinct = plane_evaluation.spaced(run.chains, _CHAINS)
     else:
-        distinct = draws.sample(run, _CHAINS, start=run.settings.init, steps=0)
-    alike = exact.draw(log_q, cells, len(distinct), seed=0, step=3)
+        distinct = generate.sample(run, _CHAINS, start=run.settings.init, steps=0)
+    alike = quadrature.draw(log_q, cells, len(distinct), seed=0, step=3)
     copies = _CHAINS // len(distinct)
     there, here = (trace(run, x.repeat(copies, 1), truth, density.box) for x in (alike, distinct))
     return next((look for look, a, b in zip(LOOKS, here, there, strict=True) if a - b <= WITHIN), None)
 
 
-def trace(run: runs.Run, z: Tensor, truth: Tensor, box: tuple[float, float]) -> Iterator[float]:
+def trace(run: run_training.Run, z: Tensor, truth: Tensor, box: tuple[float, float]) -> Iterator[float]:
     """The total variation of chains from z to the masses ``truth``, at each of LOOKS."""
-    made, first = 0, runs.updates_past(run) * run.settings.steps  # past the noise of training
+    made, first = 0, run_training.updates_past(run) * run.settings.steps  # past the noise of training
     for look in LOOKS:
         if look > made:
             z = run.sampler.run(run.energy, z, steps=look - made, seed=1, step=first + made, compile=run.settings.fused)
             made = look
-        yield exact.histogram_tv(exact.histogram(z, box, _BINS), truth)
+        yield plane_evaluation.histogram_tv(plane_evaluation.histogram(z, box, _BINS), truth)
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
 
 
-def measured(directory: Path, settings: config.Settings, finished: bool) -> dict[str, Any]:
+def measured(directory: Path, settings: settings_training.Settings, finished: bool) -> dict[str, Any]:
     """What is known of a run."""
     line = {"data": settings.data, "init": settings.init, "seed": settings.seed, "diverged": not finished}
     if not finished:
         return line
-    run = runs.load(directory, "cpu")
+    run = run_training.load(directory, "cpu")
     line |= {"sampler": settings.sampler, "steps": settings.steps, "updates": run.iteration}
     line |= evaluate(run, fused=settings.fused)
-    return line | ({"transitions": needed(run)} if settings.data in config.PLANES else {})
+    return line | ({"transitions": needed(run)} if settings.data in defaults.PLANES else {})
 
 
 def plane_table(lines: Sequence[dict[str, Any]]) -> str:
@@ -143,7 +148,7 @@ def image_table(lines: Sequence[dict[str, Any]]) -> str:
 
 def markdown(lines: Sequence[dict[str, Any]], seeds: int) -> str:
     well = [line for line in lines if not line["diverged"]]
-    plane = lines[0]["data"] in config.PLANES
+    plane = lines[0]["data"] in defaults.PLANES
 
     def of(name: str) -> str:
         return ", ".join(sorted({f"{line[name]:,}" if name != "sampler" else line[name] for line in well}))
@@ -172,9 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     common = {k: v for k in ("data_dir", "steps", "iterations") if (v := getattr(arguments, k)) is not None}
     common |= {name: json.loads(value) for name, value in (text.split("=", 1) for text in arguments.settings)}
-    if len({name in config.PLANES for name in arguments.data}) > 1:
+    if len({name in defaults.PLANES for name in arguments.data}) > 1:
         parser.error(f"data must be all in two dimensions or all images, got {' '.join(arguments.data)}")
-    if arguments.data[0] not in config.PLANES and arguments.inits != ["vae"]:
+    if arguments.data[0] not in defaults.PLANES and arguments.inits != ["vae"]:
         parser.error(f"inits must be vae for images, got {' '.join(arguments.inits)}")
     chosen = list(itertools.product(arguments.data, arguments.inits, arguments.seeds))
     resolved = {trial: settings_of(*trial, common) for trial in chosen}

@@ -13,12 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastanila import AdjustedAniLA, AniLA, Langevin, noise, ops, training, updates
-from fastanila.base import Sampler
-from fastanila.config import Settings
-from fastanila.energies import MLP, ConvNet, GaussianMixture, Tempered, sampling
-from fastanila.runs import at_precision, matmul_precision
-from fastanila.transitions import State, chain_of
+from fastanila import AdjustedAniLA, AniLA, Langevin, noise, ops
+from fastanila.models import MLP, ConvNet, GaussianMixture
+from fastanila.models.score import sampling
+from fastanila.models.wrappers import Tempered
+from fastanila.samplers.chain import chain_of
+from fastanila.samplers.sampler import Sampler
+from fastanila.samplers.state import State
+from fastanila.training import job as job_training
+from fastanila.training import update as update_training
+from fastanila.training.build import at_precision, matmul_precision
+from fastanila.training.settings import Settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Way = Callable[[], object]
@@ -182,7 +187,7 @@ class Chains:
         return self.at_precision(run)
 
     def with_norm(self, norm: str, adjusted: bool) -> Sampler:
-        """AniLA, or the adjusted one for the same law at the same steps: eps and b as `config.defaults` turns them."""
+        """AniLA, or the adjusted one for the same law at the same steps (`defaults` turns eps and b)."""
         if not adjusted:
             return AniLA(self.threshold, self.step_size, self.noise_scale, norm=norm)
         heat = self.noise_scale**2
@@ -264,11 +269,11 @@ def image_settings(device: torch.device, steps: int = 60, precision: str = "floa
         )  # fmt: skip
 
 
-def our_update(settings: Settings) -> tuple[updates.Job, Way]:
+def our_update(settings: Settings) -> tuple[job_training.Job, Way]:
     """A prepared job, and a way that makes one update after the other, on CUDA captured as a graph already."""
-    job = training.prepare(settings)
-    update = in_precision(updates.build_update(job), settings.precision)
+    job = job_training.prepare(settings)
+    update = in_precision(update_training.build_update(job), settings.precision)
     if job.device.type == "cuda":
-        for _ in range(updates._WARM_UP + 2):
+        for _ in range(update_training._WARM_UP + 2):
             update()
     return job, update

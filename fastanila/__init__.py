@@ -7,17 +7,15 @@ exact; `load` reads a trained run back; `python -m fastanila.train --fused` trai
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .adjusted import HMC, MALA, AdjustedAniLA
-    from .calibration import calibrate
-    from .runs import load
-    from .samplers import AniLA, GradientDescent, Langevin, TamedLangevin
+    from .samplers import HMC, MALA, AdjustedAniLA, AniLA, GradientDescent, Langevin, TamedLangevin, calibrate
+    from .training.run import load
 
 __all__ = [
     "HMC", "MALA", "AdjustedAniLA", "AniLA", "GradientDescent", "Langevin", "TamedLangevin", "calibrate", "load",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
-_HOME = {name: "samplers" for name in __all__} | {"calibrate": "calibration", "load": "runs"}
+_HOME = {name: "samplers" for name in __all__} | {"load": "training.run"}
 
 
 def __getattr__(name: str):

@@ -10,7 +10,7 @@ those that were cut short.
 from __future__ import annotations
 
 if __name__ == "__main__":  # ahead of torch, which takes seconds to import
-    from .command import end_at_once_on_interrupt
+    from .cli.exits import end_at_once_on_interrupt
 
     end_at_once_on_interrupt()
 
@@ -31,11 +31,17 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, command, config, needs, plots, run_directory, runs
-from .config import EXACT
+from . import files
+from .cli import exits
+from .cli.exits import end_at_once_on_interrupt
 from .evaluate import evaluate
-from .report import read_rows
+from .evaluation import plots
 from .samplers import SAMPLERS
+from .training import checkpoint, config, defaults, needs, run_directory
+from .training.defaults import EXACT
+from .training.metrics import read_rows
+from .training.run import load, read_settings
+from .training.settings import Settings, names_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,33 +64,33 @@ def trials(samplers: Sequence[str], thresholds: Sequence[float], seeds: Sequence
         yield from (Trial(sampler, level, seed) for level, seed in itertools.product(levels, seeds))
 
 
-def settings_of(trial: Trial, common: dict[str, Any]) -> config.Settings:
+def settings_of(trial: Trial, common: dict[str, Any]) -> Settings:
     """The trial's settings: at most as many gradients of the energy an update as AniLA takes by its default.
 
     An exact sampler takes one more than its transitions, where its chains start.
     """
-    settings = config.resolve(config.Settings(**common, sampler=trial.sampler, seed=trial.seed))
-    anila = vars(config.resolve(config.Settings(data=settings.data, sampler="anila")))
+    settings = config.resolve(Settings(**common, sampler=trial.sampler, seed=trial.seed))
+    anila = vars(config.resolve(Settings(data=settings.data, sampler="anila")))
     steps = anila["steps"] - (trial.sampler in EXACT)
     if trial.sampler == "hmc":
         steps //= settings.leapfrog_steps
     own: dict[str, Any] = {"steps": max(steps, 1)}
     if trial.threshold is not None:
         level = anila | {"threshold": trial.threshold, "step_size": settings.step_size}
-        own["threshold"] = config.translated(level, "anila", trial.sampler)["threshold"]
+        own["threshold"] = defaults.translated(level, "anila", trial.sampler)["threshold"]
     settings = dataclasses.replace(settings, **own)
     config.check(settings)
     return settings
 
 
-def train(settings: config.Settings, directory: Path, threads: int) -> bool:
+def train(settings: Settings, directory: Path, threads: int) -> bool:
     """Make the run, in a process of its own, or what is left of it; whether it ended well rather than diverged.
 
     Raises ValueError if the folder holds a run with other settings, RuntimeError with what the process said if it
     failed in any other way.
     """
     if (directory / "config.json").exists():
-        before = dataclasses.replace(runs.read_settings(directory), out=None)
+        before = dataclasses.replace(read_settings(directory), out=None)
         others = [k for k, v in vars(before).items() if v != getattr(settings, k)]
         if others:
             raise ValueError(f"out holds a run with another {', '.join(others)}: {directory}")
@@ -92,7 +98,7 @@ def train(settings: config.Settings, directory: Path, threads: int) -> bool:
     if made == settings.iterations:
         return True
     file = directory.with_name(f"{directory.name}.json")
-    checkpoint.write_text(file, config.dump(settings))
+    files.write_text(file, config.dump(settings))
     arguments = ["--resume", str(directory)] if made is not None else ["--config", str(file), "--out", str(directory)]
     result = subprocess.run(
         [sys.executable, "-m", "fastanila.train", *arguments],
@@ -100,7 +106,7 @@ def train(settings: config.Settings, directory: Path, threads: int) -> bool:
         capture_output=True,
         text=True,
     )
-    if result.returncode not in (command.DONE, command.DIVERGED):
+    if result.returncode not in (exits.DONE, exits.DIVERGED):
         raise RuntimeError(f"{directory}: training failed: {(result.stderr or result.stdout).strip()[-2000:]}")
     return result.returncode == 0
 
@@ -108,7 +114,7 @@ def train(settings: config.Settings, directory: Path, threads: int) -> bool:
 def progress(directory: Path) -> int | None:
     """Updates that the run's last checkpoint has made; None if it has none, so that a run can begin there."""
     try:
-        return runs.load(directory, "cpu").iteration
+        return load(directory, "cpu").iteration
     except FileNotFoundError:
         return None
 
@@ -120,7 +126,7 @@ def measured(trial: Trial, directory: Path, finished: bool, data_dir: str | None
         return line
     last = read_rows(directory / "metrics.jsonl")[-1]
     seen = {k: last[k] for k in ("clip_fraction", "acceptance", "seconds")}
-    return line | seen | evaluate(runs.load(directory), data_dir=data_dir)
+    return line | seen | evaluate(load(directory), data_dir=data_dir)
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -161,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m fastanila.compare", description="Train with several samplers at equal gradients, and compare.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
-    known = config.names_of("sampler")
+    known = names_of("sampler")
     parser.add_argument("--data", default="rings", help="data set")
     parser.add_argument("--data-dir", help="folder that holds the images")
     parser.add_argument("--samplers", nargs="+", choices=known, default=["langevin", "anila"], help="samplers")
@@ -178,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         "--fused", action=argparse.BooleanOptionalAction, default=True, help="compiled transitions with the fused step"
     )
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, which share the processor's cores")
-    return command.exit_code(lambda: compared(parser.parse_args(argv)))
+    return exits.exit_code(lambda: compared(parser.parse_args(argv)))
 
 
 def compared(arguments: argparse.Namespace) -> int:
@@ -188,11 +194,11 @@ def compared(arguments: argparse.Namespace) -> int:
         for k in ("data", "data_dir", "iterations", "step_size", "fused")
         if (v := getattr(arguments, k)) is not None
     } | {"sample_every": 0}
-    with command.refusing(ValueError):
+    with exits.refusing(ValueError):
         out = config.path_of("out", arguments.out)
         if arguments.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {arguments.jobs}")
-        thresholds = arguments.thresholds or [config.defaults(arguments.data, "anila").get("threshold", 1.0)]
+        thresholds = arguments.thresholds or [defaults.defaults(arguments.data, "anila").get("threshold", 1.0)]
         chosen = list(dict.fromkeys(trials(arguments.samplers, thresholds, arguments.seeds)))
         if arguments.thresholds and all(trial.threshold is None for trial in chosen):
             raise ValueError(f"thresholds has no effect with samplers={' '.join(arguments.samplers)}, which have none")
@@ -212,13 +218,13 @@ def compared(arguments: argparse.Namespace) -> int:
         with turn:
             lines[trial] = measured(trial, directory, finished, arguments.data_dir)
             found = [lines[t] for t in chosen if t in lines]
-            checkpoint.write_text(out / "compare.json", json.dumps(found, indent=2) + "\n")
-            command.say(f"{len(lines)} of {len(chosen)}: {trial.name} {'done' if finished else 'diverged'}")
+            files.write_text(out / "compare.json", json.dumps(found, indent=2) + "\n")
+            exits.say(f"{len(lines)} of {len(chosen)}: {trial.name} {'done' if finished else 'diverged'}")
 
     torch.set_num_threads(threads)
     try:
         with (
-            command.refusing(RuntimeError, ValueError, checkpoint.CheckpointError),
+            exits.refusing(RuntimeError, ValueError, checkpoint.CheckpointError),
             concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool,
         ):
             try:
@@ -227,13 +233,13 @@ def compared(arguments: argparse.Namespace) -> int:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # one that fails, or Ctrl-C, ends all
     except KeyboardInterrupt:
-        command.complain("stopped; the same command goes on")
+        exits.complain("stopped; the same command goes on")
         return 128 + signal.SIGINT
     rows = summary([lines[trial] for trial in chosen])
     plots.save_comparison(out / "compare.png", rows)
-    command.say(table(rows))
-    command.say(f"everything is in {out}")
-    return command.DONE
+    exits.say(table(rows))
+    exits.say(f"everything is in {out}")
+    return exits.DONE
 
 
 if __name__ == "__main__":

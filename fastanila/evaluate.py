@@ -3,7 +3,7 @@
 Two dimensions: nll (the data's, held out, under the normalised model), entropy (the data's: the least nll there is),
 gap, kl, tv (model against data density), boundary_mass, all by quadrature, with quadrature_error; and total variation,
 sliced Wasserstein distance and MMD of the chains, to the data (tv_chains, sw_chains, mmd_chains) and to the model's own
-law (tv_chains_model, ...), each beside what exact draws of their number give (..._floor): see `exact.evaluate`. Images:
+law (tv_chains_model, ...), each beside what exact draws of their number give (..._floor): see `plane.evaluate`. Images:
 Frechet distances to held-out images on principal components: of the chains, of where they started, and of baselines.
 
 A run with init=vae is judged by fresh pairs of a proposal and what K transitions make of it: the numbers of chains are
@@ -14,13 +14,13 @@ modes_covered_model and modes_covered_chains.
 
 With --chains the run's sampler goes on from its chains on the fixed energy, and "chains" says how well it mixes (rhat,
 ess_bulk, ess_tail, ess_per_gradient, autocorrelation_time, acceptance: the worst of the energy and the elements, or of
-fixed projections for images; see `fastanila.diagnostics`); RUN/chains.png shows the autocorrelation and the energy.
+fixed projections for images; see `evaluation.diagnostics`); RUN/chains.png shows the autocorrelation and the energy.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":  # ahead of torch, which takes seconds to import
-    from .command import end_at_once_on_interrupt
+    from .cli.exits import end_at_once_on_interrupt
 
     end_at_once_on_interrupt()
 
@@ -36,23 +36,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import (
-    checkpoint,
-    checks,
-    command,
-    completion,
-    config,
-    data,
-    diagnostics,
-    distances,
-    draws,
-    exact,
-    needs,
-    ops,
-    plots,
-    run_directory,
-    runs,
-)  # fmt: skip
+from . import checks, generate
+from .cli import exits
+from .cli.exits import end_at_once_on_interrupt
+from .cli.flags import given, refuse
+from .data import completion, densities, images
+from .evaluation import diagnostics, distances, plane, plots
+from .ops import dispatch
+from .training import build, checkpoint, config, needs, run_directory
+from .training.run import Run, data_of, load, updates_past
 
 _MOST_CHAINS = 256  # that `mixing` runs
 _PLANE_PAIRS, _IMAGE_PAIRS = 10_000, 1024  # drawn where a VAE proposes
@@ -60,31 +52,31 @@ _COMPLETIONS = 8  # of an image
 _BATCH = 1024  # states whose energy is taken at a time
 
 
-def evaluate(run: runs.Run, *, data_dir: str | None = None, fused: bool = True) -> dict[str, float]:
+def evaluate(run: Run, *, data_dir: str | None = None, fused: bool = True) -> dict[str, float]:
     """The numbers above, as Python floats. Raises FileNotFoundError where a run's images are not there."""
-    with runs.matmul_precision(run.settings.precision):
+    with build.matmul_precision(run.settings.precision):
         return _evaluate(run, data_dir, fused)
 
 
-def _evaluate(run: runs.Run, data_dir: str | None, fused: bool) -> dict[str, float]:
+def _evaluate(run: Run, data_dir: str | None, fused: bool) -> dict[str, float]:
     device, settings = run.chains.device, run.settings
-    dataset = runs.data_of(run, data_dir)
+    dataset = data_of(run, data_dir)
     report: dict[str, float] = {"iteration": run.iteration}
     if settings.task == "completion":
         return report | completed(run, dataset, fused=fused)
-    plane = isinstance(dataset, data.Density)
+    plane = isinstance(dataset, densities.Density)
     if not plane:
         _check_counts(run, dataset)
     chains, start = run.chains, None
     if run.vae is not None:
-        start, chains = draws.pairs(run, _PLANE_PAIRS if plane else _IMAGE_PAIRS, fused=fused)
+        start, chains = generate.pairs(run, _PLANE_PAIRS if plane else _IMAGE_PAIRS, fused=fused)
         report |= revision(run.energy, start, chains)
     if plane:
         if start is not None:
-            report["tv_proposals_model"] = exact.law_tv(run.energy, dataset, start)
-        return report | exact.evaluate(run.energy, dataset, chains, device=device)
+            report["tv_proposals_model"] = plane.law_tv(run.energy, dataset, start)
+        return report | plane.evaluate(run.energy, dataset, chains, device=device)
     if start is None:
-        started = runs.build_start(settings, dataset, device)
+        started = build.build_start(settings, dataset, device)
         start = started.tensors().get("population", started.draw(0))
 
     def scaled(pixels):
@@ -93,7 +85,7 @@ def _evaluate(run: runs.Run, data_dir: str | None, fused: bool) -> dict[str, flo
     return report | distances.evaluate_images(chains, scaled(dataset.held_out), scaled(dataset.train), start)
 
 
-def _check_counts(run: runs.Run, images: data.Images) -> None:
+def _check_counts(run: Run, images: images.Images) -> None:
     """Raise ValueError, ahead of the work, where there are too few images for a Frechet distance."""
     counts = [("training image", len(images.train)), ("held-out image", len(images.held_out))]
     if run.vae is None:
@@ -103,7 +95,7 @@ def _check_counts(run: runs.Run, images: data.Images) -> None:
             raise ValueError(f"evaluation needs at least 2 {name}s, and there is {count}{_advice(run, name)}")
 
 
-def _advice(run: runs.Run, lacking: str) -> str:
+def _advice(run: Run, lacking: str) -> str:
     if run.settings.data != "image-folder" or lacking == "chain":
         return ""
     return " (of a folder without test/ or val/ every tenth image is held out: 11 are the fewest that do)"
@@ -120,17 +112,15 @@ def revision(energy: Callable[[Tensor], Tensor], proposals: Tensor, revised: Ten
     return {"energy_proposals": mean(proposals), "energy_revised": mean(revised), "moved": moved}
 
 
-def completed(
-    run: runs.Run, dataset: completion.Completions, *, count: int = 200, fused: bool = True
-) -> dict[str, float]:
-    """Errors in the regions of held-out images: mse_... (squared units of data) and psnr_... (dB, `draws.errors`).
+def completed(run: Run, dataset: completion.Completions, *, count: int = 200, fused: bool = True) -> dict[str, float]:
+    """Errors in the regions of held-out images: mse_... (squared units of data) and psnr_... (dB, `distances.errors`).
 
     vae: the proposals; revised: where the sampler takes them; mean: the mean training image in the region. Each image
     is completed 8 times: the errors are the completions' own, and those of ..._average are of the mean of the 8, which
     is what a regression would be after. diversity_vae, diversity_revised: the standard deviation between the
     completions of an image (root mean square over the region's elements).
     """
-    found = draws.completions(run, dataset, count, each=_COMPLETIONS, fused=fused)
+    found = generate.completions(run, dataset, count, each=_COMPLETIONS, fused=fused)
     mean = dataset.images.train.float().mean(0).to(run.chains.device) / 127.5 - 1
     inside = found.missing.expand_as(found.truth)
     report = {}
@@ -139,12 +129,12 @@ def completed(
         sets[f"{name}_average"] = sets[name].mean(1, keepdim=True)
         spread = sets[name].var(1)[inside].mean().sqrt().item()
         report[f"diversity_{name}"] = spread
-    for name, images in sets.items():
-        report[f"mse_{name}"], report[f"psnr_{name}"] = draws.errors(found.truth, found.missing, images, dataset.box)
+    for name, made in sets.items():
+        report[f"mse_{name}"], report[f"psnr_{name}"] = distances.errors(found.truth, found.missing, made, dataset.box)
     return report
 
 
-def mixing(run: runs.Run, draws: int = 1000, *, seed: int = 0, fused: bool = True) -> tuple[dict, diagnostics.Trace]:
+def mixing(run: Run, draws: int = 1000, *, seed: int = 0, fused: bool = True) -> tuple[dict, diagnostics.Trace]:
     """`diagnostics.Diagnostics`, as a dictionary, of ``draws`` transitions from where the run left its chains, and
     their trace.
 
@@ -156,11 +146,11 @@ def mixing(run: runs.Run, draws: int = 1000, *, seed: int = 0, fused: bool = Tru
     if run.settings.task == "completion":
         raise ValueError("task of the run must be generation for diagnostics: chains of completions have no common law")
     diagnostics.arviz()  # ahead of the work
-    z = exact.spaced(run.chains, _MOST_CHAINS)
+    z = plane.spaced(run.chains, _MOST_CHAINS)
     if len(z) < 2:
         raise ValueError(f"diagnostics need at least 2 chains, and the run has {len(z)}")
-    step = runs.updates_past(run) * run.settings.steps
-    with runs.matmul_precision(run.settings.precision), contextlib.nullcontext() if fused else ops.plain():
+    step = updates_past(run) * run.settings.steps
+    with build.matmul_precision(run.settings.precision), contextlib.nullcontext() if fused else dispatch.plain():
         trace = diagnostics.trace(
             run.sampler, run.energy, z, draws=draws, seed=seed, step=step, block=run.settings.steps, compile=fused
         )
@@ -192,17 +182,17 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         arguments = parser.parse_args(argv)
-        return evaluated(arguments, needs.given(parser, argv, arguments))
+        return evaluated(arguments, given(parser, argv, arguments))
 
-    return command.exit_code(work)
+    return exits.exit_code(work)
 
 
 def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
     """Print what the arguments ask for; the exit code. ``given``: those that the command line has."""
-    with command.refusing(ValueError, ModuleNotFoundError, checkpoint.CheckpointError):
+    with exits.refusing(ValueError, ModuleNotFoundError, checkpoint.CheckpointError):
         if not arguments.chains:
-            needs.refuse(given, ["draws", "seed"], "without chains, whose transitions it is of")
-        run = runs.load(arguments.run, arguments.device)
+            refuse(given, ["draws", "seed"], "without chains, whose transitions it is of")
+        run = load(arguments.run, arguments.device)
         for reason in needs.idle(run.settings, given & {"data_dir"}).values():
             raise ValueError(reason)
         if arguments.chains:
@@ -214,8 +204,8 @@ def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
             save_mixing(config.path_of("run", arguments.run) / "chains.png", found, trace, title)
             chains = {"chains": _finite(found)}
         report = evaluate(run, data_dir=arguments.data_dir, fused=arguments.fused)
-    command.say(json.dumps({"run": str(arguments.run), **_finite(report), **chains}, indent=2))
-    return command.DONE
+    exits.say(json.dumps({"run": str(arguments.run), **_finite(report), **chains}, indent=2))
+    return exits.DONE
 
 
 def _finite(report: dict[str, float]) -> dict[str, float | None]:

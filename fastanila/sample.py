@@ -8,7 +8,7 @@ of held-out images by a model of whole images; a run with task=completion comple
 from __future__ import annotations
 
 if __name__ == "__main__":  # ahead of torch, which takes seconds to import
-    from .command import end_at_once_on_interrupt
+    from .cli.exits import end_at_once_on_interrupt
 
     end_at_once_on_interrupt()
 
@@ -21,50 +21,48 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import (
-    checkpoint,
-    checks,
-    command,
-    completion,
-    config,
-    data,
-    draws,
-    needs,
-    plots,
-    run_directory,
-    runs,
-    transitions,
-)  # fmt: skip
-from .draws import sample
+from . import checks, files, generate
+from .cli import exits
+from .cli.exits import end_at_once_on_interrupt
+from .cli.flags import given, refuse
+from .data import completion, registry
+from .evaluation import distances, plots
+from .generate import sample
+from .samplers import chain
+from .training import build, checkpoint, config, needs, run_directory
+from .training.run import Run, data_of, load, updates_past, with_sampler
+from .training.settings import names_of
 
 SUFFIXES = (".png", ".npz")
 _OF_SAMPLER = ("step_size", "threshold", "norm", "leapfrog_steps")
 _COLUMNS = 8  # of a picture of interpolations
 
 
-def write(path: Path, z: Tensor, run: runs.Run) -> None:
+def write(path: Path, z: Tensor, run: Run) -> None:
     """A picture of the samples (.png: a grid of images, or a scatter with the density), or the samples (.npz)."""
     if path.suffix.lower() == ".npz":
         write_arrays(path, samples=z)
     elif z.dim() == 2:
-        plots.save_plane(path, run.energy, data.load(run.settings.data), z, f"{run.settings.data}, {len(z)} samples")
+        plots.save_plane(
+            path, run.energy, registry.load(run.settings.data), z, f"{run.settings.data}, {len(z)} samples"
+        )
     else:
-        plots.save_images(path, z, data.box_of(run.settings.data))
+        plots.save_images(path, z, registry.box_of(run.settings.data))
 
 
-def write_pairs(path: Path, run: runs.Run, **pair: Tensor) -> None:
+def write_pairs(path: Path, run: Run, **pair: Tensor) -> None:
     """Two sets of as many states, by name: the first above the second, or beside it; .npz: both."""
     above, below = pair.values()
     if path.suffix.lower() == ".npz":
         write_arrays(path, **pair)
     elif below.dim() == 2:
-        density, title = data.load(run.settings.data), f"{run.settings.data}, {len(below)} {list(pair)[1]}"
+        density, title = registry.load(run.settings.data), f"{run.settings.data}, {len(below)} {list(pair)[1]}"
         plots.save_plane(path, run.energy, density, below, title, proposals=above, names=tuple(pair))
     else:
-        plots.save_under(path, (above, below), data.box_of(run.settings.data))
+        plots.save_under(path, (above, below), registry.box_of(run.settings.data))
 
 
-def write_completed(path: Path, found: draws.Completed, run: runs.Run) -> None:
+def write_completed(path: Path, found: generate.Completed, run: Run) -> None:
     """A row an image: with the region blank, the VAE's first proposal if there is one, the completions, the truth.
     .npz: samples, truth, missing, and proposals if there are any."""
     if path.suffix.lower() == ".npz":
@@ -74,7 +72,7 @@ def write_completed(path: Path, found: draws.Completed, run: runs.Run) -> None:
     blank = torch.where(found.missing, 0.0, found.truth)
     first = [] if found.proposals is None else [found.proposals[:, :1]]
     rows = torch.cat([blank[:, None], *first, found.completions, found.truth[:, None]], 1)
-    plots.save_images(path, rows.flatten(0, 1), data.box_of(run.settings.data), columns=rows.shape[1])
+    plots.save_images(path, rows.flatten(0, 1), registry.box_of(run.settings.data), columns=rows.shape[1])
 
 
 def write_arrays(path: Path, **arrays: Tensor) -> None:
@@ -82,10 +80,10 @@ def write_arrays(path: Path, **arrays: Tensor) -> None:
     np.savez_compressed(
         content, **{k: (v if v.dtype == torch.bool else v.float()).cpu().numpy() for k, v in arrays.items()}
     )
-    checkpoint.write_bytes(path, content.getvalue())
+    files.write_bytes(path, content.getvalue())
 
 
-def draw(run: runs.Run, arguments: argparse.Namespace, out: Path) -> str:
+def draw(run: Run, arguments: argparse.Namespace, out: Path) -> str:
     """Draw what the arguments ask for, write it, and say what it is. Raises ValueError for what the run has not."""
     how = dict(steps=arguments.steps, seed=arguments.seed, fused=arguments.fused, warm_up=arguments.warm_up)
     count, settings = arguments.count, run.settings
@@ -97,22 +95,22 @@ def draw(run: runs.Run, arguments: argparse.Namespace, out: Path) -> str:
     if arguments.start and not plain:
         raise ValueError(f"start is for plain samples, and none are drawn here; got {arguments.start}")
     if arguments.inpaint or settings.task == "completion":
-        dataset = runs.data_of(run, arguments.data_dir)
-        found = draws.completions(run, dataset, count, region=arguments.inpaint, each=arguments.completions, **how)
+        dataset = data_of(run, arguments.data_dir)
+        found = generate.completions(run, dataset, count, region=arguments.inpaint, each=arguments.completions, **how)
         write_completed(out, found, run)
-        mse, psnr = draws.errors(found.truth, found.missing, found.completions, data.box_of(settings.data))
+        mse, psnr = distances.errors(found.truth, found.missing, found.completions, registry.box_of(settings.data))
         return f"{count} images, each completed {arguments.completions} times (mse {mse:.4f}, psnr {psnr:.2f} dB)"
     if arguments.interpolate:
         rows = -(-count // _COLUMNS)
-        update = runs.updates_past(run)
-        z = draws.interpolated(run.vae, rows, _COLUMNS, seed=arguments.seed, update=update)
-        write(out, draws.moved(run, z, **how | {"steps": arguments.steps or 0}), run)
+        update = updates_past(run)
+        z = generate.interpolated(run.vae, rows, _COLUMNS, seed=arguments.seed, update=update)
+        write(out, generate.moved(run, z, **how | {"steps": arguments.steps or 0}), run)
         return f"{rows} interpolations of {_COLUMNS} proposals"
     if arguments.reconstruct:
-        dataset = runs.data_of(run, arguments.data_dir)
-        update, device = runs.updates_past(run), run.chains.device
+        dataset = data_of(run, arguments.data_dir)
+        update, device = updates_past(run), run.chains.device
         x = dataset.draw(count, seed=arguments.seed, step=update, purpose="held-out", device=device)
-        back = draws.reconstructed(run.vae, x)
+        back = generate.reconstructed(run.vae, x)
         write_pairs(out, run, truth=x, reconstructions=back)
         error = 0.5 * (back - x).square().flatten(1).sum(1).mean()
         return f"{count} held-out draws above their reconstructions (reconstruction {error:.4f})"
@@ -126,7 +124,7 @@ def draw(run: runs.Run, arguments: argparse.Namespace, out: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    samplers = config.names_of("sampler")
+    samplers = names_of("sampler")
     parser = argparse.ArgumentParser(
         prog="python -m fastanila.sample", description="Draw samples from a trained run.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -140,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--start",
-        choices=draws.STARTS,
+        choices=generate.STARTS,
         help="where the samples start; default: at the run's VAE if it has one, or chains",
     )
     what = parser.add_mutually_exclusive_group()
@@ -154,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sampler", choices=samplers, help="another sampler than the run's")
     parser.add_argument("--step-size", type=float, help="its step size; default: as the run's")
     parser.add_argument("--threshold", type=float, help="its threshold; default: as the run's")
-    parser.add_argument("--norm", choices=config.names_of("norm"), help="its norm; default: as the run's")
+    parser.add_argument("--norm", choices=names_of("norm"), help="its norm; default: as the run's")
     parser.add_argument("--leapfrog-steps", type=int, help="leapfrog steps of hmc")
     parser.add_argument(
         "--warm-up", type=int, default=0, help="transitions in which an exact sampler adapts its step size"
@@ -165,49 +163,47 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         arguments = parser.parse_args(argv)
-        return sampled(arguments, needs.given(parser, argv, arguments))
+        return sampled(arguments, given(parser, argv, arguments))
 
-    return command.exit_code(work)
+    return exits.exit_code(work)
 
 
 def sampled(arguments: argparse.Namespace, given: set[str]) -> int:
     """Draw and write what the arguments ask for; the exit code. ``given``: those that the command line has."""
     changes = {k: v for k in _OF_SAMPLER if (v := getattr(arguments, k)) is not None}
-    with command.refusing(ValueError, checkpoint.CheckpointError):
+    with exits.refusing(ValueError, checkpoint.CheckpointError):
         out = out_of(arguments.out)
         for name, least in (("count", 1), ("completions", 1), ("warm_up", 0)):
             checks.count(name, getattr(arguments, name), least)
         if arguments.steps is not None:
             checks.count("steps", arguments.steps, least=0)
-        run = runs.load(arguments.run, arguments.device)
+        run = load(arguments.run, arguments.device)
         check_effects(run, arguments, given)
         if changes or arguments.sampler is not None:
-            run = runs.with_sampler(run, arguments.sampler or run.settings.sampler, **changes)
-    command.say(transitions.path(run.sampler, run.energy, run.chains, fused=arguments.fused))
+            run = with_sampler(run, arguments.sampler or run.settings.sampler, **changes)
+    exits.say(chain.path(run.sampler, run.energy, run.chains, fused=arguments.fused))
     out.parent.mkdir(parents=True, exist_ok=True)
     run_directory.check_writable(out.parent)
-    with command.refusing(ValueError), runs.matmul_precision(run.settings.precision):
+    with exits.refusing(ValueError), build.matmul_precision(run.settings.precision):
         drawn = draw(run, arguments, out)
-    command.say(f"{drawn} in {out}")
-    return command.DONE
+    exits.say(f"{drawn} in {out}")
+    return exits.DONE
 
 
-def check_effects(run: runs.Run, arguments: argparse.Namespace, given: set[str]) -> None:
+def check_effects(run: Run, arguments: argparse.Namespace, given: set[str]) -> None:
     """Raise ValueError naming an argument of the command line that would change nothing."""
     fills = bool(arguments.inpaint) or run.settings.task == "completion"
     if not fills:
-        needs.refuse(
-            given, ["completions"], "where nothing is completed: it needs inpaint, or a run with task=completion"
-        )
+        refuse(given, ["completions"], "where nothing is completed: it needs inpaint, or a run with task=completion")
     if not (fills or arguments.reconstruct):
-        needs.refuse(given, ["data_dir"], "where no data are read: it needs inpaint, reconstruct or task=completion")
+        refuse(given, ["data_dir"], "where no data are read: it needs inpaint, reconstruct or task=completion")
     for reason in needs.idle(run.settings, given & {"data_dir"}).values():
         raise ValueError(reason)
     moves = ("sampler", *_OF_SAMPLER)
     if arguments.reconstruct:
-        needs.refuse(given, ["steps", "warm_up", *moves], "with reconstruct, which makes no transitions")
+        refuse(given, ["steps", "warm_up", *moves], "with reconstruct, which makes no transitions")
     if arguments.steps == 0 or (arguments.interpolate and arguments.steps is None):
-        needs.refuse(given, moves, "where no transitions are made: it needs steps above 0")
+        refuse(given, moves, "where no transitions are made: it needs steps above 0")
 
 
 def out_of(written: str) -> Path:

@@ -7,8 +7,9 @@ import importlib
 import sys
 from typing import Any
 
-from . import command, config
-from .config import Settings
+from .cli import exits
+from .training import config, defaults
+from .training.settings import Settings, names_of, without_none
 
 EXTRA = {
     "config": (str, "TOML file of settings, or a run's config.json; flags win over it."),
@@ -34,14 +35,14 @@ def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool, bool]:
         if config.is_of_a_run(files.config):  # to start the same run again, somewhere else
             under.pop("out", None)
     elif files.resume is not None:
-        from . import runs
+        from .training.run import read_settings
 
-        under = dataclasses.asdict(runs.read_settings(files.resume))
+        under = dataclasses.asdict(read_settings(files.resume))
     dataset = files.data if files.data is not None else under.get("data", Settings.data)
-    sampler = files.sampler if files.sampler in config.names_of("sampler") else under.get("sampler")
+    sampler = files.sampler if files.sampler in names_of("sampler") else under.get("sampler")
     init = files.init if files.init is not None else under.get("init")
     task = files.task if files.task is not None else under.get("task")
-    values = vars(cli(argv, config.defaults(dataset, sampler, init, task) | under))
+    values = vars(cli(argv, defaults.defaults(dataset, sampler, init, task) | under))
     resume, dry_run, file = values.pop("resume"), values.pop("dry_run"), values.pop("config")
     changed_data = values.pop("changed_data")
     if changed_data and resume is None:
@@ -56,21 +57,22 @@ def check_effects(
 ) -> None:
     """Refuse flags that would change nothing (ValueError), and warn of settings of the config file that do not: it may
     be shared by runs of several kinds, and hold what is as it would be without it."""
-    from . import needs
+    from .cli.flags import flags
+    from .training import needs
 
     resolved = config.resolve(settings)
-    flags = needs.flags(sys.argv[1:] if argv is None else argv, under.keys() | vars(settings).keys())
-    if resume is not None and "out" in flags:
+    given = flags(sys.argv[1:] if argv is None else argv, under.keys() | vars(settings).keys())
+    if resume is not None and "out" in given:
         raise ValueError("out has no effect with resume: the run stays in its folder")
-    idle = needs.idle(resolved, flags)
+    idle = needs.idle(resolved, given)
     if idle:
         raise ValueError("; ".join(idle.values()))
     if file is not None:
-        idle = needs.idle(resolved, under.keys() - flags)
+        idle = needs.idle(resolved, under.keys() - given)
         bare = config.resolve(dataclasses.replace(settings, **{name: getattr(Settings, name) for name in idle}))
         for name, reason in idle.items():
             if getattr(bare, name) != getattr(resolved, name):
-                command.complain(f"warning: config {file}: {reason}")
+                exits.complain(f"warning: config {file}: {reason}")
 
 
 def cli(argv: list[str] | None, defaults: dict[str, Any]):
@@ -83,7 +85,7 @@ def cli(argv: list[str] | None, defaults: dict[str, Any]):
     fields: list[Any] = []
     for f in dataclasses.fields(Settings):
         default = defaults.get(f.name, f.default)
-        hint = hints[f.name] if default is None else config.without_none(hints[f.name])
+        hint = hints[f.name] if default is None else without_none(hints[f.name])
         fields.append((f.name, Annotated[hint, tyro.conf.arg(help=f.metadata["help"])], default))
     for name, (kind, text) in EXTRA.items():
         hint, default = (bool, False) if kind is bool else (kind | None, None)
@@ -99,42 +101,44 @@ def cli(argv: list[str] | None, defaults: dict[str, Any]):
 
 def main(argv: list[str] | None = None) -> int:
     if {"--help", "-h"} & set(sys.argv[1:] if argv is None else argv):
-        return command.exit_code(lambda: parse(argv) and command.DONE)  # exits; ahead of torch, which takes seconds
-    importlib.import_module(".training", __package__)  # ahead of `exit_code`, under which Ctrl-C is an exception
-    return command.exit_code(lambda: trained(argv))
+        return exits.exit_code(lambda: parse(argv) and exits.DONE)  # exits; ahead of torch, which takes seconds
+    importlib.import_module(".training.loop", __package__)  # ahead of `exit_code`, under which Ctrl-C is an exception
+    return exits.exit_code(lambda: trained(argv))
 
 
 def trained(argv: list[str] | None) -> int:
     """Do what the flags say; the exit code."""
     import torch
 
-    from . import capture, checkpoint, run_directory, training
+    from . import graphs
+    from .training import checkpoint, loop, run_directory
+    from .training.job import Diverged, notes, path, prepare
 
-    with command.refusing(ValueError, TypeError, checkpoint.CheckpointError):
+    with exits.refusing(ValueError, TypeError, checkpoint.CheckpointError):
         settings, resume, dry_run, changed_data = parse(argv)
-        job = training.prepare(settings, resume, changed_data=changed_data)
+        job = prepare(settings, resume, changed_data=changed_data)
     if dry_run:
-        for line in training.notes(job):
-            command.complain(line)
-        command.say(training.path(job))
-        command.say(config.dump(job.settings).rstrip())
-        return command.DONE
+        for line in notes(job):
+            exits.complain(line)
+        exits.say(path(job))
+        exits.say(config.dump(job.settings).rstrip())
+        return exits.DONE
     try:
-        with command.refusing(run_directory.Taken):
-            training.run(job, command.say)
-    except training.Diverged as stop:
-        command.complain(f"error: {stop}")
-        return command.DIVERGED
+        with exits.refusing(run_directory.Taken):
+            loop.run(job, exits.say)
+    except Diverged as stop:
+        exits.complain(f"error: {stop}")
+        return exits.DIVERGED
     except torch._dynamo.exc.BackendCompilerFailed as error:
-        reason = capture.first_line(error)
-        command.complain(f"error: compiling failed; --no-fused runs without a compiler ({reason})")
-        return command.FAILED
-    except training.Interrupted as stop:
-        command.complain(str(stop))
+        reason = graphs.first_line(error)
+        exits.complain(f"error: compiling failed; --no-fused runs without a compiler ({reason})")
+        return exits.FAILED
+    except loop.Interrupted as stop:
+        exits.complain(str(stop))
         return 128 + stop.number
-    return command.DONE
+    return exits.DONE
 
 
 if __name__ == "__main__":
-    command.end_at_once_on_interrupt()
+    exits.end_at_once_on_interrupt()
     sys.exit(main())

@@ -1,6 +1,6 @@
 """The Metropolis transition, fused: judge the last proposal and make the next, in one launch.
 
-The definition is fastanila.reference.metropolis_step. A state is viewed as in kernels/rows.py, one program owns ROWS
+The definition is ops/reference.py's metropolis_step. A state is viewed as in step_rows.py, one program owns ROWS
 whole chains, and the sum of a chain's terms never leaves it. With w = 1 / gamma = max(1, |s| / b), d = z' - z and a
 prime for what belongs to the proposal, an element's term of the log ratio is
 
@@ -16,19 +16,19 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from . import rows
-from .anisotropic import element_gain, is_tensor, scalar
+from . import step_rows
+from .common import CHAIN, CHANNEL, ELEMENT, INF, accumulate, chain_sum, element_gain, is_tensor, scalar, shared_gain
 from .launching import Launcher, programs
 from .philox import element_uniforms
-from .rows import CHAIN, CHANNEL, ELEMENT, INF, accumulate, chain_sum, shared_gain, store_moved, tile_normals
+from .step_rows import store_moved, tile_normals
 
 ACCEPTANCE_STREAM = tl.constexpr(1)
 
 
 @functools.lru_cache(maxsize=64)
-def tile_of(channels: int, size: int, norm: str) -> rows.Tile:
+def tile_of(channels: int, size: int, norm: str) -> step_rows.Tile:
     """As `rows.tile_of`, but of four tensors a thread's registers hold no larger tile for chains that share a norm."""
-    tile = rows.tile_of(channels, size, "element" if norm == "chain" else norm)
+    tile = step_rows.tile_of(channels, size, "element" if norm == "chain" else norm)
     if size > tile.cols > 4 and (size % 4 or norm == "channel"):
         # a loop whose quads straddle rows, or that has a norm a pixel, needs more registers than 16 warps leave
         return tile._replace(cols=tile.cols // 2, num_warps=max(tile.num_warps // 2, 4))
@@ -190,12 +190,12 @@ def launch(
         programs(chains, tile.rows),
         (
             z, score, energy, proposal, proposal_score, proposal_energy, mask, *out,
-            chains, channels, size // rows.alignment(size), offset, threshold, step_size, seed, step,
+            chains, channels, size // step_rows.alignment(size), offset, threshold, step_size, seed, step,
         ),
         dict(
             THRESHOLD_PTR=is_tensor(threshold), STEP_SIZE_PTR=is_tensor(step_size),
             SEED_PTR=is_tensor(seed), STEP_PTR=is_tensor(step),
-            HAS_MASK=mask is not None, FAST=fast, **rows.constants(tile, size, norm),
+            HAS_MASK=mask is not None, FAST=fast, **step_rows.constants(tile, size, norm),
         ),
         num_warps=tile.num_warps, enable_fp_fusion=True,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Whole chains on the energy of a multilayer perceptron, one launch: forward pass, gradient and transition on chip.
 
-The network is fastanila.energies.MLP: x or the sines and cosines of its random projections, then DEPTH hidden layers
+The network is models/energies.py's MLP: x or the sines and cosines of its random projections, then DEPTH hidden layers
 of WIDTH units, then one output, plus c/2 |x|^2. A program moves ROWS chains together, so that a weight read serves them
 all. Weight matrices lie in shared memory, both ways round, for the whole launch (``HELD``), as far as they fit; the
 rest is read from the caches at every transition. Products are tl.dot in full float32, which NVIDIA GPUs do by fused
@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from .common import LANGEVIN_STREAM
 from .launching import Launcher, programs
 from .philox import element_normals
-from .trajectory import (
-    LANGEVIN_STREAM,
+from .whole_chain import (
     adjusted_transition,
     launch_constants,
     launch_numbers,

@@ -7,7 +7,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # ahead of torch: workers that all take
 import pytest
 import torch
 
-from fastanila import capture, transitions
+from fastanila import graphs as graphs_
+from fastanila.samplers import kept
 
 # A suite that is started in the background ignores these, and so would the commands that its tests end by them.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
@@ -43,6 +44,6 @@ def graphs(monkeypatch):
         made.append(graph)
         return graph
 
-    monkeypatch.setattr(capture, "_inductor", traced)
-    monkeypatch.setattr(transitions, "_kept", type(transitions._kept)())
+    monkeypatch.setattr(graphs_, "_inductor", traced)
+    monkeypatch.setattr(kept, "_kept", type(kept._kept)())
     return made

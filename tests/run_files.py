@@ -2,8 +2,8 @@
 
 import json
 
-from fastanila import checkpoint
-from fastanila.training import train
+from fastanila.training import checkpoint
+from fastanila.training.loop import train
 
 
 def quiet(settings, resume=None):

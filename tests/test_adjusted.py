@@ -13,10 +13,12 @@ import torch
 from known import BANANA, FALSE_ALARM, NORMAL, SKEWED
 
 import oracle
-from fastanila import HMC, MALA, AdjustedAniLA, noise, ops, reference
-from fastanila.calibration import averaged, dual_averaging
-from fastanila.energies import evaluator
-from fastanila.transitions import State
+from fastanila import HMC, MALA, AdjustedAniLA, ops
+from fastanila import noise as noise_
+from fastanila.models.score import evaluator
+from fastanila.ops import reference
+from fastanila.samplers.calibration import averaged, dual_averaging
+from fastanila.samplers.state import State
 
 pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="mutants of the definition are not mutants of the kernel")
 
@@ -215,13 +217,13 @@ def test_no_mutant_of_the_chain_norm_leaves_those_of_a_banana(mutant, monkeypatc
 
 @pytest.mark.parametrize("mutant", ["always accepted", "target tempered by 1.3", "momentum 1.1 times too large"])
 def test_no_mutant_of_hamiltonian_monte_carlo_leaves_those_of_the_skewed_density(mutant, monkeypatch):
-    judge, normal = reference.judge, noise.normal
+    judge, normal = reference.judge, noise_.normal
     if mutant == "always accepted":
         monkeypatch.setattr(reference, "judge", lambda a, u: judge(a + math.inf, u)._replace(accepted=u <= 1))
     elif mutant == "target tempered by 1.3":
         monkeypatch.setattr(reference, "judge", lambda a, u: judge(1.3 * a, u))
     else:
-        monkeypatch.setattr(noise, "normal", lambda *a, **k: 1.1 * normal(*a, **k))
+        monkeypatch.setattr(noise_, "normal", lambda *a, **k: 1.1 * normal(*a, **k))
     assert after_50(HMC(1.0, 3), SKEWED, 50_000)[0] < FALSE_ALARM
 
 

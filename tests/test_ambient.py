@@ -5,9 +5,12 @@ import contextlib
 import pytest
 import torch
 
-from fastanila import HMC, MALA, AniLA, calibrate, data, draws, exact, ops, runs, training, vae
-from fastanila.config import Settings
-from fastanila.energies import MLP, ConvNet, GaussianMixture, evaluator
+from fastanila import HMC, MALA, AniLA, calibrate, data, generate, ops
+from fastanila.evaluation import plane
+from fastanila.models import MLP, ConvNet, GaussianMixture, vae
+from fastanila.models.score import evaluator
+from fastanila.training import loop, run
+from fastanila.training.settings import Settings
 
 
 @contextlib.contextmanager
@@ -131,8 +134,8 @@ SETTINGS = {
 
 def trained(directory, name):
     common = dict(batch_size=16, iterations=2, steps=2, fused=False, sample_every=0, device="cpu", out=str(directory))
-    training.train(Settings(**common | SETTINGS[name]), say=lambda line: None)
-    return runs.load(directory, "cpu")
+    loop.train(Settings(**common | SETTINGS[name]), say=lambda line: None)
+    return run.load(directory, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +158,8 @@ def test_a_run_is_trained_and_loaded_the_same(name, state, ordinary, tmp_path):
         got = trained(tmp_path / "run", name)
         parts = [got.energy, *([] if got.vae is None else [got.vae])]
         if name in ("rings", "vae"):
-            drawn = draws.sample(got, 5, seed=1, fused=False)
-            assert torch.equal(drawn, draws.sample(wanted, 5, seed=1, fused=False))
+            drawn = generate.sample(got, 5, seed=1, fused=False)
+            assert torch.equal(drawn, generate.sample(wanted, 5, seed=1, fused=False))
     assert torch.equal(got.chains, wanted.chains) and not got.chains.is_inference()
     for part, other in zip(parts, [wanted.energy, wanted.vae], strict=False):
         for (key, a), (_, b) in zip(part.state_dict().items(), other.state_dict().items(), strict=True):
@@ -171,6 +174,6 @@ def test_data_and_evaluation(state):
     with STATES[state]():
         assert torch.equal(data.load("digits").train, digits.train)
         drawn = data.load("swiss-roll").draw(5, seed=0, step=0, device="cpu")
-        found = exact.evaluate(model, density, model.sample(200, seed=0), resolution=60)
+        found = plane.evaluate(model, density, model.sample(200, seed=0), resolution=60)
     assert drawn.dtype == torch.float32 and drawn.device.type == "cpu"
-    assert found == exact.evaluate(model, density, model.sample(200, seed=0), resolution=60)
+    assert found == plane.evaluate(model, density, model.sample(200, seed=0), resolution=60)

@@ -12,9 +12,15 @@ from run_files import final, numbers, quiet, rows
 from torch._dynamo.utils import counters
 
 import fastanila
-from fastanila import checkpoint, data, draws, evaluate, exact, runs, sample, training, updates
-from fastanila.config import Settings
-from fastanila.report import Watch
+from fastanila import data, evaluate, generate, sample
+from fastanila.evaluation import plane as plane_evaluation
+from fastanila.samplers import starts
+from fastanila.training import checkpoint, loop
+from fastanila.training import job as job_training
+from fastanila.training import run as run_training
+from fastanila.training import update as update_training
+from fastanila.training.metrics import Watch
+from fastanila.training.settings import Settings
 
 SMALL = dict(
     init="vae", vae_warm_up=3, iterations=12, steps=4, batch_size=64, width=16, features=8, vae_width=16, latent=3,
@@ -91,7 +97,7 @@ def test_what_is_watched(run_directory):
 def test_what_the_metrics_say(run_directory):
     """Of the last update, from the states that the run saved."""
     row, tensors = rows(run_directory)[-1], final(run_directory)
-    before = runs.read_settings(run_directory).iterations
+    before = run_training.read_settings(run_directory).iterations
     moved = (tensors["chains"] - tensors["proposals"]).double().square().mean().sqrt()
     assert row["moved"] == pytest.approx(moved.item(), rel=1e-5) and row["iteration"] == before
     spread = (
@@ -101,18 +107,18 @@ def test_what_the_metrics_say(run_directory):
 
 
 def test_the_energies_are_those_of_what_they_are_called():
-    job = training.prepare(Settings(**SMALL | dict(vae_warm_up=5), fused=False))  # in which the energy stands still
-    made = updates.build_update(job)()
-    batch, _ = updates.draw_data(job, 0, 0)
-    found = (made.energy_data, made.energy_chains, torch.tensor(updates.revision(job)["energy_proposals"]))
+    job = job_training.prepare(Settings(**SMALL | dict(vae_warm_up=5), fused=False))  # in which the energy stands still
+    made = update_training.build_update(job)()
+    batch, _ = update_training.draw_data(job, 0, 0)
+    found = (made.energy_data, made.energy_chains, torch.tensor(update_training.revision(job)["energy_proposals"]))
     for got, states in zip(found, (batch, job.chains, job.proposals), strict=True):
         assert got.item() == pytest.approx(job.ebm.module(states).mean().item(), rel=1e-5)
     assert len({round(x.item(), 4) for x in found}) == 3
 
 
 def test_each_average_counts_from_where_its_network_begins_to_learn():
-    job = training.prepare(Settings(**SMALL | dict(vae_warm_up=3, ema=0.999), fused=False))
-    update = updates.build_update(job)
+    job = job_training.prepare(Settings(**SMALL | dict(vae_warm_up=3, ema=0.999), fused=False))
+    update = update_training.build_update(job)
     for _ in range(4):
         before = [[p.clone() for p in learner.average.parameters()] for learner in job.learners]
         update()
@@ -123,7 +129,7 @@ def test_each_average_counts_from_where_its_network_begins_to_learn():
 
 
 def test_the_networks_of_a_pair_begin_apart():
-    job = training.prepare(Settings(data="digits", init="vae", fused=False, vae_width=32, width=32))
+    job = job_training.prepare(Settings(data="digits", init="vae", fused=False, vae_width=32, width=32))
     ours = {p.flatten()[0].item() for p in job.ebm.module.parameters() if p.dim() > 1}
     assert not ours & {p.flatten()[0].item() for p in job.vae.module.parameters() if p.dim() > 1}
 
@@ -139,7 +145,7 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(run_directory, tmp_pat
     half = tmp_path / "half"
     shutil.copytree(run_directory, half)
     (half / "checkpoints" / "00000012.safetensors").unlink()  # leaves update 10's
-    quiet(runs.read_settings(half), resume=half)
+    quiet(run_training.read_settings(half), resume=half)
     assert numbers(half) == numbers(run_directory)
     a, b = final(run_directory), final(half)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -153,7 +159,7 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(run_directory, tmp_pat
         tensors, state = checkpoint.load_latest(twin / "checkpoints")
         tensors[name] = tensors[name] + 1
         checkpoint.save(twin / "checkpoints" / "00000010.safetensors", tensors, state)
-        quiet(runs.read_settings(twin), resume=twin)
+        quiet(run_training.read_settings(twin), resume=twin)
         assert not all(torch.equal(v, a[k]) for k, v in final(twin).items())
 
 
@@ -169,8 +175,8 @@ def test_a_checkpoint_without_its_vae(run_directory, tmp_path):
 
 def test_what_is_not_finite_never_reaches_either_network():
     for where in ("proposals", "teaching"):
-        job = training.prepare(Settings(**SMALL, fused=False))
-        update = updates.build_update(job)
+        job = job_training.prepare(Settings(**SMALL, fused=False))
+        update = update_training.build_update(job)
         update()
         if where == "proposals":
             job.start.draw = lambda update, batch: torch.full((64, 2), math.nan)
@@ -188,13 +194,13 @@ def test_what_is_not_finite_never_reaches_either_network():
 
 def test_the_warm_up(tmp_path):
     """The energy stands still, and the VAE learns from data, with a weight of KL that falls to its own."""
-    settings = runs.config.resolve(Settings(**SMALL | dict(vae_warm_up=4, iterations=8, kl_weight=0.2)))
+    settings = run_training.config.resolve(Settings(**SMALL | dict(vae_warm_up=4, iterations=8, kl_weight=0.2)))
     warm_up = torch.tensor(settings.vae_warm_up)
-    weights = [float(updates.kl_weight(settings.kl_weight, warm_up, torch.tensor(i))) for i in (0, 2, 4, 7)]
+    weights = [float(update_training.kl_weight(settings.kl_weight, warm_up, torch.tensor(i))) for i in (0, 2, 4, 7)]
     assert weights == pytest.approx([2.0, 0.2 * 10**0.5, 0.2, 0.2])
-    assert updates.kl_weight(0.1, None, torch.tensor(0)) == 0.1
-    job = training.prepare(Settings(**SMALL | dict(vae_warm_up=4), fused=False))
-    update = updates.build_update(job)
+    assert update_training.kl_weight(0.1, None, torch.tensor(0)) == 0.1
+    job = job_training.prepare(Settings(**SMALL | dict(vae_warm_up=4), fused=False))
+    update = update_training.build_update(job)
     before = [p.detach().clone() for p in job.ebm.module.parameters()]
     taught = []
     encode = job.vae.module.encode
@@ -203,7 +209,7 @@ def test_the_warm_up(tmp_path):
         update()
         still = all(map(torch.equal, before, job.ebm.module.parameters()))
         assert still == (i < 4)
-        data_seen, _ = updates.draw_data(job, i, 0)
+        data_seen, _ = update_training.draw_data(job, i, 0)
         assert torch.equal(taught[-1], data_seen if i < 4 else job.chains)
 
 
@@ -212,18 +218,18 @@ def test_the_warm_up(tmp_path):
 
 def test_sampling_from_the_pair(run_directory, tmp_path, capsys):
     run = fastanila.load(run_directory)
-    proposals = draws.sample(run, 9, steps=0)
-    update = runs.updates_past(run)
-    assert torch.equal(proposals, draws.proposals(run.vae, 9, seed=0, update=update))
+    proposals = generate.sample(run, 9, steps=0)
+    update = run_training.updates_past(run)
+    assert torch.equal(proposals, starts.proposals(run.vae, 9, seed=0, update=update))
     with pytest.raises(ValueError, match="start must be one of chains, noise, vae, got 'data'"):
-        draws.sample(run, 9, start="data")
+        generate.sample(run, 9, start="data")
     with pytest.raises(ValueError, match="warm_up must be 0 with no steps to follow, got 3"):
-        draws.sample(run, 9, steps=0, warm_up=3)
+        generate.sample(run, 9, steps=0, warm_up=3)
     assert sample.main([str(run_directory), "--reconstruct", "--start", "noise", "--out", str(tmp_path / "x.npz")]) == 2
     assert capsys.readouterr().err == "error: start is for plain samples, and none are drawn here; got noise\n"
-    pairs = draws.pairs(run, 9, fused=False)
+    pairs = generate.pairs(run, 9, fused=False)
     assert torch.equal(pairs.proposals, proposals) and not torch.equal(pairs.revised, proposals)
-    assert torch.equal(pairs.revised, draws.sample(run, 9, fused=False))
+    assert torch.equal(pairs.revised, generate.sample(run, 9, fused=False))
     again = run.sampler.run(
         run.energy, proposals, steps=run.settings.steps, seed=0, step=update * run.settings.steps, compile=False
     )
@@ -261,13 +267,15 @@ def test_evaluation_is_of_fresh_pairs(run_directory, capsys):
     assert {"energy_proposals", "energy_revised", "moved"} <= set(report)
     run = fastanila.load(run_directory)
     if run_directory.name == "rings":
-        pairs = draws.pairs(run, 10_000, fused=False)
+        pairs = generate.pairs(run, 10_000, fused=False)
         density = data.load("rings")
-        assert report["tv_proposals_model"] == pytest.approx(exact.law_tv(run.energy, density, pairs.proposals))
+        assert report["tv_proposals_model"] == pytest.approx(
+            plane_evaluation.law_tv(run.energy, density, pairs.proposals)
+        )
         assert report["tv_chains"] > 0
     else:
         assert report["mmd_start"] > 0 and report["frechet_start"] > 0
-        pairs = draws.pairs(run, 1024, fused=False)
+        pairs = generate.pairs(run, 1024, fused=False)
     energies = [run.energy(z).mean().item() for z in pairs]
     assert [report["energy_proposals"], report["energy_revised"]] == pytest.approx(energies, rel=1e-4, abs=1e-4)
 
@@ -281,11 +289,11 @@ LONG = SMALL | dict(
 
 def warnings_of(tmp_path, change=None, **options):
     lines = []
-    job = training.prepare(Settings(**LONG | options, fused=False, out=str(tmp_path / "run")))
+    job = job_training.prepare(Settings(**LONG | options, fused=False, out=str(tmp_path / "run")))
     if change is not None:
         with torch.no_grad():
             change(job)
-    training.run(job, say=lines.append)
+    loop.run(job, say=lines.append)
     return [line for line in lines if line.startswith("warning: ")]
 
 
@@ -316,7 +324,7 @@ def test_exploding_energies_are_told_once(tmp_path):
 
 
 def test_one_bad_row_is_no_warning():
-    watch = Watch(runs.config.resolve(Settings(init="vae", vae_warm_up=0)))
+    watch = Watch(run_training.config.resolve(Settings(init="vae", vae_warm_up=0)))
     well = dict(
         iteration=500, energy_data=0.0, energy_chains=1.0, energy_proposals=1.0, kl=3.0, spread=1.0, vae_grad_norm=1.0
     )

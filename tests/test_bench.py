@@ -14,7 +14,8 @@ import torch
 from bench import chain_rows, limits, report, rows, table, timing
 from bench.report import Goal, Line
 from bench.row import CAPTURED, GROUPS, OURS, Row
-from fastanila import AniLA, ops, transitions
+from fastanila import AniLA, ops
+from fastanila.samplers import captured, state
 
 CPU = torch.device("cpu")
 
@@ -172,7 +173,7 @@ def test_the_limits_of_captured_chains():
 
 
 def test_the_convnets_bytes_and_products_are_its_layers():
-    from fastanila.energies import ConvNet
+    from fastanila.models import ConvNet
 
     shape, width, seen = (2, 3, 16, 16), 8, []
     energy = ConvNet(3, 16, width)
@@ -363,9 +364,9 @@ def test_a_fallback_is_a_failure():
         def refuses(function, device):
             raise RuntimeError("operation not permitted when stream is capturing")
 
-        chain = transitions.Captured(lambda *arguments: (transitions.State(torch.zeros(2, 2)), None), refuses)
+        chain = captured.Captured(lambda *arguments: (state.State(torch.zeros(2, 2)), None), refuses)
         zero = torch.zeros((), dtype=torch.int64)
-        return chain(3, (), transitions.State(torch.zeros(2, 2)), zero, zero)
+        return chain(3, (), state.State(torch.zeros(2, 2)), zero, zero)
 
     ways = {OURS: lambda: eagerly, "captured": lambda: uncaptured, "rival": lambda: list}
     lines = {line.way: line for line in table.lines_of(row_of(**ways), CPU, seconds=0.0, rounds=1)}

@@ -396,7 +396,7 @@ def test_the_smokes_numbers_see_a_wrong_step(monkeypatch):
 
 def test_the_sizes_of_a_launch_are_put_back(monkeypatch):
     pytest.importorskip("triton")
-    from fastanila.kernels import anisotropic, mlp
+    from fastanila.kernels import mlp, step
 
     chosen, sizes = mlp.mlp_constants, (2, 64, 2, 0, 1024, 232448)
     with smoke.mlp_size((4, 8)):
@@ -417,12 +417,12 @@ def test_the_sizes_of_a_launch_are_put_back(monkeypatch):
                     way()
             return {name: {} for name in ways}
 
-    def step(**arguments):
-        seen.append(anisotropic.CONFIGURATION)
+    def untimed(**arguments):
+        seen.append(step.CONFIGURATION)
 
-    monkeypatch.setattr(smoke.workloads, "anisotropic_step", step)
+    monkeypatch.setattr(smoke.workloads, "anisotropic_step", untimed)
     monkeypatch.setattr(smoke.workloads, "step_arguments", lambda *arguments: {})
     monkeypatch.setattr(smoke.workloads, "device_copy", lambda *arguments: None)
-    before = anisotropic.CONFIGURATION
+    before = step.CONFIGURATION
     assert len(list(smoke.step_times(Untimed()))) == 4 * (1 + len(smoke.STEP_SIZES))
-    assert seen == 4 * [*smoke.STEP_SIZES] and before == anisotropic.CONFIGURATION
+    assert seen == 4 * [*smoke.STEP_SIZES] and before == step.CONFIGURATION

@@ -8,8 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import rival_updates, rivals, workloads
-from fastanila import AdjustedAniLA, ops, reference
-from fastanila.energies import MLP, ConvNet
+from fastanila import AdjustedAniLA, ops
+from fastanila.models import MLP, ConvNet
+from fastanila.ops import reference
 
 CPU = torch.device("cpu")
 

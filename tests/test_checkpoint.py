@@ -13,8 +13,9 @@ import warnings
 import pytest
 import torch
 
-from fastanila import checkpoint
-from fastanila.checkpoint import CheckpointError
+from fastanila import files
+from fastanila.training import checkpoint
+from fastanila.training.checkpoint import CheckpointError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.uint8)
 
@@ -325,7 +326,7 @@ def test_sigkill_at_any_moment_loses_no_finished_checkpoint(tmp_path):
 
 def test_write_text_replaces_a_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
-    checkpoint.write_text(path, "first é\n")
+    files.write_text(path, "first é\n")
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -333,9 +334,9 @@ def test_write_text_replaces_a_file_whole(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(OSError):
-            checkpoint.write_text(path, "second")
+            files.write_text(path, "second")
     assert path.read_text(encoding="utf-8") == "first é\n" and len(list(tmp_path.iterdir())) == 1
-    checkpoint.write_text(path, "third")
+    files.write_text(path, "third")
     assert path.read_text() == "third"
 
 

@@ -12,8 +12,10 @@ import torch
 from run_files import quiet
 
 import fastanila
-from fastanila import checkpoint, command, compare, config, ergodicity, evaluate, sample, train
-from fastanila.config import Settings
+from fastanila import compare, ergodicity, evaluate, files, sample, train
+from fastanila.cli import exits
+from fastanila.training import checkpoint, config
+from fastanila.training.settings import Settings
 
 COMMANDS = ("train", "sample", "evaluate", "compare", "ergodicity")
 TINY = dict(
@@ -128,7 +130,7 @@ def test_a_sample_that_is_a_folder_is_refused(home, tmp_path, capsys):
 
 def test_a_write_that_fails_names_the_file_and_not_the_temporary_one(tmp_path):
     with pytest.raises(OSError) as failed:
-        checkpoint.write_text(tmp_path / "none" / "a.json", "x")
+        files.write_text(tmp_path / "none" / "a.json", "x")
     assert failed.value.filename == str(tmp_path / "none" / "a.json")
 
 
@@ -208,6 +210,6 @@ def test_out_with_an_upper_case_ending(home, tmp_path):
 
 
 def test_command_knows_no_torch():
-    code = "import sys, fastanila.command\nsys.exit('torch' in sys.modules)"
+    code = "import sys, fastanila.cli.exits\nsys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert command.FAILED == 2
+    assert exits.FAILED == 2

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from fastanila import AdjustedAniLA, Langevin, TamedLangevin, compare, config, run_directory, runs, sample
+from fastanila import AdjustedAniLA, Langevin, TamedLangevin, compare, sample
 from fastanila.compare import Trial
-from fastanila.config import Settings
+from fastanila.training import build, config, run_directory
+from fastanila.training import run as run_training
+from fastanila.training import settings as settings_training
+from fastanila.training.settings import Settings
 
 
 def test_equal_gradients_and_equal_clip_levels():
     common = dict(data="rings", iterations=10)
-    of = {name: compare.settings_of(Trial(name, 7.0, 3), common) for name in config.names_of("sampler")}
+    of = {name: compare.settings_of(Trial(name, 7.0, 3), common) for name in settings_training.names_of("sampler")}
     steps = config.resolve(Settings(sampler="anila")).steps
     assert {name: s.steps for name, s in of.items()} == {
         "langevin": steps, "anila": steps, "tamed": steps, "gd": steps, "mala": steps - 1, "anila-mh": steps - 1,
@@ -24,7 +27,7 @@ def test_equal_gradients_and_equal_clip_levels():
     for name, s in of.items():
         assert s.sampler == name and s.seed == 3 and s.iterations == 10
     assert of["anila"].threshold == of["anila-mh"].threshold == 7.0
-    tamed = runs.build_sampler(of["tamed"], (-1.0, 1.0))
+    tamed = build.build_sampler(of["tamed"], (-1.0, 1.0))
     assert tamed._level == pytest.approx(7.0)
 
 
@@ -112,27 +115,27 @@ def test_a_diverged_run_is_a_line_of_the_table():
 
 def test_a_run_given_another_sampler(compared, tmp_path, capsys):
     out, _ = compared
-    run = runs.load(out / "langevin-seed1", "cpu")
-    assert runs.with_sampler(run, "langevin", step_size=0.5).sampler == Langevin(0.5)
-    other = runs.with_sampler(run, "anila-mh", threshold=3.0, norm="chain")
+    run = run_training.load(out / "langevin-seed1", "cpu")
+    assert run_training.with_sampler(run, "langevin", step_size=0.5).sampler == Langevin(0.5)
+    other = run_training.with_sampler(run, "anila-mh", threshold=3.0, norm="chain")
     assert other.sampler == AdjustedAniLA(3.0, run.settings.step_size, "chain") and other.energy is run.energy
-    assert isinstance(runs.with_sampler(other, "tamed").sampler, TamedLangevin)
+    assert isinstance(run_training.with_sampler(other, "tamed").sampler, TamedLangevin)
     cold = run._replace(settings=config.resolve(Settings(sampler="langevin", noise_scale=0.1, threshold=7.0)))
-    warm = runs.with_sampler(cold, "mala")
+    warm = run_training.with_sampler(cold, "mala")
     x = torch.randn(5, 2)
     torch.testing.assert_close(warm.energy(x), run.energy(x) / 0.01)
     with pytest.raises(ValueError, match=r"sampler must be one of langevin, .*, got 'nuts'"):
-        runs.with_sampler(run, "nuts")
+        run_training.with_sampler(run, "nuts")
     frozen = run._replace(settings=config.resolve(Settings(sampler="anila", refresh="update")))
-    assert runs.with_sampler(frozen, "anila", step_size=0.3).sampler.refresh == "update"
-    assert runs.with_sampler(cold, "tamed", step_size=0.25).sampler.threshold == pytest.approx(7.0 * 0.5)
+    assert run_training.with_sampler(frozen, "anila", step_size=0.3).sampler.refresh == "update"
+    assert run_training.with_sampler(cold, "tamed", step_size=0.25).sampler.threshold == pytest.approx(7.0 * 0.5)
     with pytest.raises(ValueError, match="norm is no setting of mala, which has step_size; got chain"):
-        runs.with_sampler(run, "mala", norm="chain")
+        run_training.with_sampler(run, "mala", norm="chain")
     still = run._replace(settings=config.resolve(Settings(sampler="langevin", noise_scale=0.0)))
     with pytest.raises(ValueError, match=r"noise_scale must be positive for sampler=mala, got 0\.0"):
-        runs.with_sampler(still, "mala")
+        run_training.with_sampler(still, "mala")
     with pytest.raises(ValueError, match="threshold must be positive or inf, got 0"):
-        runs.with_sampler(run, "anila", threshold=0)
+        run_training.with_sampler(run, "anila", threshold=0)
 
     common = [str(out / "langevin-seed1"), "--count", "20", "--no-fused", "--out", str(tmp_path / "s.npz")]
     for flags in ("mala --warm-up 5", "hmc --leapfrog-steps 3", "tamed --threshold 0.3", "gd"):

@@ -8,11 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from fastanila import AdjustedAniLA, AniLA, completion, data, draws, evaluate, reference, runs, sample
+from fastanila import AdjustedAniLA, AniLA, data, evaluate, generate, sample
 from fastanila import train as command
-from fastanila.config import Settings
-from fastanila.energies import ConvNet
-from fastanila.training import train
+from fastanila.data import completion
+from fastanila.evaluation import distances
+from fastanila.models import ConvNet, wrappers
+from fastanila.ops import reference
+from fastanila.training import build
+from fastanila.training import run as run_training
+from fastanila.training.loop import train
+from fastanila.training.settings import Settings
 
 
 def test_regions():
@@ -48,7 +53,7 @@ def test_states_hold_their_condition():
 def test_a_conditional_energy_has_a_score_where_chains_may_move():
     network = ConvNet(3, 8, 4)
     z = completion.state(torch.rand(3, 2, 8, 8), completion.region("blocks", 3, 8, seed=0, step=0))
-    energy = completion.ConditionalEnergy(network)
+    energy = wrappers.ConditionalEnergy(network)
     free = completion.free(z)
     assert torch.equal(energy(z), network(z))
     score, whole = (torch.func.grad(lambda x, f=f: f(x).sum())(z) for f in (energy, network))
@@ -61,7 +66,7 @@ def test_a_conditional_energy_has_a_score_where_chains_may_move():
 def test_known_pixels_never_move(sampler, compile):
     z = completion.state(torch.rand(3, 1, 8, 8), completion.region("blocks", 3, 8, seed=0, step=0))
     free = completion.free(z)
-    energy = completion.ConditionalEnergy(ConvNet(2, 8, 4))
+    energy = wrappers.ConditionalEnergy(ConvNet(2, 8, 4))
     out = sampler.run(energy, z, steps=5, seed=0, mask=free, compile=compile)
     assert torch.equal(out[~free], z[~free]) and not (out[free] == z[free]).all()
 
@@ -82,7 +87,7 @@ def test_errors_are_those_of_the_region():
     truth, done = rng.uniform(-1, 1, (3, 2, 4, 4)), rng.uniform(-1, 1, (3, 5, 2, 4, 4))
     missing = rng.uniform(size=(3, 1, 4, 4)) < 0.5
     squares = [((d - t)[:, m[0]] ** 2).mean() for t, m, ds in zip(truth, missing, done, strict=True) for d in ds]
-    mse, psnr = draws.errors(torch.tensor(truth), torch.tensor(missing), torch.tensor(done), (-1.0, 1.0))
+    mse, psnr = distances.errors(torch.tensor(truth), torch.tensor(missing), torch.tensor(done), (-1.0, 1.0))
     assert mse == pytest.approx(np.mean(squares))
     assert psnr == pytest.approx(np.mean([10 * math.log10(4 / s) for s in squares]))
 
@@ -128,7 +133,7 @@ def test_completion_trains_evaluates_and_samples(completing, tmp_path, capsys):
     rows = [json.loads(line) for line in (completing / "metrics.jsonl").read_text().splitlines()]
     assert {"reconstruction", "kl", "energy_proposals", "moved"} <= set(rows[-1])
     assert Image.open(completing / "figure.png").size[0] > 300
-    run = runs.load(completing)
+    run = run_training.load(completing)
     assert run.vae.conditional and run.chains.shape == (16, 2, 8, 8)
     assert set(run.chains[:, 1].unique().tolist()) == {0.0, 1.0}  # regions carry no data noise
     known = ~completion.free(run.chains)[:, :1]
@@ -139,7 +144,7 @@ def test_completion_trains_evaluates_and_samples(completing, tmp_path, capsys):
     for name in ("vae", "revised", "mean", "vae_average", "revised_average"):
         assert report[f"psnr_{name}"] > 0 and report[f"mse_{name}"] > 0
     assert report["mse_vae_average"] < report["mse_vae"]  # which any average of different completions has
-    found = draws.completions(run, runs.load_data(run.settings, "cpu"), 200, each=8, fused=False)
+    found = generate.completions(run, build.load_data(run.settings, "cpu"), 200, each=8, fused=False)
     inside = found.missing.expand_as(found.truth)
     for name, sets in (("vae", found.proposals), ("revised", found.completions)):
         spread = np.sqrt((sets.numpy().var(1, ddof=1)[inside.numpy()]).mean())
@@ -159,7 +164,7 @@ def test_completion_trains_evaluates_and_samples(completing, tmp_path, capsys):
     assert sample.main([str(completing), "--inpaint", "half", "--out", str(out)]) == 2
     assert capsys.readouterr().err == "error: mask must be blocks, which the run has learned to complete, got half\n"
     with pytest.raises(ValueError, match="draws no images but completes them"):
-        draws.sample(run, 4)
+        generate.sample(run, 4)
     with pytest.raises(ValueError, match="chains of completions have no common law"):
         evaluate.mixing(run)
     assert sample.main([str(completing), "--reconstruct", "--out", str(out)]) == 2

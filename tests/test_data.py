@@ -16,6 +16,7 @@ from scipy import integrate, stats
 from scipy.io import savemat
 
 from fastanila import data, noise
+from fastanila.data import images as images_data
 from fastanila.noise import Stream
 
 F64 = torch.float64
@@ -500,13 +501,15 @@ def test_copies_that_are_held_out_are_told(tmp_path):
 def test_a_fingerprint_tells_images_apart():
     images = make_images()
     same = make_images()
-    assert images.fingerprint == same.fingerprint and data.changes(images.fingerprint, same.fingerprint) == []
+    assert images.fingerprint == same.fingerprint and images_data.changes(images.fingerprint, same.fingerprint) == []
     assert json.loads(json.dumps(images.fingerprint)) == images.fingerprint
     more, other = make_images(held_out=8), make_images()
     other.train[3, 1, 1, 4] += 1
-    assert data.changes(images.fingerprint, more.fingerprint) == ["7 held-out images then, 8 now"]
-    assert data.changes(images.fingerprint, other.fingerprint) == ["as many training images, but not the same"]
-    assert data.changes(None, images.fingerprint) == data.changes(None, data.load("rings").fingerprint) == []
+    assert images_data.changes(images.fingerprint, more.fingerprint) == ["7 held-out images then, 8 now"]
+    assert images_data.changes(images.fingerprint, other.fingerprint) == ["as many training images, but not the same"]
+    assert (
+        images_data.changes(None, images.fingerprint) == images_data.changes(None, data.load("rings").fingerprint) == []
+    )
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:

@@ -15,7 +15,11 @@ import scipy.stats
 import torch
 from PIL import Image
 
-from fastanila import diagnostics, energies, evaluate, noise, runs, samplers, train
+from fastanila import evaluate, noise, train
+from fastanila.evaluation import diagnostics
+from fastanila.models import energies
+from fastanila.samplers import metropolis
+from fastanila.training import run as run_training
 
 needs_arviz = pytest.mark.skipif(importlib.util.find_spec("arviz") is None, reason="arviz is not installed")
 
@@ -204,7 +208,7 @@ def test_images_are_summarised_by_fixed_projections():
 
 
 def test_a_trace_in_blocks_is_the_run():
-    energy, sampler = energies.GaussianMixture(torch.zeros(1, 2)), samplers.MALA(step_size=1.5)
+    energy, sampler = energies.GaussianMixture(torch.zeros(1, 2)), metropolis.MALA(step_size=1.5)
     z = energy.sample(6, seed=1)
     accepted = []
     states = sampler.run(
@@ -241,7 +245,7 @@ def test_evaluate_chains(run_directory, capsys):
     assert chains["rhat"] > 1.05  # three updates in, from noise: far from settled
     assert Image.open(run_directory / "chains.png").size[0] > 800
     # 256 of the 320 chains, from where training left them, with noise that training has not used
-    run = runs.load(run_directory)
+    run = run_training.load(run_directory)
     z = run.chains[torch.arange(256) * 320 // 256]
     states = run.sampler.run(run.energy, z, steps=23, seed=0, step=15, keep_every=1, compile=False)
     expected = diagnostics.diagnose(diagnostics.summarise(run.energy, states).values)
@@ -272,20 +276,20 @@ def test_evaluate_chains_refuses_in_one_line(run_directory, monkeypatch, capsys)
 
 @needs_arviz
 def test_a_single_chain_is_refused(run_directory):
-    run = runs.load(run_directory)
+    run = run_training.load(run_directory)
     with pytest.raises(ValueError, match="at least 2 chains, and the run has 1"):
         evaluate.mixing(run._replace(chains=run.chains[:1]))
 
 
 @needs_arviz
 def test_chains_that_diverged_are_reported_as_null(run_directory, capsys, monkeypatch):
-    load = runs.load
+    load = run_training.load
 
     def broken(*arguments):
         run = load(*arguments)
         return run._replace(chains=torch.full_like(run.chains, math.nan))
 
-    monkeypatch.setattr(runs, "load", broken)
+    monkeypatch.setattr(run_training, "load", broken)
     assert evaluate.main([str(run_directory), "--chains", "--draws", "6", "--no-fused"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["chains"]["rhat"] is None and report["sw_chains"] is None and report["nll"] > 0

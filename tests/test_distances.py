@@ -8,7 +8,8 @@ import scipy.linalg
 import scipy.optimize
 import torch
 
-from fastanila import distances, noise
+from fastanila import noise
+from fastanila.evaluation import distances
 
 
 def randn(*shape, seed=0):

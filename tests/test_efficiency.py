@@ -10,9 +10,11 @@ import torch
 
 from bench import acceptance, chain_rows, efficiency, workloads
 from bench.row import OURS
-from fastanila import MALA, AniLA, Langevin, runs
-from fastanila.config import Settings, resolve
-from fastanila.energies import ConvNet
+from fastanila import MALA, AniLA, Langevin
+from fastanila.models import ConvNet
+from fastanila.training import run as run_training
+from fastanila.training.config import resolve
+from fastanila.training.settings import Settings
 
 CPU = torch.device("cpu")
 
@@ -129,7 +131,7 @@ def test_a_run_is_measured_at_its_temperature(tmp_path):
     torch.manual_seed(0)
     energy, settings = ConvNet(1, 8, 4).eval(), resolve(Settings(data="digits"))
     chains = torch.rand(8, 1, 8, 8) * 2 - 1
-    run = runs.Run(energy, AniLA(), chains, settings, iteration=3)
+    run = run_training.Run(energy, AniLA(), chains, settings, iteration=3)
     found = acceptance.measured(run, chains=8, settling=4, transitions=1, per_decade=1)
     assert found["temperature"] == settings.noise_scale**2
     with torch.no_grad():

@@ -7,9 +7,12 @@ import pytest
 import scipy.stats
 import torch
 
-from fastanila import AniLA, chains, completion, data, noise
-from fastanila.energies import MLP, Autocast, ConvNet, GaussianMixture, evaluator
-from fastanila.objectives import likelihood
+from fastanila import AniLA, data, noise
+from fastanila.models import MLP, ConvNet, GaussianMixture, wrappers
+from fastanila.models.score import evaluator
+from fastanila.models.wrappers import Autocast
+from fastanila.samplers import starts
+from fastanila.training.losses import likelihood
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -116,7 +119,7 @@ def test_training_finds_the_gaussian():
 
 
 def test_noise_start():
-    start = chains.NoiseStart(1000, (2,), (-3.0, 5.0), seed=0)
+    start = starts.NoiseStart(1000, (2,), (-3.0, 5.0), seed=0)
     z = start.draw(4)
     assert z.shape == (1000, 2) and z.min() >= -3 and z.max() <= 5 and abs(z.mean() - 1) < 0.3
     assert torch.equal(z, start.draw(4)) and not torch.isclose(z, start.draw(5)).any()
@@ -124,14 +127,14 @@ def test_noise_start():
 
 def test_data_start_draws_data_of_its_own():
     density = data.load("rings")
-    start = chains.DataStart(500, density, seed=0)
+    start = starts.DataStart(500, density, seed=0)
     z = start.draw(3)
     assert density.log_density(z).isfinite().all()
     assert not torch.isclose(z, density.draw(500, seed=0, step=3)).all(dim=1).any()
 
 
 def test_persistent_start_walks_the_population_and_restarts_a_fraction():
-    start = chains.PersistentStart(100, 400, (2,), (-1.0, 1.0), reinit=0.1, seed=0)
+    start = starts.PersistentStart(100, 400, (2,), (-1.0, 1.0), reinit=0.1, seed=0)
     before = start.chains.clone()
     restarted = 0
     for update in range(8):
@@ -149,14 +152,14 @@ def test_persistent_start_walks_the_population_and_restarts_a_fraction():
     assert (start.chains > 9).all() and before.abs().max() <= 1
     low, high = scipy.stats.binom(800, 0.1).ppf([5e-7, 1 - 5e-7])
     assert low <= restarted <= high
-    never = chains.PersistentStart(100, 100, (2,), (-1.0, 1.0), reinit=0.0, seed=0)
+    never = starts.PersistentStart(100, 100, (2,), (-1.0, 1.0), reinit=0.0, seed=0)
     assert torch.equal(never.draw(0), never.chains)
     with pytest.raises(ValueError, match=r"chains must be a multiple of batch_size \(100\), got 150"):
-        chains.PersistentStart(100, 150, (2,), (-1.0, 1.0), reinit=0.0, seed=0)
+        starts.PersistentStart(100, 150, (2,), (-1.0, 1.0), reinit=0.0, seed=0)
 
 
 def test_restarts_differ_from_the_starts():
-    start = chains.PersistentStart(10, 10, (2,), (-1.0, 1.0), reinit=1.0, seed=0)
+    start = starts.PersistentStart(10, 10, (2,), (-1.0, 1.0), reinit=1.0, seed=0)
     assert not torch.isclose(start.draw(0), start.chains).any()
 
 
@@ -165,7 +168,7 @@ def test_restarts_differ_from_the_starts():
     [
         (lambda: ConvNet(3, 9, 4, confinement=0.1), (5, 3, 9, 9)),
         (lambda: MLP(3, 8, features=4), (7, 3)),
-        (lambda: completion.ConditionalEnergy(ConvNet(2, 8, 4)), (3, 2, 8, 8)),
+        (lambda: wrappers.ConditionalEnergy(ConvNet(2, 8, 4)), (3, 2, 8, 8)),
     ],
     ids=["convnet", "mlp", "conditional"],
 )

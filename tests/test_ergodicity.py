@@ -12,10 +12,16 @@ import torch
 from scipy import sparse
 from scipy.special import ndtr
 
-from fastanila import data, ergodicity, markov, reference, runs, targets
-from fastanila.config import Settings
-from fastanila.energies import MLP
-from fastanila.samplers import HMC, MALA, SAMPLERS, AdjustedAniLA, AniLA, GradientDescent, Langevin, TamedLangevin
+from fastanila import data, ergodicity
+from fastanila.models import MLP
+from fastanila.ops import reference
+from fastanila.samplers import SAMPLERS
+from fastanila.samplers.hmc import HMC
+from fastanila.samplers.langevin import AniLA, GradientDescent, Langevin, TamedLangevin
+from fastanila.samplers.metropolis import MALA, AdjustedAniLA
+from fastanila.theory import conditions, markov, study, targets
+from fastanila.training import run as run_training
+from fastanila.training.settings import Settings
 
 NORMAL = targets.normal()
 
@@ -27,7 +33,7 @@ def kernel_of(sampler, target=NORMAL, resolution=300, box=None):
 
 def law_of(sampler, target=NORMAL, resolution=300, box=None):
     kernel, grid = kernel_of(sampler, target, resolution, box)
-    return markov.stationary(kernel.matrix), kernel, grid
+    return conditions.stationary(kernel.matrix), kernel, grid
 
 
 def mutant(drift=1.0, noise=1.0, step_size=0.5):
@@ -104,14 +110,14 @@ def test_what_leaves_the_box_goes_to_the_border_cells():
     sd = math.sqrt(1 - 0.05**2 / 12)
     np.testing.assert_allclose(matrix[:, -1], ndtr(-(0.95 - x / 2) / sd), rtol=1e-10)
     np.testing.assert_allclose(kernel.lost, ndtr(-(1 - x / 2) / sd) + ndtr((-1 - x / 2) / sd), rtol=1e-10)
-    law = markov.stationary(kernel.matrix)
+    law = conditions.stationary(kernel.matrix)
     assert law[0] > 5 * law[1]
 
 
 def test_what_leaves_the_box_is_rejected_by_an_adjusted_sampler():
     law, kernel, _ = law_of(MALA(1.0), resolution=100, box=((-1.0, 1.0),))
     assert (kernel.matrix.diagonal() >= kernel.lost).all() and kernel.lost.min() > 0.3
-    assert markov.total_variation(law, kernel.target) < 1e-6
+    assert conditions.total_variation(law, kernel.target) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -141,19 +147,19 @@ def test_a_target_must_be_finite_on_its_box():
 @pytest.mark.parametrize("eps", [0.1, 0.5, 1.0])
 def test_langevin_on_a_normal_has_its_known_law_and_rate(eps):
     law, kernel, grid = law_of(Langevin(eps))
-    assert ergodicity.variance(law, grid)[0] == pytest.approx(1 / (1 - eps / 4), abs=1e-5)
-    assert markov.geometric_rate(kernel.matrix) == pytest.approx(1 - eps / 2, abs=1e-6)
+    assert study.variance(law, grid)[0] == pytest.approx(1 / (1 - eps / 4), abs=1e-5)
+    assert conditions.geometric_rate(kernel.matrix) == pytest.approx(1 - eps / 2, abs=1e-6)
     exact = markov.normalised(-0.5 * (1 - eps / 4) * grid.centres[:, 0] ** 2)
-    assert markov.total_variation(law, exact) < 1e-5
+    assert conditions.total_variation(law, exact) < 1e-5
 
 
 @pytest.mark.parametrize("wrong", [{"drift": 1.02}, {"noise": 1.002}, {"noise": 0.998}])
 def test_the_law_or_the_rate_shows_a_step_that_is_slightly_wrong(wrong):
     law, kernel, grid = law_of(mutant(**wrong))
-    variance, rate = ergodicity.variance(law, grid)[0], markov.geometric_rate(kernel.matrix)
+    variance, rate = study.variance(law, grid)[0], conditions.geometric_rate(kernel.matrix)
     assert max(abs(variance - 1 / (1 - 0.5 / 4)), abs(rate - 0.75)) > 1e-3  # the test above allows 1e-5
     right, _, _ = law_of(mutant())
-    assert markov.total_variation(right, law_of(Langevin(0.5))[0]) < 1e-12
+    assert conditions.total_variation(right, law_of(Langevin(0.5))[0]) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -163,49 +169,49 @@ def test_the_law_or_the_rate_shows_a_step_that_is_slightly_wrong(wrong):
 def test_anila_on_a_normal_has_the_law_computed_elsewhere(eps, b, ratio, tv):
     """Against an independent quadrature on 2,001 points, to the digits that were kept of it."""
     law, kernel, grid = law_of(AniLA(float(b), float(eps)), resolution=800)
-    assert ergodicity.variance(law, grid)[0] == pytest.approx(ratio, abs=1e-3)
-    assert markov.total_variation(law, kernel.target) == pytest.approx(tv, abs=1e-3)
+    assert study.variance(law, grid)[0] == pytest.approx(ratio, abs=1e-3)
+    assert conditions.total_variation(law, kernel.target) == pytest.approx(tv, abs=1e-3)
 
 
 def test_langevin_in_the_plane_is_two_chains_on_the_line():
     eps, condition = 0.3, 4.0
     law, kernel, grid = law_of(Langevin(eps), targets.gaussian(condition), 40)
     known = [1 / (1 - eps / 4), 1 / (condition * (1 - condition * eps / 4))]
-    np.testing.assert_allclose(ergodicity.variance(law, grid), known, rtol=1e-3)
-    rate = markov.geometric_rate(kernel.matrix)  # 1,600 states: by Arnoldi's method
+    np.testing.assert_allclose(study.variance(law, grid), known, rtol=1e-3)
+    rate = conditions.geometric_rate(kernel.matrix)  # 1,600 states: by Arnoldi's method
     assert rate == pytest.approx(1 - eps / 2, abs=1e-4)
 
 
 def test_few_and_many_states_give_the_same(monkeypatch):
     kernel, _ = kernel_of(AniLA(1.0, 0.5), targets.skewed())
-    law, rate = markov.stationary(kernel.matrix), markov.geometric_rate(kernel.matrix)
-    monkeypatch.setattr(markov, "_DENSE", 10)
-    monkeypatch.setattr(markov, "_SOLVED", 10)
-    assert markov.total_variation(markov.stationary(kernel.matrix), law) < 1e-9
-    assert markov.geometric_rate(kernel.matrix) == pytest.approx(rate, abs=1e-9)
+    law, rate = conditions.stationary(kernel.matrix), conditions.geometric_rate(kernel.matrix)
+    monkeypatch.setattr(conditions, "_DENSE", 10)
+    monkeypatch.setattr(conditions, "_SOLVED", 10)
+    assert conditions.total_variation(conditions.stationary(kernel.matrix), law) < 1e-9
+    assert conditions.geometric_rate(kernel.matrix) == pytest.approx(rate, abs=1e-9)
 
 
 def test_a_chain_of_two_states_has_known_numbers():
     a, b = 0.3, 0.1
     matrix = dense([[1 - a, a], [b, 1 - b]])
-    law = markov.stationary(matrix)
+    law = conditions.stationary(matrix)
     np.testing.assert_allclose(law, [b / (a + b), a / (a + b)])
-    assert markov.geometric_rate(matrix) == pytest.approx(1 - a - b)
-    found = markov.distances(matrix, 0, law)
+    assert conditions.geometric_rate(matrix) == pytest.approx(1 - a - b)
+    found = conditions.distances(matrix, 0, law)
     np.testing.assert_allclose(found, law[1] * (1 - a - b) ** np.arange(len(found)), atol=1e-12)
     assert found[-1] <= 1e-6 < found[-2]
-    assert markov.bound_constant(found, 1 - a - b) == pytest.approx(law[1])
-    assert len(markov.distances(matrix, 0, law, most=3)) == 4
+    assert conditions.bound_constant(found, 1 - a - b) == pytest.approx(law[1])
+    assert len(conditions.distances(matrix, 0, law, most=3)) == 4
 
 
 def test_a_chain_with_several_laws_is_refused():
     with pytest.raises(RuntimeError, match="stationary law"):
-        markov.stationary(dense([[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0.5, 0.5]]))
+        conditions.stationary(dense([[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0.5, 0.5]]))
 
 
 def test_the_tail_start_leaves_out_the_least_likely():
     target = np.array([0.2, 0.5, 0.00004, 0.29986, 0.0001])
-    assert [markov.tail_cell(target, mass) for mass in (1e-5, 1e-4, 2e-4, 0.4)] == [2, 4, 0, 3]
+    assert [conditions.tail_cell(target, mass) for mass in (1e-5, 1e-4, 2e-4, 0.4)] == [2, 4, 0, 3]
 
 
 # ------------------------------------------------------------------------------------------------- small-step laws
@@ -216,7 +222,7 @@ def small_step_error(sampler, target, resolution, law_as):
     coarse, kernel, _ = law_of(sampler, target, resolution)
     fine, _, _ = law_of(dataclasses.replace(sampler, step_size=sampler.step_size / 2), target, resolution)
     closed = markov.normalised(kernel.log_target + law_as(kernel))
-    return markov.total_variation(2 * fine - coarse, closed)
+    return conditions.total_variation(2 * fine - coarse, closed)
 
 
 def clipped_by(norm, b=1.0):
@@ -259,13 +265,13 @@ def test_which_small_step_laws_are_known():
         found, target = law(sampler)
         assert (found == target).all()
     found, target = law(AniLA(1.0, 0.5, norm="chain"), targets.correlated())
-    assert markov.total_variation(found, target) > 0.05
+    assert conditions.total_variation(found, target) > 0.05
 
 
 def test_noise_scale_is_a_temperature():
     law, kernel, grid = law_of(Langevin(0.1, noise_scale=0.5))
-    assert ergodicity.variance(kernel.target, grid)[0] == pytest.approx(0.25, abs=1e-6)
-    assert ergodicity.variance(law, grid)[0] == pytest.approx(0.25 / (1 - 0.1 / 4), abs=1e-5)
+    assert study.variance(kernel.target, grid)[0] == pytest.approx(0.25, abs=1e-6)
+    assert study.variance(law, grid)[0] == pytest.approx(0.25 / (1 - 0.1 / 4), abs=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- adjusted samplers
@@ -284,10 +290,10 @@ ADJUSTED = [MALA(0.5), AdjustedAniLA(1.0, 0.5)]
 @pytest.mark.parametrize("target", [NORMAL, targets.skewed()], ids=lambda t: t.name)
 def test_an_adjusted_sampler_has_the_target_for_its_law(sampler, target):
     law, kernel, _ = law_of(sampler, target, 300)
-    assert markov.total_variation(law, kernel.target) < 1e-5
+    assert conditions.total_variation(law, kernel.target) < 1e-5
     assert asymmetry(kernel) < 1e-5
     unadjusted = {MALA: Langevin(0.5), AdjustedAniLA: AniLA(1.0, 0.5)}[type(sampler)]
-    assert markov.total_variation(law_of(unadjusted, target, 300)[0], kernel.target) > 0.03
+    assert conditions.total_variation(law_of(unadjusted, target, 300)[0], kernel.target) > 0.03
 
 
 @pytest.mark.parametrize("norm", ["element", "channel", "chain"])
@@ -297,9 +303,9 @@ def test_adjusted_anila_has_the_target_for_its_law_in_the_plane(norm):
         dataclasses.replace(targets.correlated(0.5), box=((-4.0, 4.0),) * 2),
     )
     law, kernel, _ = law_of(sampler, target, 32)
-    assert markov.total_variation(law, kernel.target) < 2e-3
+    assert conditions.total_variation(law, kernel.target) < 2e-3
     unadjusted, _, _ = law_of(AniLA(1.5, 0.5, norm=norm), target, 32)
-    assert markov.total_variation(unadjusted, kernel.target) > 0.03
+    assert conditions.total_variation(unadjusted, kernel.target) > 0.03
 
 
 @pytest.mark.parametrize("sampler", ADJUSTED, ids=repr)
@@ -336,18 +342,18 @@ MUTANTS = [without_gains, stale, inverted, without_proposals]
 def test_a_wrong_acceptance_ratio_shows_in_the_law(wrong, target, monkeypatch):
     monkeypatch.setattr(reference, "log_accept", wrong)
     law, kernel, _ = law_of(AdjustedAniLA(1.0, 0.5), target, 300)
-    assert markov.total_variation(law, kernel.target) > 1e-2  # where the right one gives less than 1e-5
+    assert conditions.total_variation(law, kernel.target) > 1e-2  # where the right one gives less than 1e-5
     assert asymmetry(kernel) > 1e-3
 
 
 def test_mala_is_not_geometrically_ergodic_in_a_light_tail():
     rates = [
-        markov.geometric_rate(kernel_of(MALA(0.5), targets.skewed(), 200, box=((-15.0, high),))[0].matrix)
+        conditions.geometric_rate(kernel_of(MALA(0.5), targets.skewed(), 200, box=((-15.0, high),))[0].matrix)
         for high in (2.0, 3.5, 5.0)
     ]
     assert rates[0] < 0.97 and rates[2] > 1 - 1e-9 and rates == sorted(rates)
     bounded, _ = kernel_of(AdjustedAniLA(1.0, 0.5), targets.skewed(), 400, box=((-15.0, 5.0),))
-    assert markov.geometric_rate(bounded.matrix) < 0.97
+    assert conditions.geometric_rate(bounded.matrix) < 0.97
 
 
 # ------------------------------------------------------------------------------------------------------- conditions
@@ -367,8 +373,8 @@ def test_the_drift_condition_of_a_normal_is_known(sampler, beta):
     gain = 1.0 if isinstance(sampler, Langevin) else 1 / np.maximum(1, x)
     v = np.exp(beta * x**2 / 2)
     after = expected_v(x * (1 - 0.25 * gain), 0.5 * gain, beta)
-    ball = markov.Ball(np.zeros(1), 2.0)
-    found = markov.drift(kernel, grid, ball, beta)
+    ball = conditions.Ball(np.zeros(1), 2.0)
+    found = conditions.drift(kernel, grid, ball, beta)
     judged = x <= found.judged_to
     rate = (after / v)[(x > 2) & judged].max()
     assert found.judged_to > 4 and rate < 1
@@ -382,39 +388,39 @@ def test_the_drift_condition_of_a_normal_is_known(sampler, beta):
 
 def test_the_drift_condition_fails_on_a_ball_that_is_too_small():
     kernel, grid = kernel_of(Langevin(0.5))
-    found = markov.drift(kernel, grid, markov.Ball(np.zeros(1), 0.5), 0.25)
+    found = conditions.drift(kernel, grid, conditions.Ball(np.zeros(1), 0.5), 0.25)
     assert found.rate > 1 and found.kappa < 0.1 and abs(found.worst[0]) < 0.6
-    assert markov.drift(kernel, grid, markov.Ball(np.zeros(1), 1.01 * found.least_radius), 0.25).rate < 1
+    assert conditions.drift(kernel, grid, conditions.Ball(np.zeros(1), 1.01 * found.least_radius), 0.25).rate < 1
 
 
 def test_a_coarse_cell_is_not_judged():
     kernel, grid = kernel_of(AniLA(1.0, 0.03), resolution=100)
-    ball = markov.Ball(np.zeros(1), 2.0)
-    found = markov.drift(kernel, grid, ball, 0.5)
+    ball = conditions.Ball(np.zeros(1), 2.0)
+    found = conditions.drift(kernel, grid, ball, 0.5)
     edge = np.abs(grid.centres[~kernel.coarse]).max()
     assert found.judged_to == edge < 4 and found.rate < 1
-    widened = markov.drift(kernel._replace(coarse=np.zeros(100, bool)), grid, ball, 0.5)
+    widened = conditions.drift(kernel._replace(coarse=np.zeros(100, bool)), grid, ball, 0.5)
     assert widened.rate > 1.02  # what the proposals that the grid widens would give
 
 
 def test_an_infinite_expectation_is_not_judged():
     kernel, grid = kernel_of(Langevin(1.0))
-    ball = markov.Ball(np.zeros(1), 1.0)
-    assert markov.drift(kernel, grid, ball, 1.1) is None  # beta eps > 1: E exp(beta y**2 / 2) is infinite
-    assert markov.drift(kernel, grid, ball, 0.5) is not None
-    assert markov.drift(kernel, grid, markov.Ball(np.zeros(1), 20.0), 0.5) is None
+    ball = conditions.Ball(np.zeros(1), 1.0)
+    assert conditions.drift(kernel, grid, ball, 1.1) is None  # beta eps > 1: E exp(beta y**2 / 2) is infinite
+    assert conditions.drift(kernel, grid, ball, 0.5) is not None
+    assert conditions.drift(kernel, grid, conditions.Ball(np.zeros(1), 20.0), 0.5) is None
     with pytest.raises(ValueError, match="beta"):
-        markov.drift(kernel, grid, ball, 50.0)
+        conditions.drift(kernel, grid, ball, 50.0)
 
 
 def test_the_minorisation_of_two_states_is_known():
     a, b = 0.3, 0.1
     matrix, both = dense([[1 - a, a], [b, 1 - b]]), np.array([True, True])
-    found = markov.minorisation(matrix, both, 3)
+    found = conditions.minorisation(matrix, both, 3)
     assert list(found) == [1, 2, 4, 8]
     for m, constant in found.items():
         assert constant == pytest.approx(1 - (1 - a - b) ** m)
-    assert markov.minorisation(matrix, np.array([True, False]), 1) == pytest.approx({1: 1, 2: 1})
+    assert conditions.minorisation(matrix, np.array([True, False]), 1) == pytest.approx({1: 1, 2: 1})
 
 
 @pytest.mark.parametrize("radius", [1.0, 2.0])
@@ -423,18 +429,18 @@ def test_the_minorisation_of_langevin_on_a_normal_is_known(radius):
     kernel, grid = kernel_of(Langevin(0.5), resolution=800)
     within = np.abs(grid.centres[:, 0]) <= radius
     end = np.abs(grid.centres[within]).max()
-    for m, constant in markov.minorisation(kernel.matrix, within, 3).items():
+    for m, constant in conditions.minorisation(kernel.matrix, within, 3).items():
         mean, variance = 0.75**m * end, 0.5 * (1 - 0.75 ** (2 * m)) / (1 - 0.75**2)
         assert constant == pytest.approx(2 * ndtr(-mean / math.sqrt(variance)), rel=1e-3)
-    larger = markov.minorisation(kernel.matrix, np.abs(grid.centres[:, 0]) <= radius + 0.1, 0)[1]
-    assert larger < 0.9 * markov.minorisation(kernel.matrix, within, 0)[1]
+    larger = conditions.minorisation(kernel.matrix, np.abs(grid.centres[:, 0]) <= radius + 0.1, 0)[1]
+    assert larger < 0.9 * conditions.minorisation(kernel.matrix, within, 0)[1]
 
 
 def test_the_ball_holds_the_mass_it_should():
     for target, mass, radius in ((NORMAL, 0.95, 1.96), (targets.gaussian(), 0.5, math.sqrt(2 * math.log(2)))):
         grid = markov.cells(target.box, 300)
         law = markov.normalised(-target.energy(torch.from_numpy(grid.centres)).numpy())
-        ball = markov.mass_ball(law, grid.centres, law @ grid.centres, mass)
+        ball = conditions.mass_ball(law, grid.centres, law @ grid.centres, mass)
         assert ball.radius == pytest.approx(radius, abs=0.05)
         assert law[ball.holds(grid.centres)].sum() == pytest.approx(mass, abs=0.02)
 
@@ -458,7 +464,7 @@ def test_a_target_has_its_known_moments(name, parameter, mean, variance):
     target = targets.load(name, parameter)
     kernel, grid = kernel_of(Langevin(0.1), target, 400 if len(target.box) == 1 else 64)
     np.testing.assert_allclose(kernel.target @ grid.centres, mean, atol=1e-3)
-    np.testing.assert_allclose(ergodicity.variance(kernel.target, grid), variance, rtol=1e-3)
+    np.testing.assert_allclose(study.variance(kernel.target, grid), variance, rtol=1e-3)
     assert kernel.target[grid.border].sum() < 1e-6
     if name == "correlated":
         assert kernel.target @ grid.centres.prod(1) == pytest.approx(0.7, abs=1e-3)
@@ -498,12 +504,12 @@ def a_run(sampler, shape=(4, 2)):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         energy = MLP(2, width=16, depth=1, confinement=4.0)
-    return runs.Run(energy, sampler, torch.zeros(shape), Settings(data="rings"), 10)
+    return run_training.Run(energy, sampler, torch.zeros(shape), Settings(data="rings"), 10)
 
 
 def test_a_learned_energy_is_a_target():
     run = a_run(AniLA(1.0, 0.1))
-    target = targets.learned(run)
+    target = study.learned(run)
     assert target.box == ((-6.25, 6.25),) * 2
     x = torch.randn(5, 2, dtype=torch.float64)
     assert target.energy(x).dtype == torch.float64
@@ -515,9 +521,9 @@ def test_a_learned_energy_is_a_target():
 
 
 def test_a_clamped_run_lives_in_its_bounds_and_images_have_no_grid():
-    assert targets.learned(a_run(AniLA(1.0, 0.1, bounds=(-5, 5)))).box == ((-5.0, 5.0),) * 2
+    assert study.learned(a_run(AniLA(1.0, 0.1, bounds=(-5, 5)))).box == ((-5.0, 5.0),) * 2
     with pytest.raises(ValueError, match="two dimensions"):
-        targets.learned(a_run(Langevin(0.1), (4, 3, 8, 8)))
+        study.learned(a_run(Langevin(0.1), (4, 3, 8, 8)))
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -543,13 +549,13 @@ def test_a_family_is_as_slow_as_its_slowest_member(tmp_path, capsys):
 
 def test_a_ball_too_small_for_the_drift_condition_is_widened():
     target, sampler = targets.correlated(0.6), AniLA(1.0, 0.5, norm="chain")
-    results = [ergodicity.analyse(ergodicity.Member(target, None, sampler), 40)]
+    results = [study.analyse(study.Member(target, None, sampler), 40)]
     grid, kernel = results[0].grid, results[0].kernel
-    least = markov.mass_ball(kernel.target, grid.centres, np.zeros(2))
-    assert markov.drift(kernel, grid, least, 0.25).rate > 1
-    wide = ergodicity.common_ball(results, 0.25, None)
-    assert wide.radius > least.radius and markov.drift(kernel, grid, wide, 0.25).rate < 1
-    assert ergodicity.common_ball(results, 0.25, 0.5).radius == 0.5
+    least = conditions.mass_ball(kernel.target, grid.centres, np.zeros(2))
+    assert conditions.drift(kernel, grid, least, 0.25).rate > 1
+    wide = study.common_ball(results, 0.25, None)
+    assert wide.radius > least.radius and conditions.drift(kernel, grid, wide, 0.25).rate < 1
+    assert study.common_ball(results, 0.25, 0.5).radius == 0.5
 
 
 def test_a_condition_that_fails_is_said_to(capsys):
@@ -558,7 +564,7 @@ def test_a_condition_that_fails_is_said_to(capsys):
 
 
 def test_the_command_takes_a_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "load", lambda directory, device: a_run(AniLA(3.0, 0.3)))
+    monkeypatch.setattr(run_training, "load", lambda directory, device: a_run(AniLA(3.0, 0.3)))
     arguments = [
         "--run",
         "somewhere",
@@ -604,7 +610,7 @@ def test_bad_arguments_end_with_a_reason(arguments, message, capsys):
 
 
 def test_the_table_shows_which_biases_vanish():
-    lines = ergodicity.table(step_sizes=(0.5, 0.05), thresholds=(1.0,), resolution=700).splitlines()
+    lines = study.table(step_sizes=(0.5, 0.05), thresholds=(1.0,), resolution=700).splitlines()
     assert lines[0] == "| target | sampler | b | eps = 0.5 | eps = 0.05 | eps -> 0 |"
     rows = {tuple(row[:2]): row[3:] for row in ([c.strip() for c in line.split("|")[1:-1]] for line in lines[2:])}
     assert len(rows) == 10

@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 from torch.distributions import MultivariateNormal
 
-from fastanila import distances, exact
+from fastanila.evaluation import distances, plane, quadrature
 
 
 class Gaussian:
@@ -39,15 +39,15 @@ def gaussian(mean, covariance):
 
 A, ENERGY_A = gaussian([0.2, -0.3], [[0.8, 0.3], [0.3, 0.5]])
 B, ENERGY_B = gaussian([-0.1, 0.4], [[0.6, -0.1], [-0.1, 0.9]])
-CELLS = exact.grid((-7.0, 7.0), 300)
+CELLS = quadrature.grid((-7.0, 7.0), 300)
 
 
 def test_grid_covers_the_box_with_x_first():
-    cells = exact.grid((-1.0, 2.0), 3)
+    cells = quadrature.grid((-1.0, 2.0), 3)
     assert cells.cell_area == 1.0 and cells.points.dtype == torch.float64
     assert cells.points.view(3, 3, 2)[0, 2].tolist() == [-0.5, 1.5]
     with pytest.raises(ValueError, match="box"):
-        exact.grid((1.0, 1.0))
+        quadrature.grid((1.0, 1.0))
 
 
 def test_the_energy_sees_float32_batches_without_a_graph():
@@ -58,8 +58,8 @@ def test_the_energy_sees_float32_batches_without_a_graph():
         seen.append((len(x), x.dtype))
         return weight * x.square().sum(1)
 
-    cells = exact.grid((-1.0, 1.0), 10)
-    u = exact.energy_on_grid(energy, cells, batch=64)
+    cells = quadrature.grid((-1.0, 1.0), 10)
+    u = quadrature.energy_on_grid(energy, cells, batch=64)
     assert seen == [(64, torch.float32), (36, torch.float32)]
     assert u.dtype == torch.float64 and u.shape == (100,) and not u.requires_grad
 
@@ -69,48 +69,50 @@ def test_log_normalizer_and_entropy_of_a_gaussian(s):
     def energy(x):
         return 0.5 * x.double().square().sum(1) / s**2
 
-    cells = exact.grid((-8 * s, 8 * s), 200)
-    assert exact.log_normalizer(energy, cells) == pytest.approx(math.log(2 * math.pi * s**2), abs=1e-6)
-    log_p = exact.model_log_density(energy, cells)
-    assert exact.entropy(log_p, cells) == pytest.approx(1 + math.log(2 * math.pi * s**2), abs=1e-6)
+    cells = quadrature.grid((-8 * s, 8 * s), 200)
+    assert quadrature.log_normalizer(energy, cells) == pytest.approx(math.log(2 * math.pi * s**2), abs=1e-6)
+    log_p = quadrature.model_log_density(energy, cells)
+    assert quadrature.entropy(log_p, cells) == pytest.approx(1 + math.log(2 * math.pi * s**2), abs=1e-6)
 
 
 def test_kl_and_cross_entropy_of_two_gaussians():
-    p, q = (exact.model_log_density(e, CELLS) for e in (ENERGY_A, ENERGY_B))
+    p, q = (quadrature.model_log_density(e, CELLS) for e in (ENERGY_A, ENERGY_B))
     true = torch.distributions.kl_divergence(A, B).item()
-    assert exact.kl(p, q, CELLS) == pytest.approx(true, abs=1e-6)
-    assert exact.cross_entropy(p, q, CELLS) == pytest.approx(true + A.entropy().item(), abs=1e-6)
-    assert exact.kl(p, p, CELLS) == 0.0
+    assert quadrature.kl(p, q, CELLS) == pytest.approx(true, abs=1e-6)
+    assert quadrature.cross_entropy(p, q, CELLS) == pytest.approx(true + A.entropy().item(), abs=1e-6)
+    assert quadrature.kl(p, p, CELLS) == 0.0
 
 
 @pytest.mark.parametrize("distance", [0.1, 1.0, 3.0])
 def test_total_variation_of_shifted_gaussians(distance):
-    cells = exact.grid((-8.0, 8.0), 400)
+    cells = quadrature.grid((-8.0, 8.0), 400)
     p, q = (
-        exact.model_log_density(lambda x, m=m: 0.5 * (x.double() - torch.tensor([m, 0.0])).square().sum(1), cells)
+        quadrature.model_log_density(lambda x, m=m: 0.5 * (x.double() - torch.tensor([m, 0.0])).square().sum(1), cells)
         for m in (-distance / 2, distance / 2)
     )
     true = math.erf(distance / 2 / math.sqrt(2))  # 2 Phi(d / 2) - 1
-    assert exact.total_variation(p, q, cells) == pytest.approx(true, abs=2e-4)  # |p - q| has a kink: O(1 / n**2)
+    assert quadrature.total_variation(p, q, cells) == pytest.approx(true, abs=2e-4)  # |p - q| has a kink: O(1 / n**2)
 
 
 def test_total_variation_of_disjoint_densities_is_one():
     log_p = torch.full((CELLS.n**2,), -math.inf, dtype=torch.float64)
     log_q = log_p.clone()
     log_p[0], log_q[1] = (-math.log(CELLS.cell_area),) * 2
-    assert exact.total_variation(log_p, log_q, CELLS) == pytest.approx(1)
-    assert exact.kl(log_p, log_q, CELLS) == math.inf
-    assert exact.entropy(log_p, CELLS) == pytest.approx(math.log(CELLS.cell_area))  # one cell, and no 0 * inf
+    assert quadrature.total_variation(log_p, log_q, CELLS) == pytest.approx(1)
+    assert quadrature.kl(log_p, log_q, CELLS) == math.inf
+    assert quadrature.entropy(log_p, CELLS) == pytest.approx(math.log(CELLS.cell_area))  # one cell, and no 0 * inf
 
 
 def test_a_smooth_integral_converges_faster_than_a_kinked_one():
-    smooth = [exact.log_normalizer(ENERGY_A, exact.grid((-7.0, 7.0), n)) for n in (10, 30)]
+    smooth = [quadrature.log_normalizer(ENERGY_A, quadrature.grid((-7.0, 7.0), n)) for n in (10, 30)]
     assert abs(smooth[0]) > 1e-4 and abs(smooth[1]) < 1e-6
 
     def cone(x):
         return x.double().norm(dim=1)  # the integral of exp(-|x|) over the plane is 2 pi
 
-    errors = [exact.log_normalizer(cone, exact.grid((-30.0, 30.0), n)) - math.log(2 * math.pi) for n in (200, 400)]
+    errors = [
+        quadrature.log_normalizer(cone, quadrature.grid((-30.0, 30.0), n)) - math.log(2 * math.pi) for n in (200, 400)
+    ]
     assert 0 < abs(errors[1]) < abs(errors[0]) / 3.5
 
 
@@ -118,19 +120,19 @@ def test_a_mixture_is_normalised_whatever_its_weights():
     def energy(x):
         return -torch.logsumexp(torch.stack([math.log(0.3) - ENERGY_A(x), math.log(0.7) - ENERGY_B(x)]), 0)
 
-    assert exact.log_normalizer(energy, CELLS) == pytest.approx(0, abs=1e-6)
-    log_p = exact.model_log_density(energy, CELLS)
+    assert quadrature.log_normalizer(energy, CELLS) == pytest.approx(0, abs=1e-6)
+    log_p = quadrature.model_log_density(energy, CELLS)
     assert log_p.exp().sum().item() * CELLS.cell_area == pytest.approx(1, abs=1e-12)
     assert (log_p + energy(CELLS.points)).abs().max() < 1e-4  # the energy saw float32 points
 
 
 def test_a_constant_changes_nothing_but_log_z():
-    shifted = exact.model_log_density(lambda x: ENERGY_A(x) + 7.5, CELLS)
-    assert torch.allclose(shifted, exact.model_log_density(ENERGY_A, CELLS), atol=1e-12, rtol=0)
-    moved = exact.log_normalizer(lambda x: ENERGY_A(x) + 7.5, CELLS) - exact.log_normalizer(ENERGY_A, CELLS)
+    shifted = quadrature.model_log_density(lambda x: ENERGY_A(x) + 7.5, CELLS)
+    assert torch.allclose(shifted, quadrature.model_log_density(ENERGY_A, CELLS), atol=1e-12, rtol=0)
+    moved = quadrature.log_normalizer(lambda x: ENERGY_A(x) + 7.5, CELLS) - quadrature.log_normalizer(ENERGY_A, CELLS)
     assert moved == pytest.approx(-7.5, abs=1e-12)
     density = Gaussian()
-    plain, other = (exact.evaluate(lambda x, c=c: ENERGY_A(x) + c, density, resolution=80) for c in (0.0, -1000.0))
+    plain, other = (plane.evaluate(lambda x, c=c: ENERGY_A(x) + c, density, resolution=80) for c in (0.0, -1000.0))
     assert plain == pytest.approx(other, abs=1e-9)
 
 
@@ -138,41 +140,43 @@ def test_infinite_energies_are_no_mass_and_nan_is_seen():
     def half(x):
         return torch.where(x[:, 0] > 0, ENERGY_A(x), math.inf)
 
-    p = exact.model_log_density(half, CELLS)
-    assert math.isfinite(exact.entropy(p, CELLS)) and exact.total_variation(p, p, CELLS) == 0
-    assert exact.kl(exact.model_log_density(ENERGY_A, CELLS), p, CELLS) == math.inf
-    broken = exact.evaluate(lambda x: x[:, 0] * math.nan, Gaussian(), resolution=20)
+    p = quadrature.model_log_density(half, CELLS)
+    assert math.isfinite(quadrature.entropy(p, CELLS)) and quadrature.total_variation(p, p, CELLS) == 0
+    assert quadrature.kl(quadrature.model_log_density(ENERGY_A, CELLS), p, CELLS) == math.inf
+    broken = plane.evaluate(lambda x: x[:, 0] * math.nan, Gaussian(), resolution=20)
     assert math.isnan(broken["nll"]) and math.isnan(broken["tv"])
 
 
 def test_held_out_nll():
     s, density = 0.8, Gaussian(0.5)
-    cells = exact.grid((-6.0, 6.0), 200)
-    nll = exact.held_out_nll(lambda x: 0.5 * x.double().square().sum(1) / s**2, density, cells)
+    cells = quadrature.grid((-6.0, 6.0), 200)
+    nll = quadrature.held_out_nll(lambda x: 0.5 * x.double().square().sum(1) / s**2, density, cells)
     assert nll == pytest.approx(math.log(2 * math.pi * s**2) + 0.5**2 / s**2, abs=1e-6)
 
 
 def test_the_estimate_from_draws_has_the_stated_error():
     samples = 1_000_000
-    cells = exact.grid((-4.0, 4.0), 200)
-    true = exact.data_log_density(Gaussian(), cells)
-    estimate = exact.data_log_density(Gaussian(closed=False), cells, samples=samples)
+    cells = quadrature.grid((-4.0, 4.0), 200)
+    true = quadrature.data_log_density(Gaussian(), cells)
+    estimate = quadrature.data_log_density(Gaussian(closed=False), cells, samples=samples)
     # The stated bound is on the mean with C cells; C = those within 4.5 standard deviations holds 0.99996 of the
     # mass. The TV of 1e6 draws moves by less than sqrt(ln(1e6) / 2 / samples) = 0.003 but once in 1e6 (McDiarmid).
     occupied = (cells.points.norm(dim=1) < 4.5 * 0.5).sum().item()
     bound = math.sqrt(2 * occupied / (math.pi * samples)) / 3
-    tv = exact.total_variation(true, estimate, cells)
+    tv = quadrature.total_variation(true, estimate, cells)
     assert bound / 10 < tv < bound + 0.003
     # a cell's blur adds h**2 / 6 to each variance: h**2 / (6 s**2) to the entropy; the draws' own is 1 / sqrt(samples)
     blur = 0.04**2 / (6 * 0.5**2)
     bias = 2 * occupied / (9 * samples)
-    error = exact.entropy(estimate, cells) - exact.entropy(true, cells)
+    error = quadrature.entropy(estimate, cells) - quadrature.entropy(true, cells)
     assert -bias - 0.005 < error < blur + 0.005
 
     def energy(x):
         return 0.5 * x.double().square().sum(1)
 
-    plain, drawn = (exact.cross_entropy(p, exact.model_log_density(energy, cells), cells) for p in (true, estimate))
+    plain, drawn = (
+        quadrature.cross_entropy(p, quadrature.model_log_density(energy, cells), cells) for p in (true, estimate)
+    )
     # U has variance s**4 under the data: 4.9 standard deviations are crossed once in 1e6
     assert abs(drawn - plain) < 0.04**2 / 6 + 4.9 * 0.5**2 / math.sqrt(samples)
 
@@ -180,40 +184,40 @@ def test_the_estimate_from_draws_has_the_stated_error():
 def test_histogram_counts_the_edges_and_what_is_lost():
     box = (-1.0, 1.0)
     samples = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [-0.5, 0.5], [1.1, 0.0], [math.nan, 0.0]])
-    counts = exact.histogram(samples, box, 2) * 5
+    counts = plane.histogram(samples, box, 2) * 5
     assert counts.tolist() == [[1, 1], [0, 1]]
-    inside = exact.histogram(samples[:3], box, 2)
+    inside = plane.histogram(samples[:3], box, 2)
     assert inside.sum() == 1 and inside.dtype == torch.float64
-    assert exact.histogram_tv(inside, exact.histogram(samples, box, 2)) == pytest.approx(0.4)
-    outside = exact.histogram(torch.full((7, 2), 3.0), box, 2)
-    assert exact.histogram_tv(inside, outside) == 1 and exact.histogram_tv(outside, outside) == 0
+    assert plane.histogram_tv(inside, plane.histogram(samples, box, 2)) == pytest.approx(0.4)
+    outside = plane.histogram(torch.full((7, 2), 3.0), box, 2)
+    assert plane.histogram_tv(inside, outside) == 1 and plane.histogram_tv(outside, outside) == 0
     with pytest.raises(ValueError, match="samples"):
-        exact.histogram(torch.empty(0, 2), box, 2)
+        plane.histogram(torch.empty(0, 2), box, 2)
 
 
 def test_the_masses_of_bins_that_cut_cells():
     # of a Gaussian whose two axes differ, by its distribution function
-    cells = exact.grid((-7.0, 7.0), 400)
+    cells = quadrature.grid((-7.0, 7.0), 400)
     _, energy = gaussian([0.5, -1.0], [[0.8, 0.0], [0.0, 1.5]])
     edges = np.linspace(-3.0, 2.0, 8)
     x, y = (np.diff(scipy.stats.norm.cdf(edges, m, math.sqrt(v))) for m, v in ((0.5, 0.8), (-1.0, 1.5)))
-    found = exact.bin_masses(exact.model_log_density(energy, cells), cells, (-3.0, 2.0), 7)
+    found = plane.bin_masses(quadrature.model_log_density(energy, cells), cells, (-3.0, 2.0), 7)
     assert found.shape == (7, 7) and found.dtype == torch.float64
     assert np.abs(found.numpy() - np.outer(x, y)).max() < 1e-5
     # a uniform density, of which every bin has what it covers, also where it reaches out of the square
-    flat = exact.model_log_density(lambda x: 0 * x[:, 0], exact.grid((0.0, 1.0), 5))
-    found = exact.bin_masses(flat, exact.grid((0.0, 1.0), 5), (-0.5, 1.0), 3)
+    flat = quadrature.model_log_density(lambda x: 0 * x[:, 0], quadrature.grid((0.0, 1.0), 5))
+    found = plane.bin_masses(flat, quadrature.grid((0.0, 1.0), 5), (-0.5, 1.0), 3)
     assert torch.allclose(found, torch.tensor([[0, 0, 0], [0, 0.25, 0.25], [0, 0.25, 0.25]], dtype=torch.float64))
 
 
 def test_draws_on_a_grid_have_the_law():
-    cells = exact.grid((-6.0, 6.0), 200)
+    cells = quadrature.grid((-6.0, 6.0), 200)
     law, energy = gaussian([0.5, -1.0], [[0.8, 0.6], [0.6, 1.5]])
-    log_p, count = exact.model_log_density(energy, cells), 200_000
-    x = exact.draw(log_p, cells, count, seed=1, step=5)
+    log_p, count = quadrature.model_log_density(energy, cells), 200_000
+    x = quadrature.draw(log_p, cells, count, seed=1, step=5)
     assert x.shape == (count, 2) and x.dtype == torch.float32
-    assert torch.equal(x, exact.draw(log_p, cells, count, seed=1, step=5))
-    assert not torch.equal(x[:9], exact.draw(log_p, cells, 9, seed=1, step=6))
+    assert torch.equal(x, quadrature.draw(log_p, cells, count, seed=1, step=5))
+    assert not torch.equal(x[:9], quadrature.draw(log_p, cells, 9, seed=1, step=6))
     # made N(0, I) by the law's own root: a test of each axis and of the angle; Kolmogorov and Smirnov's bound for
     # 1e-6 in all three is sqrt(ln(6e6) / 2 / count) = 0.0062; the cells' blur of 0.06**2 / 12 / 0.8 is 1 % of it
     white = torch.linalg.solve_triangular(law.scale_tril, (x.double() - law.mean).T, upper=False)
@@ -223,11 +227,11 @@ def test_draws_on_a_grid_have_the_law():
 
 
 def test_draws_within_a_cell_are_uniform_and_empty_cells_have_none():
-    cells = exact.grid((-1.0, 3.0), 2)  # 2 * 2 cells of side 2, of which (right, low) has no mass
-    log_p = exact._normalised(torch.tensor([1.0, 2.0, 0.0, 1.0], dtype=torch.float64).log(), cells)
+    cells = quadrature.grid((-1.0, 3.0), 2)  # 2 * 2 cells of side 2, of which (right, low) has no mass
+    log_p = quadrature._normalised(torch.tensor([1.0, 2.0, 0.0, 1.0], dtype=torch.float64).log(), cells)
     count = 100_000
-    x = exact.draw(log_p, cells, count, seed=0, step=0).double()
-    masses = exact.histogram(x, (-1.0, 3.0), 2)
+    x = quadrature.draw(log_p, cells, count, seed=0, step=0).double()
+    masses = plane.histogram(x, (-1.0, 3.0), 2)
     assert masses[1, 0] == 0 and masses.sum() == 1
     # 5.2 standard errors for three numbers at 1e-6
     assert (masses - torch.tensor([[0.25, 0.5], [0, 0.25]])).abs().max() < 5.2 * 0.5 / math.sqrt(count)
@@ -240,7 +244,7 @@ def test_draws_within_a_cell_are_uniform_and_empty_cells_have_none():
         (products, lambda t: t - t * np.log(t)),
     ):
         assert scipy.stats.kstest(values.numpy(), cdf).statistic < bound
-    broken = exact.draw(log_p * math.nan, cells, 3, seed=0, step=0)
+    broken = quadrature.draw(log_p * math.nan, cells, 3, seed=0, step=0)
     assert broken.shape == (3, 2) and broken.isnan().all()
 
 
@@ -252,8 +256,8 @@ def exact_draws(s, seed):
 def test_chain_distances_by_their_definitions():
     density, box, n = Gaussian(1.0), (-4.0, 4.0), 300
     chains, draws = exact_draws(1.5, 1)(n), exact_draws(1.0, 2)
-    cells = exact.grid((-5.0, 5.0), 200)
-    found = exact.chain_distances(chains, exact.data_log_density(density, cells), cells, draws, box=box, bins=16)
+    cells = quadrature.grid((-5.0, 5.0), 200)
+    found = plane.chain_distances(chains, quadrature.data_log_density(density, cells), cells, draws, box=box, bins=16)
     everything = draws(8 * n + 10_000)
     sets, reference = [chains, *everything[: 8 * n].view(8, n, 2)], everything[8 * n :]
     one = np.diff(scipy.stats.norm.cdf(np.linspace(*box, 17)))
@@ -277,7 +281,7 @@ def test_distances_of_chains_tell_the_samplers_error_from_the_models():
         """Of data N(0, 0.8**2 I) and a model and chains of the standard deviations given."""
         draws = exact_draws(chains, 3)(n)
         data = Gaussian(0.8, closed)
-        return exact.evaluate(
+        return plane.evaluate(
             lambda x: 0.5 * x.double().square().sum(1) / model**2, data, draws, resolution=200, bins=16
         )
 
@@ -298,10 +302,10 @@ def test_distances_of_chains_tell_the_samplers_error_from_the_models():
 def test_chains_that_are_not_finite_are_seen():
     chains = exact_draws(0.5, 0)(100)
     chains[3] = math.nan
-    report = exact.evaluate(lambda x: 2 * x.double().square().sum(1), Gaussian(), chains, resolution=100)
+    report = plane.evaluate(lambda x: 2 * x.double().square().sum(1), Gaussian(), chains, resolution=100)
     assert math.isnan(report["sw_chains"]) and math.isnan(report["mmd_chains_model"])
     assert math.isfinite(report["sw_chains_floor"]) and report["tv_chains"] > 0
-    broken = exact.evaluate(lambda x: x[:, 0] * math.nan, Gaussian(), chains[4:], resolution=100)
+    broken = plane.evaluate(lambda x: x[:, 0] * math.nan, Gaussian(), chains[4:], resolution=100)
     assert math.isfinite(broken["tv_chains"]) and math.isnan(broken["quadrature_error"])
     assert all(math.isnan(value) for key, value in broken.items() if "model" in key)
 
@@ -312,7 +316,7 @@ def test_the_quadratures_error_is_seen(closed):
 
     def error(s, resolution):
         """What is reported, and the true error of nll, for a model N(0, s**2 I)."""
-        report = exact.evaluate(lambda x: 0.5 * x.double().square().sum(1) / s**2, data, resolution=resolution)
+        report = plane.evaluate(lambda x: 0.5 * x.double().square().sum(1) / s**2, data, resolution=resolution)
         true = math.log(2 * math.pi * s**2) + 0.5**2 / s**2
         return report["quadrature_error"], abs(report["nll"] - true)
 
@@ -336,7 +340,7 @@ def test_evaluate_reports_floats():
     def model(s):
         return lambda x: 0.5 * x.double().square().sum(1) / s**2
 
-    report = exact.evaluate(model(0.5), density, chains, resolution=200)
+    report = plane.evaluate(model(0.5), density, chains, resolution=200)
     keys = {"nll", "entropy", "gap", "kl", "tv", "boundary_mass", "quadrature_error"}
     keys |= {f"{d}_chains{of}{floor}" for d in ("tv", "sw", "mmd") for of in ("", "_model") for floor in ("", "_floor")}
     assert set(report) == keys and json.loads(json.dumps(report)) == report
@@ -344,6 +348,6 @@ def test_evaluate_reports_floats():
     assert abs(report["gap"]) < 1e-6 and abs(report["kl"]) < 1e-6 and report["tv"] < 1e-6
     assert report["nll"] == pytest.approx(density.entropy, abs=1e-6)
     assert 0 <= report["boundary_mass"] < 1e-12
-    wide = exact.evaluate(model(50.0), density, resolution=200)
+    wide = plane.evaluate(model(50.0), density, resolution=200)
     assert wide["boundary_mass"] == pytest.approx(1 - (198 / 200) ** 2, rel=0.02) and "tv_chains" not in wide
     assert wide["nll"] == pytest.approx(math.log(10.0**2), abs=0.01)  # nearly uniform on the data's box and a quarter

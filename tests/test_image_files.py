@@ -1,4 +1,4 @@
-"""fastanila.image_files: a file's pixels are what viewers show, or it is refused; a folder's images, each once."""
+"""fastanila.data.image_files: a file's pixels are what viewers show, or it is refused; a folder's images, each once."""
 
 import io
 import os
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastanila import image_files
+from fastanila.data import image_files
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files, written by hand where Pillow would choose for us

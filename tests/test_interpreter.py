@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastanila import ops
+from fastanila.ops import dispatch
 
 PARITY = Path(__file__).parent / "parity"
 #: Tests of each file at least that run and pass there: what a GPU alone can run is skipped.
@@ -20,7 +20,7 @@ LEAST = {
 }
 
 
-@pytest.mark.skipif(ops._kernel is None, reason="triton is not installed")
+@pytest.mark.skipif(not dispatch.TRITON, reason="triton is not installed")
 @pytest.mark.parametrize("name", LEAST)
 def test_kernels_in_the_interpreter(name):
     result = subprocess.run(

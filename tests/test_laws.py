@@ -10,7 +10,7 @@ import torch
 from known import BANANA, FALSE_ALARM, NORMAL, SKEWED
 
 from fastanila import MALA, AdjustedAniLA, AniLA, Langevin, TamedLangevin, noise, ops
-from fastanila.transitions import State
+from fastanila.samplers.state import State
 
 # ------------------------------------------------------------------------------- one dimension, large steps: quadrature
 

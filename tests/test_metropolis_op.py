@@ -8,8 +8,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import oracle
-from fastanila import metropolis, noise, ops, reference
-from fastanila.metropolis import metropolis_step
+from fastanila import noise, ops
+from fastanila.ops import metropolis, metropolis_step, reference
 
 
 def given(shape=(6, 3), dtype=torch.float32, seed=0):

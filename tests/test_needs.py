@@ -7,9 +7,11 @@ import pytest
 import torch
 from run_files import quiet
 
-from fastanila import compare, config, ergodicity, evaluate, needs, runs, sample, train
-from fastanila.config import Settings
+from fastanila import compare, ergodicity, evaluate, sample, train
 from fastanila.data import Images
+from fastanila.training import build, config, defaults, needs
+from fastanila.training import settings as settings_training
+from fastanila.training.settings import Settings
 
 TINY = dict(
     iterations=2, steps=2, batch_size=16, chains=16, width=8, features=4, log_every=1, sample_every=0, fused=False
@@ -62,14 +64,14 @@ def test_a_flag_with_effect_is_not(flags):
 
 def test_what_a_need_allows_changes_what_is_built(monkeypatch):
     """The table against the program: of each sampler, start and energy the settings that reach the parts."""
-    monkeypatch.setattr(runs, "load_data", lambda s, device: Images("x", *[torch.zeros(4, 1, 8, 8).byte()] * 2))
+    monkeypatch.setattr(build, "load_data", lambda s, device: Images("x", *[torch.zeros(4, 1, 8, 8).byte()] * 2))
     changed = dict(threshold=3.0, leapfrog_steps=3, norm="chain", noise_scale=0.5, clamp=True, refresh="update")
-    for sampler, (name, value) in itertools.product(config.names_of("sampler"), changed.items()):
+    for sampler, (name, value) in itertools.product(settings_training.names_of("sampler"), changed.items()):
         settings = config.resolve(Settings(sampler=sampler))
         other = dataclasses.replace(settings, **{name: value})
-        if sampler in config.EXACT and name in ("noise_scale", "clamp", "refresh"):
+        if sampler in defaults.EXACT and name in ("noise_scale", "clamp", "refresh"):
             continue  # refused
-        same = runs.build_sampler(settings, (-1.0, 1.0)) == runs.build_sampler(other, (-1.0, 1.0))
+        same = build.build_sampler(settings, (-1.0, 1.0)) == build.build_sampler(other, (-1.0, 1.0))
         assert same == bool(needs.idle(settings, [name])), (sampler, name)
 
 

@@ -8,8 +8,8 @@ from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES  # noqa: E402
 
 from bench.offline import TARGETS, compile_metropolis, compile_rows, compile_step, disassemble, resources  # noqa: E402
 from fastanila import ops  # noqa: E402
-from fastanila.kernels import metropolis, rows  # noqa: E402
-from fastanila.reference import NORMS  # noqa: E402
+from fastanila.kernels import metropolis, step_rows  # noqa: E402
+from fastanila.ops.reference import NORMS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter replaces the compiler")
 
@@ -166,20 +166,22 @@ def test_the_steps_of_the_parity_tests_compile(dtype, options):
     assert disassemble(compile_step("sm_90", dtype, pointers=False, **options))
 
 
-def views(shapes, norms=NORMS) -> list[rows.View]:
-    return sorted({rows.view(shape, norm) for shape in shapes for norm in norms if norm != "channel" or len(shape) > 1})
+def views(shapes, norms=NORMS) -> list[step_rows.View]:
+    return sorted(
+        {step_rows.view(shape, norm) for shape in shapes for norm in norms if norm != "channel" or len(shape) > 1}
+    )
 
 
-def kind_of(view: rows.View) -> tuple:
+def kind_of(view: step_rows.View) -> tuple:
     """What two views have in common whose kernels differ in the tile's extents only."""
-    tile = rows.tile_of(view.channels, view.size, view.norm)
-    constants = rows.constants(tile, view.size, view.norm)
+    tile = step_rows.tile_of(view.channels, view.size, view.norm)
+    constants = step_rows.constants(tile, view.size, view.norm)
     return tuple(x for name, x in constants.items() if name not in ("ROWS", "COLS"))
 
 
 ROW_VIEWS = {
     kind_of(view): view
-    for view in (*views([*SHAPES, *LAUNCHED]), *(rows.view(shape, norm) for norm, shape in LARGE.items()))
+    for view in (*views([*SHAPES, *LAUNCHED]), *(step_rows.view(shape, norm) for norm, shape in LARGE.items()))
 }
 
 
@@ -201,9 +203,9 @@ def test_the_metropolis_transitions_of_the_parity_tests_compile_in_half_precisio
 @pytest.mark.parametrize("view", views(OUTGROWN), ids=lambda view: "-".join(map(str, view)))
 def test_the_small_tiles_of_the_parity_tests_compile(view, monkeypatch):
     for name, elements in SMALL_TILES.items():
-        monkeypatch.setattr(rows, name, elements)
+        monkeypatch.setattr(step_rows, name, elements)
     norm, channels, size = view
-    assert size > rows.tile_of(channels, size, norm).cols and size > metropolis.tile_of(channels, size, norm).cols
+    assert size > step_rows.tile_of(channels, size, norm).cols and size > metropolis.tile_of(channels, size, norm).cols
     options = dict(norm=norm, channels=channels, size=size, pointers=False)
     assert disassemble(compile_rows("sm_90", "bf16", statistics=True, **options))
     assert disassemble(compile_metropolis("sm_90", "bf16", **options))

@@ -10,8 +10,9 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import oracle
-from fastanila import AniLA, noise, ops, reference
-from fastanila.ops import anisotropic_step, anisotropic_step_
+from fastanila import AniLA, noise, ops
+from fastanila.ops import anisotropic_step, anisotropic_step_, dispatch, reference
+from fastanila.ops import step as step_ops
 
 
 def draw(shape=(5, 3), dtype=torch.float32):
@@ -155,7 +156,7 @@ def test_opcheck(options):
     defaults = dict(step_size=1.0, noise_scale=1.0, norm="element", offset=0, gamma=None, mask=None, bounds=None)
     order = ["threshold", "step_size", "noise_scale", "norm", "seed", "step", "offset", "gamma", "mask", "bounds"]
     chosen = defaults | options
-    z, arguments = ops._prepare(z, score, *[chosen[name] for name in order])
+    z, arguments = step_ops._prepare(z, score, *[chosen[name] for name in order])
     torch.library.opcheck(torch.ops.fastanila.anisotropic_step.default, (z, *arguments))
     torch.library.opcheck(torch.ops.fastanila.anisotropic_step_.default, (z, *arguments))
     torch.library.opcheck(torch.ops.fastanila.anisotropic_step_statistics.default, (z, *arguments))
@@ -277,7 +278,7 @@ def test_what_is_fused(monkeypatch):
     """On this machine, and as it would be where the kernels run."""
     z, many = torch.zeros(2, 2048, 3), torch.zeros(2, 2049, 3)
     assert not ops.fused(z) and not ops.fused(torch.device("cpu"), "chain")
-    if ops._kernel is None:
+    if dispatch._kernel is None:
         pytest.skip("triton is not installed")
     assert all(ops.fused(torch.device("cuda"), norm) for norm in reference.NORMS)
     monkeypatch.setattr(ops, "INTERPRETED", True)
@@ -290,7 +291,7 @@ def test_what_is_fused(monkeypatch):
 
 
 def test_plain_holds_until_the_last_thread_has_left(monkeypatch):
-    if ops._kernel is None:
+    if dispatch._kernel is None:
         pytest.skip("triton is not installed")
     monkeypatch.setattr(ops, "INTERPRETED", True)
     z, first, second = torch.zeros(2, 2), ops.plain(), ops.plain()
@@ -335,19 +336,19 @@ def test_what_traces_or_watches_goes_through_the_dispatcher():
     from torch.utils._python_dispatch import TorchDispatchMode
 
     z = torch.zeros(3, 2)
-    assert ops.direct(z, z.clone())
-    assert not ops.direct(z, torch.nn.Parameter(z))
+    assert dispatch.direct(z, z.clone())
+    assert not dispatch.direct(z, torch.nn.Parameter(z))
     with TorchDispatchMode():
-        assert not ops.direct(z)
+        assert not dispatch.direct(z)
     with FakeTensorMode() as mode:
-        assert not ops.direct(mode.from_tensor(z))
+        assert not dispatch.direct(mode.from_tensor(z))
     seen = []
-    torch.func.vmap(lambda row: seen.append(ops.direct(row)) or row)(z)
+    torch.func.vmap(lambda row: seen.append(dispatch.direct(row)) or row)(z)
     assert seen == [False]
 
 
 def test_a_tensor_off_the_16_bytes_is_copied_to_them():
     buffer = torch.arange(9.0)
     off = buffer[1:]
-    assert ops.aligned(buffer) is buffer
-    assert torch.equal(ops.aligned(off), off) and ops.aligned(off).data_ptr() % 16 == 0
+    assert dispatch.aligned(buffer) is buffer
+    assert torch.equal(dispatch.aligned(off), off) and dispatch.aligned(off).data_ptr() % 16 == 0

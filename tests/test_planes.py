@@ -7,7 +7,10 @@ import pytest
 import scipy.stats
 import torch
 
-from fastanila import HMC, MALA, AdjustedAniLA, AniLA, Langevin, TamedLangevin, data, exact, markov, reference, targets
+from fastanila import HMC, MALA, AdjustedAniLA, AniLA, Langevin, TamedLangevin, data
+from fastanila.evaluation import plane, quadrature
+from fastanila.ops import reference
+from fastanila.theory import conditions, markov, targets
 
 FALSE_ALARM = 1e-6
 CHAINS = 20_000
@@ -29,7 +32,7 @@ def longer(sampler, times):
 
 def p_value(z, box, masses):
     """Of a chi-squared test of the chains' histogram against the masses of the bins, what is outside being one more."""
-    seen = exact.histogram(z, box, BINS).numpy().ravel() * len(z)
+    seen = plane.histogram(z, box, BINS).numpy().ravel() * len(z)
     expected = masses.numpy().ravel() * len(z)
     seen, expected = np.append(seen, len(z) - seen.sum()), np.append(expected, len(z) - expected.sum())
     rare = expected < 10  # joined into one
@@ -43,8 +46,8 @@ def p_value(z, box, masses):
 def test_an_exact_sampler_keeps_the_target(name, sampler, monkeypatch):
     density, sampler = data.load(name), longer(sampler, PLANES[name])
     z = density.draw(CHAINS, seed=5, step=0, purpose="held-out").float()
-    fine = exact.grid(density.box, 400)
-    truth = exact.bin_masses(exact.data_log_density(density, fine), fine, density.box, BINS)
+    fine = quadrature.grid(density.box, 400)
+    truth = plane.bin_masses(quadrature.data_log_density(density, fine), fine, density.box, BINS)
     seen = []
     energy = targets.density(name).energy
     after = sampler.run(energy, z, steps=60, seed=1, compile=False, callback=seen.append)
@@ -64,16 +67,16 @@ def test_an_exact_sampler_keeps_the_target(name, sampler, monkeypatch):
 def test_an_unadjusted_sampler_keeps_its_own_computed_law(name, sampler):
     """From draws of it, because a chain takes thousands of transitions from one mode to the next."""
     density, target, sampler = data.load(name), targets.density(name), longer(sampler, PLANES[name])
-    cells, fine = markov.cells(target.box, 80), exact.grid(target.box[0], 80)
-    law = markov.stationary(markov.transition_kernel(sampler, target, cells).matrix)
+    cells, fine = markov.cells(target.box, 80), quadrature.grid(target.box[0], 80)
+    law = conditions.stationary(markov.transition_kernel(sampler, target, cells).matrix)
     log_law = torch.from_numpy(np.log(np.maximum(law, 1e-300)) - np.log(cells.volume))
-    own = exact.bin_masses(log_law, fine, density.box, BINS)
-    z = exact.draw(log_law, fine, CHAINS, seed=3, step=0)
+    own = plane.bin_masses(log_law, fine, density.box, BINS)
+    z = quadrature.draw(log_law, fine, CHAINS, seed=3, step=0)
     after = sampler.run(target.energy, z, steps=300, seed=2, compile=False)
     assert not torch.isclose(after, z).all(1).any()
     assert p_value(after, density.box, own) > FALSE_ALARM / 6
     # teeth: chains that go over to the target's law are refused, as is half the step
-    truth = exact.bin_masses(exact.data_log_density(density, fine), fine, density.box, BINS)
+    truth = plane.bin_masses(quadrature.data_log_density(density, fine), fine, density.box, BINS)
     assert p_value(after, density.box, truth) < FALSE_ALARM
     assert (
         p_value(longer(sampler, 0.5).run(target.energy, z, steps=300, seed=2, compile=False), density.box, own)

@@ -8,9 +8,11 @@ import threading
 import pytest
 from run_files import final, numbers, quiet, rows
 
-from fastanila import checkpoint, compare, config, run_directory, runs, training
+from fastanila import compare, files
 from fastanila import train as command
-from fastanila.config import Settings
+from fastanila.training import checkpoint, config, loop, metrics, run, run_directory, update
+from fastanila.training import job as job_training
+from fastanila.training.settings import Settings
 
 TINY = dict(
     iterations=3, steps=2, batch_size=16, chains=16, width=8, features=4, log_every=1, sample_every=0, fused=False
@@ -32,22 +34,22 @@ def test_of_several_each_makes_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def test_trainings_prepared_together_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    jobs = [training.prepare(Settings(**TINY, seed=seed)) for seed in range(3)]
+    jobs = [job_training.prepare(Settings(**TINY, seed=seed)) for seed in range(3)]
     assert len({job.directory for job in jobs}) == 1  # as they see it, none has begun
     for job in jobs:
-        training.run(job, say=lambda line: None)
+        loop.run(job, say=lambda line: None)
     for seed, name in enumerate(("rings", "rings-2", "rings-3")):
-        settings = runs.read_settings(tmp_path / "runs" / name)
+        settings = run.read_settings(tmp_path / "runs" / name)
         assert settings.seed == seed and settings.out == f"runs/{name}"
         assert len(rows(tmp_path / "runs" / name)) == 3
 
 
 def test_of_trainings_prepared_for_the_same_out_one_goes_on(tmp_path):
-    jobs = [training.prepare(Settings(**TINY, out=str(tmp_path / "run"))) for _ in range(2)]
-    training.run(jobs[0], say=lambda line: None)
+    jobs = [job_training.prepare(Settings(**TINY, out=str(tmp_path / "run"))) for _ in range(2)]
+    loop.run(jobs[0], say=lambda line: None)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(run_directory.Taken, match="holds another run"):
-        training.run(jobs[1], say=lambda line: None)
+        loop.run(jobs[1], say=lambda line: None)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -77,7 +79,7 @@ def test_a_run_that_fails_in_its_first_update_can_be_resumed_and_begun_again(tmp
     settings = Settings(**TINY, out=str(tmp_path / "run"))
     for _ in range(2):  # the second begins where the first has failed
         with monkeypatch.context() as patched:
-            patched.setattr(training, "build_update", lambda job: fails)
+            patched.setattr(update, "build_update", lambda job: fails)
             with pytest.raises(Failed):
                 quiet(settings)
         assert checkpoint.load_latest(tmp_path / "run" / "checkpoints")[1]["iteration"] == 0
@@ -93,11 +95,11 @@ def test_a_run_that_fails_while_it_begins_leaves_its_name_free(tmp_path, monkeyp
     settings = Settings(**TINY, out=str(tmp_path / "run"))
     with monkeypatch.context() as patched:
         if where == "mkdir":
-            patched.setattr(training, "begin", fails)
+            patched.setattr(job_training, "begin", fails)
         elif where == "config":
-            patched.setattr(checkpoint, "write_text", fails)
+            patched.setattr(files, "write_text", fails)
         else:
-            patched.setattr(training, "save", fails)
+            patched.setattr(job_training, "save", fails)
         with pytest.raises(Failed):
             quiet(settings)
     assert quiet(settings).iteration == 3
@@ -161,7 +163,7 @@ def test_what_ends_a_run_leaves_a_checkpoint(tmp_path, monkeypatch, name, code, 
 def test_a_signal_that_is_ignored_stays_so():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with training.caught_signals() as caught:
+        with loop.caught_signals() as caught:
             signal.raise_signal(signal.SIGHUP)
         assert caught == [] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
@@ -177,9 +179,9 @@ def test_a_full_disk_ends_in_one_line_that_says_how_to_go_on(tmp_path, monkeypat
 
     with monkeypatch.context() as patched:
         if what == "metrics":
-            patched.setattr(training.Metrics, "write", full)
+            patched.setattr(metrics.Metrics, "write", full)
         elif what == "figure":
-            patched.setattr(training, "picture", full)
+            patched.setattr(metrics, "picture", full)
         elif what == "output":
             patched.setattr("builtins.print", lambda *a, file=None, **k: file or full())
         else:

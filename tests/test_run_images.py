@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from run_files import final, numbers, quiet
 
-from fastanila import checkpoint, evaluate, sample
+from fastanila import evaluate, sample
 from fastanila import train as command
-from fastanila.config import Settings
-from fastanila.report import read_rows
+from fastanila.training import checkpoint
+from fastanila.training.metrics import read_rows
+from fastanila.training.settings import Settings
 
 SMALL = dict(
     data="image-folder", image_size=8, channels=1, width=4, steps=2, batch_size=4, chains=4, iterations=2, log_every=1,

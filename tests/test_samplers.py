@@ -11,11 +11,26 @@ from torch._dynamo.utils import counters
 
 import fastanila
 import oracle
-from fastanila import HMC, MALA, AdjustedAniLA, AniLA, GradientDescent, Langevin, TamedLangevin, calibrate, noise, ops
-from fastanila import transitions as chains_
-from fastanila.energies import MLP, GaussianMixture, evaluator
+from fastanila import (
+    HMC,
+    MALA,
+    AdjustedAniLA,
+    AniLA,
+    GradientDescent,
+    Langevin,
+    TamedLangevin,
+    calibrate,
+    graphs,
+    noise,
+    ops,
+)
+from fastanila.models import MLP, GaussianMixture
+from fastanila.models.score import evaluator
 from fastanila.samplers import SAMPLERS
-from fastanila.transitions import Captured, State, Stepwise
+from fastanila.samplers import stepwise as stepwise_samplers
+from fastanila.samplers.captured import Captured
+from fastanila.samplers.state import State
+from fastanila.samplers.stepwise import Stepwise
 
 
 def quadratic(x):
@@ -259,7 +274,7 @@ def test_adjusted_samplers_compile_to_what_they_are_uncompiled(sampler):
 def test_captured_chains_equal_those_made_one_by_one(sampler):
     """With a stand-in for the graph, which calls again what it would replay: what it reads and writes is the same."""
     energy = GaussianMixture(torch.eye(2))
-    advance, recorded = chains_._plain_transition(sampler, energy), []
+    advance, recorded = stepwise_samplers._plain_transition(sampler, energy), []
 
     def record(function, device):
         recorded.append(function)
@@ -270,7 +285,7 @@ def test_captured_chains_equal_those_made_one_by_one(sampler):
         for step in (5, 14):
             arguments = 9, sampler.numbers_on(None), State(start()), noise.as_word64(3), noise.as_word64(step)
             got, want = captured(*arguments), stepwise(*arguments)
-            for a, b in zip(chains_.leaves(got), chains_.leaves(want), strict=True):
+            for a, b in zip(graphs.leaves(got), graphs.leaves(want), strict=True):
                 assert torch.equal(a, b)
     assert len(recorded) == 1  # the second call replays the first one's
 

@@ -6,15 +6,18 @@ import pytest
 import torch
 
 from bench import starts
-from fastanila import MALA, GradientDescent, config, exact, runs
-from fastanila.config import Settings
-from fastanila.energies import GaussianMixture
+from fastanila import MALA, GradientDescent
+from fastanila.evaluation import plane as plane_evaluation
+from fastanila.models import GaussianMixture
+from fastanila.training import config
+from fastanila.training import run as run_training
+from fastanila.training.settings import Settings
 
 ENERGY = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), sd=0.7)
 
 
 def run_of(chains, sampler, init="persistent"):
-    return runs.Run(ENERGY, sampler, chains, config.resolve(Settings(init=init, fused=False)), 10)
+    return run_training.Run(ENERGY, sampler, chains, config.resolve(Settings(init=init, fused=False)), 10)
 
 
 def test_transitions_needed(monkeypatch):
@@ -63,5 +66,7 @@ def test_the_whole_of_it(data_set, tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "out" / "starts.json").read_text())
     assert [(line["init"], line["seed"]) for line in found] == [(init, seed) for init in inits for seed in (0, 1)]
     if data_set == "rings":
-        run = runs.load(tmp_path / "out" / "rings-vae-1", "cpu")
-        assert found[-1]["gap"] == pytest.approx(exact.evaluate(run.energy, starts.data.load("rings"))["gap"])
+        run = run_training.load(tmp_path / "out" / "rings-vae-1", "cpu")
+        assert found[-1]["gap"] == pytest.approx(
+            plane_evaluation.evaluate(run.energy, starts.data.load("rings"))["gap"]
+        )

@@ -8,9 +8,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import oracle
-from fastanila import reference
-from fastanila.ops import anisotropic_step, anisotropic_step_
-from fastanila.reference import NORMS, Statistics
+from fastanila.ops import Statistics, anisotropic_step, anisotropic_step_, reference
+from fastanila.ops.reference import NORMS
 
 SHAPES = [(1,), (5,), (4, 1), (3, 5), (2, 3, 4, 5)]
 

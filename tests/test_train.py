@@ -18,9 +18,14 @@ from run_files import final, numbers, quiet, rows
 from torch._dynamo.utils import counters
 
 import fastanila
-from fastanila import checkpoint, config, data, evaluate, exact, learners, sample, training, transitions, updates
+from fastanila import data, evaluate, sample
 from fastanila import train as command
-from fastanila.config import Settings
+from fastanila.evaluation import plane
+from fastanila.samplers import chain
+from fastanila.training import checkpoint, config, defaults, learner, loop
+from fastanila.training import job as job_training
+from fastanila.training import update as update_training
+from fastanila.training.settings import Settings
 
 SMALL = dict(
     sampler="anila",
@@ -69,28 +74,28 @@ def test_training_improves_the_likelihood(tmp_path):
         fused=False,
         out=str(tmp_path / "run"),
     )
-    job = training.prepare(settings)
-    before = exact.evaluate(job.ebm.module, job.data, resolution=100)
-    run = training.run(job, say=lambda line: None)
-    after = exact.evaluate(run.energy, job.data, resolution=100)
+    job = job_training.prepare(settings)
+    before = plane.evaluate(job.ebm.module, job.data, resolution=100)
+    run = loop.run(job, say=lambda line: None)
+    after = plane.evaluate(run.energy, job.data, resolution=100)
     assert after["nll"] < before["nll"] - 0.3 and after["tv"] < before["tv"] - 0.1
 
 
 def test_learning_rate_and_average():
     s = config.resolve(Settings(iterations=100, lr=0.1))
-    rate = learners.Schedule(s.lr, s.lr_decay, 100)
+    rate = learner.Schedule(s.lr, s.lr_decay, 100)
     assert [rate.at(i) for i in (0, 50, 99)] == pytest.approx([0.1, 0.05, 0.001])
     assert [rate.on(torch.device("cpu")).at(torch.tensor(i)).item() for i in (0, 50, 99)] == pytest.approx(
         [rate.at(i) for i in (0, 50, 99)]
     )
-    assert learners.Schedule(0.1, "none", 100, first=7).at(99) == 0.1
-    assert learners.Schedule(0.1, "none", 100, first=7).at(6) == 0.0
+    assert learner.Schedule(0.1, "none", 100, first=7).at(99) == 0.1
+    assert learner.Schedule(0.1, "none", 100, first=7).at(6) == 0.0
     energy = torch.nn.Linear(1, 1)
-    average = learners.averaged(energy)
+    average = learner.averaged(energy)
     before = average.weight.clone()
     with torch.no_grad():
         energy.weight += 1
-    learners.follow([list(average.parameters())], [[p.detach() for p in energy.parameters()]], [torch.tensor(0.9)])
+    learner.follow([list(average.parameters())], [[p.detach() for p in energy.parameters()]], [torch.tensor(0.9)])
     torch.testing.assert_close(average.weight, before + 0.1)
     assert not average.weight.requires_grad and energy.weight.requires_grad
 
@@ -137,13 +142,13 @@ def test_clipping_the_gradient(tmp_path):
             )
         )
     assert rows(tmp_path / "0.0")[-1]["grad_norm"] > 1e-3
-    job = training.prepare(Settings(**SMALL, fused=False))
+    job = job_training.prepare(Settings(**SMALL, fused=False))
     parameters = list(job.ebm.module.parameters())
     job.ebm.optimizer = torch.optim.SGD(parameters, lr=torch.tensor(1.0), fused=True)
-    job.ebm.rate = learners.Schedule(1.0, "none", 1)
+    job.ebm.rate = learner.Schedule(1.0, "none", 1)
     job.settings = config.resolve(Settings(**SMALL, clip_grad=1e-3, fused=False))
     before = [p.detach().clone() for p in parameters]
-    made = updates.build_update(job)()
+    made = update_training.build_update(job)()
     moved = math.sqrt(sum((p - q).square().sum().item() for p, q in zip(parameters, before, strict=True)))
     assert made.grad_norms[0] > 1e-3  # as it was before clipping
     assert moved == pytest.approx(1e-3, rel=1e-2)
@@ -186,10 +191,10 @@ def test_load_gives_the_run_back(small_run):
 
 def test_the_model_does_not_depend_on_torchs_generator():
     torch.manual_seed(1)
-    a = training.prepare(Settings(**SMALL)).ebm.module.state_dict()
+    a = job_training.prepare(Settings(**SMALL)).ebm.module.state_dict()
     torch.manual_seed(2)
     state = torch.random.get_rng_state()
-    b = training.prepare(Settings(**SMALL)).ebm.module.state_dict()
+    b = job_training.prepare(Settings(**SMALL)).ebm.module.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert torch.equal(state, torch.random.get_rng_state())
 
@@ -307,7 +312,7 @@ def test_a_longer_run_says_how_it_changes_the_decay(tmp_path, init, capsys):
     said = []
     assert command.main(["--resume", str(out), "--iterations", "8", "--dry-run"]) == 0
     err = capsys.readouterr().err
-    training.train(Settings(**SMALL | own | dict(iterations=8)), resume=out, say=said.append)
+    loop.train(Settings(**SMALL | own | dict(iterations=8)), resume=out, say=said.append)
     notes = [line for line in said if line.startswith("note: ")]
     assert err.splitlines() == notes and len(notes) == (2 if init == "vae" else 1)
     decay = "now ends at update 8, not 4: it goes on at"
@@ -315,7 +320,7 @@ def test_a_longer_run_says_how_it_changes_the_decay(tmp_path, init, capsys):
     if init == "vae":
         assert notes[1] == f"note: the decay of --vae-lr-decay linear {decay} 0.0075 where it was 0.005"
     said.clear()
-    training.train(Settings(**SMALL | own | dict(iterations=8)), resume=out, say=said.append)  # nothing has changed
+    loop.train(Settings(**SMALL | own | dict(iterations=8)), resume=out, say=said.append)  # nothing has changed
     assert not [line for line in said if line.startswith("note: ")]
 
 
@@ -366,8 +371,8 @@ def test_divergence_keeps_the_last_good_state(tmp_path, capsys):
 
 @pytest.mark.parametrize("where", ["score", "chains", "loss"])
 def test_what_is_not_finite_never_reaches_the_parameters(where):
-    job = training.prepare(Settings(**SMALL, fused=False))
-    update = updates.build_update(job)
+    job = job_training.prepare(Settings(**SMALL, fused=False))
+    update = update_training.build_update(job)
     update()
     assert not job.broken
     if where == "loss":
@@ -406,9 +411,9 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
 
 def test_default_directories_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert training.new_directory(Settings()).as_posix() == "runs/rings"
+    assert job_training.new_directory(Settings()).as_posix() == "runs/rings"
     (tmp_path / "runs" / "rings").mkdir(parents=True)
-    assert training.new_directory(Settings()).as_posix() == "runs/rings-2"
+    assert job_training.new_directory(Settings()).as_posix() == "runs/rings-2"
 
 
 def test_config_file_flags_win_and_config_json_starts_a_run_again(tmp_path, small_run):
@@ -479,7 +484,7 @@ def test_help_does_not_wait_for_torch():
 
 
 def test_the_settings_know_every_data_set():
-    assert tuple(config.DEFAULTS) == data.NAMES
+    assert tuple(defaults.DEFAULTS) == data.NAMES
 
 
 @pytest.mark.parametrize(
@@ -571,14 +576,14 @@ def test_no_number_of_a_run_is_a_constant_of_a_graph(monkeypatch, tmp_path, more
 
         return torch.compile(function, fullgraph=True, backend=backend)
 
-    monkeypatch.setattr(updates, "compiles_once", lambda device: True)
-    for module in (updates, transitions):
+    monkeypatch.setattr(update_training, "compiles_once", lambda device: True)
+    for module in (update_training, chain):
         monkeypatch.setattr(module, "compiled", compiled)
 
     def graphs_of(out, **settings):
         torch._dynamo.reset()
         graphs.clear()
-        update = updates.build_update(training.prepare(Settings(**settings, out=str(tmp_path / out))))
+        update = update_training.build_update(job_training.prepare(Settings(**settings, out=str(tmp_path / out))))
         update()
         update()
         return [re.sub(r"#.*|\\b_\\w*_\\d+\\b", "", graph) for graph in graphs]

@@ -12,9 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from fastanila import MALA, AdjustedAniLA, AniLA, Langevin, capture, noise, transitions
-from fastanila.energies import MLP, GaussianMixture
-from fastanila.transitions import Captured, State, Stepwise, compiled_transition
+from fastanila import MALA, AdjustedAniLA, AniLA, Langevin, noise
+from fastanila import graphs as graphs_
+from fastanila.models import MLP, GaussianMixture
+from fastanila.samplers import captured as captured_samplers
+from fastanila.samplers import chain as chain_samplers
+from fastanila.samplers import kept as kept_samplers
+from fastanila.samplers import stepwise as stepwise_samplers
+from fastanila.samplers.captured import Captured
+from fastanila.samplers.state import State
+from fastanila.samplers.stepwise import Stepwise, compiled_transition
 
 
 class Recorder:
@@ -32,7 +39,7 @@ def start(chains=9, dim=2):
     return torch.randn(chains, dim, generator=torch.Generator().manual_seed(0))
 
 
-def both(sampler, energy, transition=transitions._plain_transition):
+def both(sampler, energy, transition=stepwise_samplers._plain_transition):
     """A captured and a stepwise chain; uncompiled, where it does not matter what the energy reads."""
     advance, recorder = transition(sampler, energy), Recorder()
     return Captured(advance, recorder), Stepwise(advance, sparing=True), recorder
@@ -43,7 +50,7 @@ def words(seed, step):
 
 
 def assert_same(a, b):
-    for x, y in zip(transitions.leaves(a), transitions.leaves(b), strict=True):
+    for x, y in zip(graphs_.leaves(a), graphs_.leaves(b), strict=True):
         assert torch.equal(x, y)
 
 
@@ -64,7 +71,7 @@ def frozen():
     ids=str,
 )
 def test_captured_chains_equal_chains_made_one_by_one(frozen, sampler, monkeypatch):
-    monkeypatch.setattr(transitions, "_LONGEST", 8)
+    monkeypatch.setattr(captured_samplers, "_LONGEST", 8)
     captured, stepwise, recorder = both(sampler, GaussianMixture(torch.eye(2)))
     numbers = sampler.numbers_on(None)
     # 1; 2; 5 + 4; again; 7 + 7 + 6, of which a frozen gain makes the first 7 another graph than the next
@@ -151,7 +158,7 @@ def test_no_memory_for_a_capture_is_no_reason_to_run_uncaptured(frozen):
     def refuse(function, device):
         raise torch.OutOfMemoryError("out of memory")
 
-    captured = Captured(transitions._plain_transition(AniLA(), GaussianMixture(torch.eye(2))), refuse)
+    captured = Captured(stepwise_samplers._plain_transition(AniLA(), GaussianMixture(torch.eye(2))), refuse)
     with pytest.raises(torch.OutOfMemoryError):
         captured(7, AniLA().numbers_on(None), State(start()), *words(1, 2))
 
@@ -164,7 +171,7 @@ def test_a_shape_that_cannot_be_captured_leaves_the_others_captured(frozen):
         return function
 
     refuse_odd.made = 0
-    captured = Captured(transitions._plain_transition(AniLA(), GaussianMixture(torch.eye(2))), refuse_odd)
+    captured = Captured(stepwise_samplers._plain_transition(AniLA(), GaussianMixture(torch.eye(2))), refuse_odd)
     for chains in (3, 5):
         arguments = (7, AniLA().numbers_on(None), State(start(chains)), *words(1, 2))
         with contextlib.nullcontext() if refuse_odd.made else pytest.warns(UserWarning, match="uncaptured"):
@@ -199,10 +206,10 @@ def test_few_shapes_and_lengths_are_held(frozen):
     captured, _, recorder = both(AniLA(), GaussianMixture(torch.eye(2)))
     for chains in range(1, 8):
         captured(3, AniLA().numbers_on(None), State(start(chains)), *words(1, 2))
-    assert len(captured.held) == transitions._SHAPES and recorder.made == 7
+    assert len(captured.held) == kept_samplers._SHAPES and recorder.made == 7
     for count in range(2, 10):
         captured(count, AniLA().numbers_on(None), State(start()), *words(1, 2))
-    assert max(len(held.graphs) for held in captured.held.values()) == transitions._GRAPHS
+    assert max(len(held.graphs) for held in captured.held.values()) == kept_samplers._GRAPHS
 
 
 def test_a_rehearsal_launches_nothing_and_reads_what_a_run_reads(frozen):
@@ -210,9 +217,9 @@ def test_a_rehearsal_launches_nothing_and_reads_what_a_run_reads(frozen):
     numbers, state, (seed, step) = AniLA().numbers_on(None), State(start()), words(1, 2)
 
     def read(rehearsing, state):
-        with capture.watching(rehearsing=rehearsing) as reads:
+        with graphs_.watching(rehearsing=rehearsing) as reads:
             after, _ = advance(numbers, state, seed, step, statistics=False)
-        return after.z, transitions._beside(reads, (numbers, state, seed, step))
+        return after.z, captured_samplers._beside(reads, (numbers, state, seed, step))
 
     moved, reads = read(False, state)
     rehearsed, again = read(True, State(start() + 1))
@@ -236,8 +243,8 @@ def test_threads_take_turns(frozen):
 
 def test_paths():
     z, energy = start(), MLP(2, 8)
-    assert transitions.path(AniLA(), energy, z, fused=False) == "cpu: plain definition, eager"
-    assert transitions.path(AniLA(), energy, z, fused=True) == "cpu: compiled reference"
+    assert chain_samplers.path(AniLA(), energy, z, fused=False) == "cpu: plain definition, eager"
+    assert chain_samplers.path(AniLA(), energy, z, fused=True) == "cpu: compiled reference"
 
 
 @pytest.mark.parametrize(
@@ -245,7 +252,7 @@ def test_paths():
     [(10, [], [10]), (10, [3], [3, 3, 3, 1]), (12, [4, 6], [2] * 6), (5, [100], [5]), (0, [3], []), (1, [1], [1])],
 )
 def test_pieces(steps, watched, pieces):
-    from fastanila.base import _pieces
+    from fastanila.samplers.sampler import _pieces
 
     assert _pieces(steps, watched) == pieces
 
@@ -253,7 +260,7 @@ def test_pieces(steps, watched, pieces):
 def test_the_first_piece_of_an_exact_chain_does_not_undo_the_graphs_of_the_others(frozen, monkeypatch):
     """It begins without a proposal, which compiles as another graph; once each is captured, runs capture no more."""
     # as on CUDA, where numbers are read at their addresses too
-    monkeypatch.setattr(capture, "_read", lambda x: x.data_ptr() if isinstance(x, torch.Tensor) else x)
+    monkeypatch.setattr(graphs_, "_read", lambda x: x.data_ptr() if isinstance(x, torch.Tensor) else x)
     energy = MLP(2, width=8)
     captured, stepwise, recorder = both(MALA(0.1), energy, compiled_transition)
     numbers = MALA(0.1).numbers_on(None)
@@ -283,7 +290,7 @@ def test_a_chain_begun_by_a_transition_is_the_chain(sampler, step):
         return torch.where(x[:, 0] > 2.5, math.inf, x.square().sum(1) + x.sin().sum(1))
 
     z[2, 0] = 3.0  # no finite energy: that chain stays
-    advance = transitions._plain_transition(sampler, energy)
+    advance = stepwise_samplers._plain_transition(sampler, energy)
     mask = torch.tensor([True, True, False])
     for count, kept in ((1, None), (5, None), (5, mask)):
         arguments = (count, sampler.numbers_on(z.device), State(z), torch.tensor(3), torch.tensor(step), 11, kept)
@@ -302,7 +309,7 @@ def test_a_chain_begun_by_a_transition_is_the_chain(sampler, step):
 def test_a_chain_that_goes_on_begins_with_nothing_new():
     sampler = AdjustedAniLA(1.5, 0.3)
     calls = []
-    plain = transitions._plain_transition(sampler, lambda x: x.square().sum(1))
+    plain = stepwise_samplers._plain_transition(sampler, lambda x: x.square().sum(1))
 
     def advance(*arguments):
         calls.append(int(arguments[3]))

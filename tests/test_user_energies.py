@@ -12,19 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastanila import (
-    HMC,
-    MALA,
-    AdjustedAniLA,
-    AniLA,
-    GradientDescent,
-    Langevin,
-    calibrate,
-    callables,
-    capture,
-    transitions,
-)
-from fastanila.energies import evaluator, sampling
+from fastanila import HMC, MALA, AdjustedAniLA, AniLA, GradientDescent, Langevin, calibrate
+from fastanila import graphs as graphs_
+from fastanila.models import callables
+from fastanila.models.score import evaluator, sampling
+from fastanila.samplers import chain, stepwise
+from fastanila.samplers import kept as kept_samplers
 
 WRONG = "energy must be differentiable in z, but its value does not depend on z"
 SAMPLERS = [AniLA(0.5, 0.1), Langevin(0.1), MALA(0.1), AdjustedAniLA(0.5, 0.1), HMC(0.1, 2), GradientDescent(0.1)]
@@ -109,7 +102,7 @@ def test_what_is_wrong_with_an_energy_is_said_and_nothing_else(energy, error, me
         for _ in range(2):  # and is no reason to run it eagerly
             with pytest.raises(error, match=message):
                 AniLA().run(energy, start(), steps=2, seed=0, compile=compile)
-    assert transitions._kept_of(energy).refusal is None
+    assert kept_samplers._kept_of(energy).refusal is None
 
 
 # -------------------------------------------------------------------------------------- arguments, ahead of compiling
@@ -166,10 +159,10 @@ def test_arguments_of_the_norm_and_of_calibrate():
 def test_the_reason_that_stands_on_the_next_line_is_said():
     inner = FileNotFoundError("[Errno 2] No such file or directory: '/nowhere'")
     failed = RuntimeError(f"backend='_inductor' raised:\n{type(inner).__name__}: {inner}\n\nand much more")
-    assert capture.first_line(failed) == f"backend='_inductor' raised: FileNotFoundError: {inner}"
-    assert capture.first_line(RuntimeError("\n  one\n two")) == "one"
-    assert capture.first_line(RuntimeError("one:\n\n two:\n three\nfour")) == "one: two: three"
-    assert capture.first_line(RuntimeError("only:")) == "only:" and capture.first_line(KeyError()) == "KeyError"
+    assert graphs_.first_line(failed) == f"backend='_inductor' raised: FileNotFoundError: {inner}"
+    assert graphs_.first_line(RuntimeError("\n  one\n two")) == "one"
+    assert graphs_.first_line(RuntimeError("one:\n\n two:\n three\nfour")) == "one: two: three"
+    assert graphs_.first_line(RuntimeError("only:")) == "only:" and graphs_.first_line(KeyError()) == "KeyError"
 
 
 # ------------------------------------------------------------------------------------------------------ what is kept
@@ -227,7 +220,7 @@ def test_an_energy_that_does_not_compile_is_tried_once_and_says_so_once(graphs, 
     with pytest.warns(UserWarning, match=r"runs eagerly \(.*graph_break") as said:
         first = AniLA().run(untraceable(), start(), steps=3, seed=0)
         traced = []
-        monkeypatch.setattr(transitions, "_compiled_transition", lambda *which: traced.append(which))
+        monkeypatch.setattr(stepwise, "_compiled_transition", lambda *which: traced.append(which))
         for sampler in (AniLA(), AniLA(threshold=2.0)):
             again = sampler.run(untraceable(), start(), steps=3, seed=0)
             torch.testing.assert_close(again, sampler.run(quadratic, start(), steps=3, seed=0, compile=False))
@@ -256,32 +249,32 @@ def test_what_is_kept_keeps_no_energy_and_ends_with_it(kind, graphs):
     model = Squeezing()
     energy = HOLDERS[kind](model)
     AniLA().run(energy, start(), steps=2, seed=0)
-    assert graphs and len(transitions._kept) == 1
+    assert graphs and len(kept_samplers._kept) == 1
     gone = weakref.ref(model)
     del model, energy
     graphs.clear()
     gc.collect()
-    assert gone() is None and not transitions._kept
+    assert gone() is None and not kept_samplers._kept
 
 
 def test_only_so_many_energies_are_remembered(monkeypatch):
-    monkeypatch.setattr(transitions, "_kept", type(transitions._kept)())
-    models = [Squeezing() for _ in range(transitions._ENERGIES + 3)]
-    kept = [transitions._kept_of(m) for m in models]
-    assert len(transitions._kept) == transitions._ENERGIES
-    assert transitions._kept_of(models[-1]) is kept[-1] and transitions._kept_of(models[0]) is not kept[0]
+    monkeypatch.setattr(kept_samplers, "_kept", type(kept_samplers._kept)())
+    models = [Squeezing() for _ in range(kept_samplers._ENERGIES + 3)]
+    kept = [kept_samplers._kept_of(m) for m in models]
+    assert len(kept_samplers._kept) == kept_samplers._ENERGIES
+    assert kept_samplers._kept_of(models[-1]) is kept[-1] and kept_samplers._kept_of(models[0]) is not kept[0]
     assert all(not end.alive for end in kept[1].ends) and all(end.alive for end in kept[-1].ends)
 
 
 def test_graphs_are_kept_by_the_tensors_an_energy_was_given(monkeypatch):
-    monkeypatch.setattr(transitions, "_kept", type(transitions._kept)())
+    monkeypatch.setattr(kept_samplers, "_kept", type(kept_samplers._kept)())
     a, b = torch.zeros(2), torch.ones(2)
 
     def about(centre):
         return lambda x: (x - centre).square().sum(1)
 
     def replays(centre):
-        return transitions.compiled_transition(AniLA(), about(centre))
+        return stepwise.compiled_transition(AniLA(), about(centre))
 
     assert replays(a).advance is replays(b).advance
     assert replays(a).replays is replays(a).replays is not replays(b).replays
@@ -290,8 +283,8 @@ def test_graphs_are_kept_by_the_tensors_an_energy_was_given(monkeypatch):
     for centre in many:
         replays(centre)
     assert replays(a).replays is not first  # forgotten
-    (made,) = transitions._kept_of(about(a)).transitions.values()
-    assert len(made.replays) == transitions._SHAPES
+    (made,) = kept_samplers._kept_of(about(a)).transitions.values()
+    assert len(made.replays) == kept_samplers._SHAPES
 
 
 def test_identities():
@@ -319,8 +312,8 @@ def test_where_torch_compile_is_switched_off_nothing_says_otherwise(monkeypatch)
 
     def check():
         for sampler in (AniLA(), HMC()):
-            assert transitions.path(sampler, quadratic, start(), fused=True) == words
-        assert transitions.path(AniLA(), quadratic, start(), fused=False) == "cpu: plain definition, eager"
+            assert chain.path(sampler, quadratic, start(), fused=True) == words
+        assert chain.path(AniLA(), quadratic, start(), fused=False) == "cpu: plain definition, eager"
         assert torch.equal(AniLA().run(quadratic, start(), steps=2, seed=0), want)
 
     for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
@@ -329,7 +322,7 @@ def test_where_torch_compile_is_switched_off_nothing_says_otherwise(monkeypatch)
             check()
     with torch.compiler.set_stance("force_eager"):
         check()
-    assert transitions.path(AniLA(), quadratic, start(), fused=True) == "cpu: compiled reference"
+    assert chain.path(AniLA(), quadratic, start(), fused=True) == "cpu: compiled reference"
 
 
 # ------------------------------------------------------------------------------------------ the models behind callables

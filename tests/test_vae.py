@@ -8,11 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from fastanila import MALA, completion, draws, learners, noise, runs, updates, vae
-from fastanila.chains import AmortizedStart
-from fastanila.config import Settings, resolve
+from fastanila import MALA, generate, noise
+from fastanila.data import completion
+from fastanila.models import vae
 from fastanila.noise import Stream
-from fastanila.objectives import elbo, likelihood
+from fastanila.samplers import starts
+from fastanila.samplers.starts import AmortizedStart
+from fastanila.training import build as build_training
+from fastanila.training import job as job_training
+from fastanila.training import learner
+from fastanila.training import update as update_training
+from fastanila.training.config import resolve
+from fastanila.training.losses import elbo, likelihood
+from fastanila.training.settings import Settings
 
 # ------------------------------------------------------------------------------------------------------- the networks
 
@@ -79,12 +87,12 @@ def test_a_start_from_proposals_is_a_function_of_seed_and_update():
 
 def test_interpolations_start_and_end_at_proposals():
     net = vae.of_vectors(2, latent=6, width=8, features=3)
-    rows = draws.interpolated(net, 3, 5, seed=1, update=7).view(3, 5, 2)
-    ends = draws.proposals(net, 6, seed=1, update=7).view(3, 2, 2)
+    rows = generate.interpolated(net, 3, 5, seed=1, update=7).view(3, 5, 2)
+    ends = starts.proposals(net, 6, seed=1, update=7).view(3, 2, 2)
     torch.testing.assert_close(rows[:, [0, -1]], ends)
     shown = vae.VAE(nn.Identity(), nn.Identity(), 6)  # its decoder shows the latents
     shown.register_parameter("any", nn.Parameter(torch.zeros(())))
-    z = draws.interpolated(shown, 1, 9, seed=1, update=7).double()
+    z = generate.interpolated(shown, 1, 9, seed=1, update=7).double()
     lengths = z.norm(dim=1)
     torch.testing.assert_close(lengths.diff(), (lengths[-1] - lengths[0]).expand(8) / 8, rtol=1e-3, atol=1e-5)
     angles = torch.acos((z[1:] * z[:-1]).sum(1) / (lengths[1:] * lengths[:-1]))
@@ -213,12 +221,12 @@ def joint_job(kl_weight=0.25, iterations=1500, **changes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = vae.of_vectors(1, 1, width=1, depth=0)
-    ebm = learners.build(Quadratic(), settings, settings.lr, settings.lr_decay, cpu)
-    taught = learners.build(network, settings, settings.vae_lr, settings.vae_lr_decay, cpu)
-    start = runs.build_start(settings, None, cpu, network)
+    ebm = learner.build(Quadratic(), settings, settings.lr, settings.lr_decay, cpu)
+    taught = learner.build(network, settings, settings.vae_lr, settings.vae_lr_decay, cpu)
+    start = build_training.build_start(settings, None, cpu, network)
     chains = start.draw(0).detach().clone()
     zero = torch.zeros((), dtype=torch.int64)
-    return updates.Job(
+    return job_training.Job(
         settings, Path("."), cpu, Normal1D(1.5, 0.8), ebm, taught, MALA(0.5), start, chains, chains.clone(), zero,
         zero.bool(),
     )  # fmt: skip
@@ -231,7 +239,7 @@ def test_the_joint_scheme_finds_a_gaussian():
     The averages over the last 300 updates scatter over seeds by about a third of the tolerances.
     """
     job = joint_job()
-    update, seen = updates.build_update(job), []
+    update, seen = update_training.build_update(job), []
     for i in range(job.settings.iterations):
         made = update()
         if i >= job.settings.iterations - 300:
@@ -260,16 +268,16 @@ def test_the_joint_scheme_finds_a_gaussian():
 @pytest.mark.parametrize("other", ["likelihood", "elbo"])
 def test_an_update_moves_each_network_by_its_own_loss(other, monkeypatch):
     """A hundred times the other's loss makes no difference, bit for bit."""
-    loss = getattr(updates, other)
+    loss = getattr(update_training, other)
 
     def larger(*arguments, **named):
         found = loss(*arguments, **named)
         return found._replace(loss=100 * found.loss)
 
     jobs = [joint_job(fused=False), joint_job(fused=False)]
-    updates.build_update(jobs[0])()
-    monkeypatch.setattr(updates, other, larger)
-    updates.build_update(jobs[1])()
+    update_training.build_update(jobs[0])()
+    monkeypatch.setattr(update_training, other, larger)
+    update_training.build_update(jobs[1])()
     own = "vae" if other == "likelihood" else "ebm"
     a, b = ([p.detach() for p in getattr(job, own).module.parameters()] for job in jobs)
     assert all(map(torch.equal, a, b))

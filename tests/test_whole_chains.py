@@ -31,11 +31,12 @@ from bench.offline import (  # noqa: E402
     disassemble,
     resources,
 )
-from fastanila import ops, trajectory  # noqa: E402
-from fastanila.energies import MLP, GaussianMixture  # noqa: E402
+from fastanila import ops  # noqa: E402
 from fastanila.kernels import mlp  # noqa: E402
+from fastanila.kernels.mixture import mixture_constants  # noqa: E402
 from fastanila.kernels.mlp import mlp_constants  # noqa: E402
-from fastanila.kernels.trajectory import mixture_constants  # noqa: E402
+from fastanila.models import MLP, GaussianMixture  # noqa: E402
+from fastanila.samplers import whole_chain  # noqa: E402
 
 pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter replaces the compiler")
 
@@ -286,16 +287,16 @@ def test_bad_arguments_are_named(monkeypatch, name):
     monkeypatch.setattr(ops, "INTERPRETED", True)  # as on a device with kernels; the checks come before any launch
     change, error, message = ERRORS[name]
     with pytest.raises(error, match=message):
-        trajectory.run(GaussianMixture(torch.zeros(1, 2)), Z, **GOOD | change)
+        whole_chain.run(GaussianMixture(torch.zeros(1, 2)), Z, **GOOD | change)
 
 
 def test_without_a_kernel_nothing_is_supported():
     """A plain CPU: `run` says so, and does not fall back."""
     for energy in (GaussianMixture(torch.zeros(1, 2)), MLP(2)):
-        assert not trajectory.supports(energy, Z)
-        assert trajectory.refusal(energy, Z).startswith("no Triton kernel runs on z's device cpu")
+        assert not whole_chain.supports(energy, Z)
+        assert whole_chain.refusal(energy, Z).startswith("no Triton kernel runs on z's device cpu")
         with pytest.raises(ValueError, match="but no Triton kernel runs on z's device cpu"):
-            trajectory.run(energy, Z, **GOOD)
+            whole_chain.run(energy, Z, **GOOD)
 
 
 # ----------------------------------------------------------------------------------- what is known of an energy's parts
@@ -321,13 +322,13 @@ def changes():
 @pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
 def test_an_energys_parts_are_looked_up_anew_when_one_is_exchanged(change):
     energy = MLP(3, 8, activation="leaky-relu")
-    before = trajectory._parts(energy)
-    assert trajectory._parts(energy) is before
+    before = whole_chain._parts(energy)
+    assert whole_chain._parts(energy) is before
     with torch.no_grad():
         energy.layers[0].weight.mul_(2)  # in place: the parts share its memory
-    assert trajectory._parts(energy) is before and torch.equal(before.tensors[0][0], energy.layers[0].weight)
+    assert whole_chain._parts(energy) is before and torch.equal(before.tensors[0][0], energy.layers[0].weight)
     change(energy)
-    after = trajectory._parts(energy)
+    after = whole_chain._parts(energy)
     assert after is not before and after.unfit is None
     assert after.leak == energy.layers[1].negative_slope
     weights = [energy.layers[0].weight, energy.layers[2].weight, energy.head.weight]
@@ -336,24 +337,24 @@ def test_an_energys_parts_are_looked_up_anew_when_one_is_exchanged(change):
 
 def test_an_energy_that_no_longer_fits_is_noticed():
     energy = MLP(3, 8)
-    assert trajectory._parts(energy).unfit is None
+    assert whole_chain._parts(energy).unfit is None
     hook = energy.layers[0].register_forward_hook(lambda *arguments: None)
-    assert trajectory._parts(energy).unfit == "the energy has forward hooks"
+    assert whole_chain._parts(energy).unfit == "the energy has forward hooks"
     hook.remove()
-    assert trajectory._parts(energy).unfit is None
+    assert whole_chain._parts(energy).unfit is None
     energy.double()
-    assert "float32" in trajectory._parts(energy).unfit
+    assert "float32" in whole_chain._parts(energy).unfit
 
 
 def test_an_energy_and_what_is_known_of_it_end_together():
-    known = len(trajectory._known)
+    known = len(whole_chain._known)
     energies = [MLP(2, 8), GaussianMixture(torch.eye(2))]
     for energy in energies:
-        trajectory._parts(energy)
-    assert len(trajectory._known) == known + 2
+        whole_chain._parts(energy)
+    assert len(whole_chain._known) == known + 2
     del energy, energies
     gc.collect()
-    assert len(trajectory._known) == known
+    assert len(whole_chain._known) == known
 
 
 def test_a_launchs_sizes_are_the_callers_own():

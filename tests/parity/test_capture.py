@@ -6,10 +6,15 @@ import warnings
 import pytest
 import torch
 
-from fastanila import AniLA, Langevin, trajectory, transitions, updates
-from fastanila.config import Settings
-from fastanila.energies import MLP, Autocast, ConvNet, GaussianMixture
-from fastanila.training import prepare
+from fastanila import AniLA, Langevin
+from fastanila.models import MLP, ConvNet, GaussianMixture
+from fastanila.models.wrappers import Autocast
+from fastanila.samplers import captured as captured_samplers
+from fastanila.samplers import stepwise as stepwise_samplers
+from fastanila.samplers import whole_chain
+from fastanila.training import update as update_training
+from fastanila.training.job import prepare
+from fastanila.training.settings import Settings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +25,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def stepwise(monkeypatch):
     """Whole-chain kernels off: this is about graphs."""
-    monkeypatch.setattr(trajectory, "_fitting", lambda *a: "this is about graphs")
+    monkeypatch.setattr(whole_chain, "_fitting", lambda *a: "this is about graphs")
 
 
 @pytest.fixture
@@ -58,7 +63,7 @@ def test_a_captured_run_equals_the_transitions_one_by_one(name, sampler, capture
     captured = sampler.run(energy, z, steps=21, seed=1, step=4)
     again = sampler.run(energy, z, steps=21, seed=1, step=25)
     assert len(captures) == 1  # the second replays the first one's
-    monkeypatch.setattr(transitions, "_captured", lambda t: transitions.Stepwise(t, sparing=True))
+    monkeypatch.setattr(captured_samplers, "_captured", lambda t: stepwise_samplers.Stepwise(t, sparing=True))
     close = dict(rtol=1e-4, atol=1e-4) if name != "bf16" else dict(rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(captured, sampler.run(energy, z, steps=21, seed=1, step=4), **close)
     torch.testing.assert_close(again, sampler.run(energy, z, steps=21, seed=1, step=25), **close)
@@ -132,9 +137,9 @@ def test_a_captured_update_equals_the_uncaptured_one(options, captures, monkeypa
     common = dict(sampler="anila", steps=4, batch_size=32, chains=32, width=16, features=8, iterations=50, seed=3)
     ends = []
     for warm_up in (3, math.inf):
-        monkeypatch.setattr(updates, "_WARM_UP", warm_up)
+        monkeypatch.setattr(update_training, "_WARM_UP", warm_up)
         job = prepare(Settings(**common | options, device="cuda"))
-        update = updates.build_update(job)
+        update = update_training.build_update(job)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*uncaptured")
             rows = [numbers(update()) for _ in range(8)]
@@ -151,14 +156,14 @@ def test_a_captured_update_equals_the_uncaptured_one(options, captures, monkeypa
     assert len({tuple(row) for row in rows_a}) == 8  # every replay sees new data and new noise
 
 
-def numbers(made: updates.Update) -> list[float]:
+def numbers(made: update_training.Update) -> list[float]:
     return [x.item() for x in (made.energy_data, made.energy_chains, *made.grad_norms, *(made.teaching or ()))]
 
 
 def test_a_broken_update_changes_nothing_when_replayed():
     sizes = dict(steps=2, batch_size=16, chains=16, width=16, features=8, iterations=50)
     job = prepare(Settings(sampler="anila", **sizes, device="cuda"))
-    update = updates.build_update(job)
+    update = update_training.build_update(job)
     for _ in range(6):
         update()
     job.start.chains.fill_(math.inf)

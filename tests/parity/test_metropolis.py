@@ -10,9 +10,10 @@ from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES
 from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, counting, draw
 
 import oracle
-from fastanila import metropolis, noise, ops, reference
-from fastanila.metropolis import metropolis_step
-from fastanila.reference import NORMS, Metropolis
+from fastanila import noise, ops
+from fastanila.ops import Metropolis, metropolis, metropolis_step, reference
+from fastanila.ops import step as step_ops
+from fastanila.ops.reference import NORMS
 
 pytestmark = MARKS
 NAMED = dict(seed=(1 << 63) + 5, step=(1 << 33) + 7)
@@ -22,7 +23,7 @@ NAMED = dict(seed=(1 << 63) + 5, step=(1 << 33) + 7)
 def small_tiles(monkeypatch):
     """Tiles that short chains outgrow."""
     for name, elements in SMALL_TILES.items():
-        monkeypatch.setattr(ops._rows, name, elements)
+        monkeypatch.setattr(step_ops._rows, name, elements)
 
 
 class Case(NamedTuple):
@@ -124,7 +125,7 @@ def test_it_equals_the_formula(poisoned, dtype, shape, norm):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", OUTGROWN, ids=str)
 def test_chains_larger_than_a_tile(poisoned, small_tiles, shape, norm):
-    view = ops._rows.view(shape, norm)
+    view = step_ops._rows.view(shape, norm)
     tile = metropolis._kernel.tile_of(view.channels, view.size, view.norm)
     assert view.size > tile.cols
     moved = [*check_made(shape, norm=norm), *check_made(shape, torch.bfloat16, norm=norm, offset=40)]

@@ -10,7 +10,9 @@ from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, counting, dra
 
 import oracle
 from fastanila import ops
-from fastanila.reference import NORMS, Statistics
+from fastanila.ops import Statistics
+from fastanila.ops import step as step_ops
+from fastanila.ops.reference import NORMS
 
 pytestmark = MARKS
 OPTIONS = {"": {}, "bounds": dict(bounds=(-0.5, 1.0)), "inf": dict(threshold=math.inf)}
@@ -21,7 +23,7 @@ NAMED = dict(seed=(1 << 63) + 5, step=(1 << 33) + 7)
 def small_tiles(monkeypatch):
     """Tiles that short chains outgrow."""
     for name, elements in SMALL_TILES.items():
-        monkeypatch.setattr(ops._rows, name, elements)
+        monkeypatch.setattr(step_ops._rows, name, elements)
 
 
 def assert_statistics(seen, score, threshold, norm, gamma=None):
@@ -75,8 +77,8 @@ def test_options(poisoned, norm, options, in_place):
 @pytest.mark.parametrize("shape", OUTGROWN, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chains_larger_than_a_tile(poisoned, small_tiles, dtype, shape, norm):
-    view = ops._rows.view(shape, norm)
-    tile = ops._rows.tile_of(view.channels, view.size, view.norm)
+    view = step_ops._rows.view(shape, norm)
+    tile = step_ops._rows.tile_of(view.channels, view.size, view.norm)
     assert view.size > tile.cols
     check(shape, dtype, norm, {})
     check(shape, dtype, norm, {}, statistics=False, in_place=True)
@@ -226,7 +228,7 @@ KERNELS = ("anisotropic_step_kernel", "rows_kernel")
 
 
 def count_launches(monkeypatch) -> list[str]:
-    return counting(monkeypatch, (ops._kernel, "_launch_step"), (ops._rows, "_launch_rows"))
+    return counting(monkeypatch, (step_ops._kernel, "_launch_step"), (step_ops._rows, "_launch_rows"))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -269,7 +271,7 @@ def test_compiled_with_the_kernel_inside(norm):
 @pytest.mark.parametrize("norm", NORMS)
 def test_opcheck(norm):
     z, score = draw((5, 3, 2), torch.float32)
-    z, arguments = ops._prepare(z, score, 1.5, 0.3, 1.0, norm, 1, 2, 0, None, None, None)
+    z, arguments = step_ops._prepare(z, score, 1.5, 0.3, 1.0, norm, 1, 2, 0, None, None, None)
     for name in (
         "anisotropic_step",
         "anisotropic_step_",

@@ -11,6 +11,7 @@ import torch
 from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, draw, expected
 
 from fastanila import noise, ops
+from fastanila.ops import dispatch
 
 pytestmark = MARKS
 
@@ -59,7 +60,7 @@ def test_a_mask_of_full_blocks(poisoned, dtype):
     """Read by words there, by bytes in the ragged tail; a mask that is not aligned is copied."""
     z, score = draw((2, 2051), dtype)
     buffer = torch.rand(2 * 2051 + 1, generator=torch.Generator().manual_seed(3)).to(DEVICE) < 0.5
-    assert ops.aligned(buffer[1:]).data_ptr() % 16 == 0
+    assert dispatch.aligned(buffer[1:]).data_ptr() % 16 == 0
     for mask in (buffer[:-1], buffer[1:]):
         mask = mask.view(2, 2051)
         out = ops.anisotropic_step(z, score, 2.0, seed=1, step=2, mask=mask)

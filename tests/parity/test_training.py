@@ -4,9 +4,14 @@ import pytest
 import torch
 from run_files import rows
 
-from fastanila import metropolis, ops, trajectory, updates
-from fastanila.config import Settings
-from fastanila.training import train
+from fastanila import ops
+from fastanila.ops import metropolis
+from fastanila.ops import step as step_ops
+from fastanila.ops import whole_chain as whole_chain_ops
+from fastanila.samplers import whole_chain
+from fastanila.training import update
+from fastanila.training.loop import train
+from fastanila.training.settings import Settings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +29,7 @@ SMALL = dict(sampler="anila", step_size=0.005, steps=6, chains=8, batch_size=8, 
 def test_twenty_updates(tmp_path, monkeypatch, way):
     """The default job's sampler is the exact one."""
     if "one by one" in way:
-        monkeypatch.setattr(trajectory, "supports", lambda *a, **k: False)
+        monkeypatch.setattr(whole_chain, "supports", lambda *a, **k: False)
     changes = dict(sampler="anila-mh", step_size=0.02) if "exact" in way else {}
     launches = {"one by one": 6, "exact, one by one": 7}.get(way, 1)
     seen = compare(tmp_path, monkeypatch, launches, launches == 1, **SMALL | changes, iterations=20)
@@ -52,7 +57,7 @@ def compare(tmp_path, monkeypatch, launches, whole, **settings):
             Settings(**settings, fused=fused, log_every=1, sample_every=0, out=str(tmp_path / str(fused))),
             say=lines.append,
         )
-        updates_run = updates._WARM_UP + 1 if torch.cuda.is_available() else settings["iterations"]  # and the capture
+        updates_run = update._WARM_UP + 1 if torch.cuda.is_available() else settings["iterations"]  # and the capture
         assert len(seen) == (launches * updates_run if fused else 0)
         assert ("whole-chain Triton kernel" in lines[0]) == (fused and whole)
         seen.clear()
@@ -72,8 +77,8 @@ def count_launches(monkeypatch) -> list[str]:
         launch = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, **k: (seen.append(name), launch(*a, **k)))
 
-    counted(ops._kernel, "launch")
+    counted(step_ops._kernel, "launch")
     counted(metropolis._kernel, "launch")
-    counted(ops._rows, "launch")
-    counted(trajectory._mlp, "launch_mlp")
+    counted(step_ops._rows, "launch")
+    counted(whole_chain_ops._mlp, "launch_mlp")
     return seen

@@ -23,8 +23,13 @@ from cases import (
 from steps import DEVICE, MARKS, counting
 from torch._dynamo.testing import CompileCounter
 
-from fastanila import MALA, AdjustedAniLA, noise, ops, reference, trajectory
-from fastanila.energies import MLP, Autocast, ConvNet, GaussianMixture, evaluator
+from fastanila import MALA, AdjustedAniLA, noise, ops
+from fastanila.models import MLP, ConvNet, GaussianMixture
+from fastanila.models.score import evaluator
+from fastanila.models.wrappers import Autocast
+from fastanila.ops import dispatch, reference
+from fastanila.ops import whole_chain as whole_chain_ops
+from fastanila.samplers import whole_chain
 
 pytestmark = MARKS
 SETTINGS = dict(threshold=1.5, step_size=0.1, noise_scale=0.9, seed=(1 << 63) + 5, step=(1 << 33) - 4)
@@ -64,7 +69,7 @@ def one_by_one(
         )
     clipped = (gamma < 1).double().mean(1)
     rms = score.square().mean(1).sqrt()
-    return trajectory.Trajectory(z, u.detach(), gamma.mean(1), rms, clipped, torch.ones_like(rms))
+    return whole_chain.Trajectory(z, u.detach(), gamma.mean(1), rms, clipped, torch.ones_like(rms))
 
 
 def value(energy, x):
@@ -77,7 +82,7 @@ def value(energy, x):
 
 
 def rounded(want):
-    return trajectory.Trajectory(*(x.float() for x in want))
+    return whole_chain.Trajectory(*(x.float() for x in want))
 
 
 def assert_close(out, want, tolerance=1e-4):
@@ -101,7 +106,7 @@ def few_programs(monkeypatch):
 def test_a_mixture(poisoned, dim, components, count):
     energy, z = mixture(dim, components), chains(count, dim)
     before = z.clone()
-    out = trajectory.run(energy, z, **SETTINGS, steps=10)
+    out = whole_chain.run(energy, z, **SETTINGS, steps=10)
     assert_close(out, one_by_one(energy, z, **SETTINGS, steps=10))
     assert torch.equal(z, before)
 
@@ -112,8 +117,8 @@ def test_a_network(poisoned, monkeypatch, dim, width, depth, features, activatio
     monkeypatch.setattr("fastanila.kernels.mlp.PROGRAMS", -(-count // rows))
     energy = mlp(dim, width, depth, features=features, activation=activation)
     z = chains(count, dim)
-    assert trajectory.supports(energy, z)
-    out = trajectory.run(energy, z, **SETTINGS, steps=10)
+    assert whole_chain.supports(energy, z)
+    out = whole_chain.run(energy, z, **SETTINGS, steps=10)
     assert_close(out, one_by_one(energy, z, **SETTINGS, steps=10))
 
 
@@ -125,7 +130,7 @@ ENERGIES = {"mixture": lambda dim: mixture(dim), "mlp": lambda dim: mlp(dim, 20,
 def test_every_sampler(few_programs, kind, norm, refresh, bounds):
     energy, z = ENERGIES[kind](3), chains(5, 3)
     settings = SETTINGS | dict(norm=norm, refresh=refresh, bounds=bounds, threshold=0.2, steps=10)
-    out, want = trajectory.run(energy, z, **settings), one_by_one(energy, z, **settings)
+    out, want = whole_chain.run(energy, z, **settings), one_by_one(energy, z, **settings)
     assert_close(out, want)
     assert bounds is None or (out.z.min() >= bounds[0] and out.z.max() <= bounds[1])
     mutants = [dict(refresh={"update": "transition", "transition": "update"}[refresh]), dict(threshold=math.inf)]
@@ -139,7 +144,7 @@ def test_every_sampler(few_programs, kind, norm, refresh, bounds):
 def test_plain_langevin(few_programs, kind):
     energy, z = ENERGIES[kind](2), chains(5, 2)
     settings = SETTINGS | dict(threshold=math.inf, steps=10)
-    out = trajectory.run(energy, z, **settings)
+    out = whole_chain.run(energy, z, **settings)
     assert_close(out, one_by_one(energy, z, **settings))
     assert (out.gamma_mean == 1).all() and not out.clip_fraction.any()
 
@@ -151,14 +156,14 @@ def test_noise_is_the_stream(few_programs, kind, dim):
     energy, z = ENERGIES[kind](dim), chains(3, dim)
     for seed, step, offset in ((0, 0, 1), (-1, (1 << 56) - 2, 2), ((1 << 64) - 7, 1 << 32, 3), (5, 6, (1 << 40) + 1)):
         settings = SETTINGS | dict(seed=seed, step=step, offset=offset, steps=2, noise_scale=1.3)
-        assert_close(trajectory.run(energy, z, **settings), one_by_one(energy, z, **settings), 2e-5)
+        assert_close(whole_chain.run(energy, z, **settings), one_by_one(energy, z, **settings), 2e-5)
 
 
 @pytest.mark.parametrize("kind", ENERGIES)
 def test_one_transition_is_the_operators(few_programs, kind):
     energy, z = ENERGIES[kind](3), chains(9, 3)
     u, score = evaluator(energy)(z)
-    out = trajectory.run(energy, z, **SETTINGS, steps=1)
+    out = whole_chain.run(energy, z, **SETTINGS, steps=1)
     want, seen = ops.anisotropic_step(z, score, SETTINGS["threshold"], **without_threshold(SETTINGS), statistics=True)
     seen = (seen.gamma_mean, seen.score_rms, seen.clip_fraction, torch.ones_like(u))
     for a, b in zip(out, (want, u, *seen), strict=True):
@@ -172,27 +177,27 @@ def without_threshold(settings):
 @pytest.mark.parametrize("kind", ENERGIES)
 def test_a_run_in_pieces_and_a_batch_in_slices(few_programs, kind):
     energy, z = ENERGIES[kind](2), chains(7, 2)
-    whole = trajectory.run(energy, z, **SETTINGS, steps=7)
-    first = trajectory.run(energy, z, **SETTINGS, steps=3)
+    whole = whole_chain.run(energy, z, **SETTINGS, steps=7)
+    first = whole_chain.run(energy, z, **SETTINGS, steps=3)
     then = SETTINGS | dict(step=SETTINGS["step"] + 3)
-    torch.testing.assert_close(trajectory.run(energy, first.z, **then, steps=4), whole, rtol=1e-5, atol=1e-5)
-    part = trajectory.run(energy, z[5:], **SETTINGS, steps=7, offset=5)
-    torch.testing.assert_close(part, trajectory.Trajectory(*(x[5:] for x in whole)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole_chain.run(energy, first.z, **then, steps=4), whole, rtol=1e-5, atol=1e-5)
+    part = whole_chain.run(energy, z[5:], **SETTINGS, steps=7, offset=5)
+    torch.testing.assert_close(part, whole_chain.Trajectory(*(x[5:] for x in whole)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ENERGIES)
 def test_numbers_and_tensors(few_programs, kind):
     energy, z = ENERGIES[kind](2), chains(5, 2)
     numbers = SETTINGS | dict(seed=-3)
-    want = trajectory.run(energy, z, **numbers, steps=3)
+    want = whole_chain.run(energy, z, **numbers, steps=3)
     tensors = {
         name: torch.tensor(x, device=DEVICE, dtype=torch.int64 if name in ("seed", "step") else torch.float32)
         for name, x in numbers.items()
     }
     for name in numbers:
-        out = trajectory.run(energy, z, **numbers | {name: tensors[name]}, steps=3)
+        out = whole_chain.run(energy, z, **numbers | {name: tensors[name]}, steps=3)
         assert all(torch.equal(a, b) for a, b in zip(out, want, strict=True)), name
-    assert torch.equal(trajectory.run(energy, z, **tensors, steps=3).z, want.z)
+    assert torch.equal(whole_chain.run(energy, z, **tensors, steps=3).z, want.z)
 
 
 def test_matrices_that_do_not_fit_are_read_at_every_transition(monkeypatch):
@@ -201,17 +206,17 @@ def test_matrices_that_do_not_fit_are_read_at_every_transition(monkeypatch):
     energy, z = mlp(dim, width, depth, features=features), chains(3, dim)
     from fastanila.kernels.mlp import mlp_constants
 
-    held, want = set(), trajectory.run(energy, z, **SETTINGS, steps=3)
+    held, want = set(), whole_chain.run(energy, z, **SETTINGS, steps=3)
     for shared in SHARED_MEMORIES:
-        monkeypatch.setattr(trajectory, "_shared_memory", lambda z, shared=shared: shared)
+        monkeypatch.setattr(whole_chain_ops, "_shared_memory", lambda z, shared=shared: shared)
         held.add(mlp_constants(*SQUEEZED, len(z), shared)[0]["HELD"])
-        got = trajectory.run(energy, z, **SETTINGS, steps=3)
+        got = whole_chain.run(energy, z, **SETTINGS, steps=3)
         torch.testing.assert_close(got.z, want.z, rtol=1e-5, atol=1e-5)
     assert held == {0, 1, 2, 3, 4, 5, 6, 8}  # seven and room for the eighth hold eight
-    monkeypatch.setattr(trajectory, "_shared_memory", lambda z: 9000)
-    assert "shared memory" in trajectory.refusal(energy, z)
+    monkeypatch.setattr(whole_chain_ops, "_shared_memory", lambda z: 9000)
+    assert "shared memory" in whole_chain.refusal(energy, z)
     with pytest.raises(ValueError, match="a layer of the energy exceeds"):
-        trajectory.run(energy, z, **SETTINGS, steps=3)
+        whole_chain.run(energy, z, **SETTINGS, steps=3)
 
 
 def test_phases_far_from_zero(few_programs):
@@ -220,7 +225,7 @@ def test_phases_far_from_zero(few_programs):
     energy.projections.mul_(20)
     settings = SETTINGS | dict(threshold=0.5, step_size=1e-6)
     assert (z @ energy.projections.T).abs().max() > 100
-    assert_close(trajectory.run(energy, z, **settings, steps=2), one_by_one(energy, z, **settings, steps=2))
+    assert_close(whole_chain.run(energy, z, **settings, steps=2), one_by_one(energy, z, **settings, steps=2))
 
 
 # ---------------------------------------------------------------------------------------------- what is not finite
@@ -232,8 +237,10 @@ def test_nan_stays_in_its_chain_and_shows(few_programs, norm, refresh):
     for energy in (mixture(3), mlp(3, 20, 2)):
         z = chains(5, 3)
         z[1, 2] = math.nan
-        out = trajectory.run(energy, z, **SETTINGS, steps=2, norm=norm, refresh=refresh, bounds=(-3.0, 3.0))
-        clean = trajectory.run(energy, z[2:], **SETTINGS, steps=2, norm=norm, refresh=refresh, bounds=(-3, 3), offset=2)
+        out = whole_chain.run(energy, z, **SETTINGS, steps=2, norm=norm, refresh=refresh, bounds=(-3.0, 3.0))
+        clean = whole_chain.run(
+            energy, z[2:], **SETTINGS, steps=2, norm=norm, refresh=refresh, bounds=(-3, 3), offset=2
+        )
         assert out.z[1].isnan().all() and out.energy[1].isnan() and out.score_rms[1].isnan()
         assert out.z[0].isfinite().all()
         torch.testing.assert_close(out.z[2:], clean.z, rtol=1e-5, atol=1e-5)
@@ -244,11 +251,11 @@ def test_huge_and_infinite_scores_move_a_step(few_programs):
     for confinement in (1e30, 3e38):  # the score -c x: huge, then infinite where |x| > 1
         energy = mlp(3, 20, 1, confinement=confinement)
         settings = SETTINGS | dict(threshold=2.0, step_size=0.5, steps=1)
-        out = trajectory.run(energy, z, **settings)
+        out = whole_chain.run(energy, z, **settings)
         torch.testing.assert_close(out.z, z - 0.5 * z.sign(), rtol=1e-6, atol=1e-6)
         assert (out.clip_fraction == 1).all() and out.gamma_mean.max() < 1e-29
         assert out.score_rms[1].item() == pytest.approx(confinement, rel=1e-6)
-        out = trajectory.run(energy, z, **settings, norm="chain")
+        out = whole_chain.run(energy, z, **settings, norm="chain")
         length = (out.z - z).norm(dim=1)
         torch.testing.assert_close(length, torch.full_like(length, 0.5), rtol=1e-6, atol=1e-6)
 
@@ -261,7 +268,7 @@ EXACT = dict(threshold=1.5, step_size=2.5, seed=(1 << 63) + 5, step=(1 << 33) - 
 class Judged(NamedTuple):
     """What `judged_one_by_one` finds."""
 
-    out: trajectory.Trajectory
+    out: whole_chain.Trajectory
     accepted: torch.Tensor  #: (steps, B) bool
     margin: torch.Tensor  #: (B,), the smallest |log alpha - log u| of a chain's transitions
 
@@ -303,18 +310,18 @@ def judged_one_by_one(
         accepted.append(judged.accepted)
         margin.append((log_alpha - log_u).abs().nan_to_num(math.inf))
     found = seen_at(*(before if seen == "before" else (u, score)))
-    out = trajectory.Trajectory(z=z, **found, acceptance=judged.acceptance)
+    out = whole_chain.Trajectory(z=z, **found, acceptance=judged.acceptance)
     return Judged(out, torch.stack(accepted), torch.stack(margin).amin(0))
 
 
 def only(out, which):
-    return trajectory.Trajectory(*(x[which.to(x.device)] for x in out))
+    return whole_chain.Trajectory(*(x[which.to(x.device)] for x in out))
 
 
 def check_adjusted(energy, z, **settings):
     """The kernel's chains are those of the definition, but for the few with a decision that rounding could turn."""
     before, want = z.clone(), judged_one_by_one(energy, z, **settings)
-    out = trajectory.run(energy, z, adjusted=True, **settings)
+    out = whole_chain.run(energy, z, adjusted=True, **settings)
     clear = want.margin > 1e-3
     assert (~clear).sum() <= 1
     assert_close(only(out, clear), only(want.out, clear), 3e-4)
@@ -427,7 +434,7 @@ def test_adjusted_randomness_is_the_stream(few_programs, kind, dim):
                 )
                 for name in ("threshold", "step_size", "seed", "step")
             }
-            some, other = (trajectory.run(energy, z, adjusted=True, **settings | x) for x in ({}, tensors))
+            some, other = (whole_chain.run(energy, z, adjusted=True, **settings | x) for x in ({}, tensors))
             assert all(map(torch.equal, some, other))
 
 
@@ -444,8 +451,8 @@ def test_an_exact_sampler_in_pieces_is_the_sampler_step_by_step(few_programs, mo
     """Decisions and statistics, seen at every second transition; and at once."""
     energy, z, sampler = ENERGIES[kind](2), chains(7, 2), ADJUSTED_SAMPLERS[name]
     settings = dict(steps=4, seed=3, step=5, offset=2)
-    launches, run = [], trajectory.run
-    monkeypatch.setattr(trajectory, "run", lambda *a, **k: (launches.append(k["steps"]), run(*a, **k))[1])
+    launches, run = [], whole_chain.run
+    monkeypatch.setattr(whole_chain, "run", lambda *a, **k: (launches.append(k["steps"]), run(*a, **k))[1])
     infos, plain = [], []
     watch = dict(callback_every=2, keep_every=2)
     kept = sampler.run(energy, z, **settings, **watch, callback=infos.append)
@@ -499,11 +506,11 @@ def test_what_is_not_finite_is_rejected(few_programs, norm):
 
 @pytest.mark.parametrize("kind", ENERGIES)
 def test_adjusted_it_is_one_launch_of_new_tensors(monkeypatch, few_programs, kind):
-    launches = counting(monkeypatch, (trajectory._mixture, "_launch_mixture"), (trajectory._mlp, "_launch"))
+    launches = counting(monkeypatch, (whole_chain_ops._mixture, "_launch_mixture"), (whole_chain_ops._mlp, "_launch"))
     energy, z = ENERGIES[kind](2), chains(3, 2).requires_grad_()
-    out = trajectory.run(energy, z, **EXACT, adjusted=True)
+    out = whole_chain.run(energy, z, **EXACT, adjusted=True)
     assert len(launches) == 1 and not any(x.requires_grad for x in out) and out.z.data_ptr() != z.data_ptr()
-    empty = trajectory.run(energy, torch.zeros(0, 2, device=DEVICE), **EXACT, adjusted=True)
+    empty = whole_chain.run(energy, torch.zeros(0, 2, device=DEVICE), **EXACT, adjusted=True)
     assert empty.z.shape == (0, 2) and empty.acceptance.shape == (0,)
     assert len(launches) == 1
 
@@ -516,7 +523,7 @@ def test_the_law_of_short_chains():
     eps, steps, z = 0.5, 12, torch.zeros(96, 8, device=DEVICE)
     energy = GaussianMixture(torch.zeros(1, 8, device=DEVICE))
     settings = dict(threshold=math.inf, step_size=eps, noise_scale=1.0, seed=1, step=0, steps=steps)
-    out = trajectory.run(energy, z, **settings).z
+    out = whole_chain.run(energy, z, **settings).z
     variance = eps * sum((1 - eps / 2) ** (2 * k) for k in range(steps))
     error = math.sqrt(variance / out.numel())
     assert abs(out.mean().item()) < 6 * error
@@ -532,10 +539,10 @@ def test_the_law_of_long_chains():
     energy = GaussianMixture(torch.zeros(1, 2, device=DEVICE))
     settings = dict(threshold=1.0, seed=1, step=0, steps=2000)
     start = torch.zeros(100_000, 2, device=DEVICE)
-    out = trajectory.run(energy, start, step_size=0.02, **settings).z
+    out = whole_chain.run(energy, start, step_size=0.02, **settings).z
     assert want == pytest.approx(1.42, abs=0.01)
     assert out.var().item() == pytest.approx(want, rel=0.03)
-    exact = trajectory.run(energy, start, step_size=0.5, adjusted=True, **settings).z
+    exact = whole_chain.run(energy, start, step_size=0.5, adjusted=True, **settings).z
     assert exact.var().item() == pytest.approx(1.0, rel=0.02)  # six standard errors
 
 
@@ -544,34 +551,34 @@ def test_the_law_of_long_chains():
 
 @pytest.mark.parametrize("kind", ENERGIES)
 def test_one_launch(monkeypatch, few_programs, kind):
-    launches = counting(monkeypatch, (trajectory._mixture, "_launch_mixture"), (trajectory._mlp, "_launch"))
-    trajectory.run(ENERGIES[kind](2), chains(33, 2), **SETTINGS, steps=4)
+    launches = counting(monkeypatch, (whole_chain_ops._mixture, "_launch_mixture"), (whole_chain_ops._mlp, "_launch"))
+    whole_chain.run(ENERGIES[kind](2), chains(33, 2), **SETTINGS, steps=4)
     assert len(launches) == 1
 
 
 @pytest.mark.parametrize("kind", ENERGIES)
 def test_parameters_are_read_at_the_launch(few_programs, kind):
     energy, z = ENERGIES[kind](2), chains(3, 2)
-    before = trajectory.run(energy, z, **SETTINGS, steps=2)
+    before = whole_chain.run(energy, z, **SETTINGS, steps=2)
     with torch.no_grad():
         for x in [*energy.parameters()] or [energy.means]:
             x.add_(0.3)
-    after = trajectory.run(energy, z, **SETTINGS, steps=2)
+    after = whole_chain.run(energy, z, **SETTINGS, steps=2)
     assert not torch.isclose(after.z, before.z, atol=1e-5).all()
     assert_close(after, one_by_one(energy, z, **SETTINGS, steps=2))
 
 
 def test_results_are_new_and_detached(few_programs):
     energy, z = mlp(2, 20, 1), chains(3, 2).requires_grad_()
-    out = trajectory.run(energy, z, **SETTINGS, steps=2)
+    out = whole_chain.run(energy, z, **SETTINGS, steps=2)
     assert not any(x.requires_grad for x in out) and out.z.data_ptr() != z.data_ptr()
     strided = chains(3, 2).T.contiguous().T
-    assert torch.equal(trajectory.run(energy, strided, **SETTINGS, steps=2).z, out.z)
+    assert torch.equal(whole_chain.run(energy, strided, **SETTINGS, steps=2).z, out.z)
 
 
 @pytest.mark.parametrize("kind", ENERGIES)
 def test_empty(kind):
-    out = trajectory.run(ENERGIES[kind](2), torch.zeros(0, 2, device=DEVICE), **SETTINGS, steps=2)
+    out = whole_chain.run(ENERGIES[kind](2), torch.zeros(0, 2, device=DEVICE), **SETTINGS, steps=2)
     assert out.z.shape == (0, 2) and out.energy.shape == (0,)
 
 
@@ -586,8 +593,8 @@ def test_opcheck(monkeypatch, few_programs, kind, tensors):
         for name in ("mixture_trajectory", "mlp_trajectory"):
             packet = getattr(torch.ops.fastanila, name)
             patch.setattr(torch.ops.fastanila, name, lambda *a, p=packet: (caught.update(op=p, a=a), p(*a))[1])
-        patch.setattr(ops, "direct", lambda *tensors: False)
-        trajectory.run(ENERGIES[kind](2), chains(3, 2), **numbers, steps=2)
+        patch.setattr(dispatch, "direct", lambda *tensors: False)
+        whole_chain.run(ENERGIES[kind](2), chains(3, 2), **numbers, steps=2)
     torch.library.opcheck(caught["op"].default, caught["a"])
 
 
@@ -596,7 +603,7 @@ def test_compiled_it_is_one_opaque_call(few_programs, kind):
     energy = ENERGIES[kind](2)
 
     def f(z, seed, step):
-        out = trajectory.run(energy, 1.0 * z, **SETTINGS | dict(seed=seed, step=step), steps=3)
+        out = whole_chain.run(energy, 1.0 * z, **SETTINGS | dict(seed=seed, step=step), steps=3)
         return out.z + 1.0, out.energy
 
     counter = CompileCounter()
@@ -635,18 +642,18 @@ def test_supports():
         "a function": (lambda x: x.sum(1), z),
         "no device of ours": (mixture(2).to("meta"), z.to("meta")),
     }
-    assert all(trajectory.supports(*case) for case in yes)
+    assert all(whole_chain.supports(*case) for case in yes)
     for name, (energy, states, *mask) in no.items():
-        assert not trajectory.supports(energy, states, mask=mask[0] if mask else None), name
+        assert not whole_chain.supports(energy, states, mask=mask[0] if mask else None), name
         if not mask:
             with pytest.raises(ValueError, match="energy and z must be what"):
-                trajectory.run(energy, states, **SETTINGS, steps=1)
+                whole_chain.run(energy, states, **SETTINGS, steps=1)
 
     class Mine(MLP):
         pass
 
-    assert not trajectory.supports(Mine(2).to(DEVICE), z)
+    assert not whole_chain.supports(Mine(2).to(DEVICE), z)
     with ops.plain():
-        assert not trajectory.supports(mixture(2), z)
+        assert not whole_chain.supports(mixture(2), z)
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert not trajectory.supports(mlp(2), z)
+        assert not whole_chain.supports(mlp(2), z)

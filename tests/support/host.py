@@ -16,7 +16,7 @@ import torch
 
 import fake_device
 from fastanila import AdjustedAniLA, AniLA, ops
-from fastanila.energies import MLP, GaussianMixture
+from fastanila.models import MLP, GaussianMixture
 
 _ROUNDS, _CALLS, _WARM_UP = 60, 40, 30
 

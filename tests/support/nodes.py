@@ -23,11 +23,14 @@ import torch
 from torch import nn
 
 import fake_device
-from fastanila import MALA, AdjustedAniLA, AniLA, Langevin, training, trajectory, updates
-from fastanila.base import Sampler
-from fastanila.config import Settings
-from fastanila.energies import MLP, ConvNet, GaussianMixture
-from fastanila.runs import at_precision, matmul_precision
+from fastanila import MALA, AdjustedAniLA, AniLA, Langevin
+from fastanila.models import MLP, ConvNet, GaussianMixture
+from fastanila.samplers import whole_chain
+from fastanila.samplers.sampler import Sampler
+from fastanila.training import job
+from fastanila.training import update as update_training
+from fastanila.training.build import at_precision, matmul_precision
+from fastanila.training.settings import Settings
 
 # --------------------------------------------------------------------------------------------- what is counted, and how
 
@@ -57,12 +60,12 @@ def afresh(case: Case) -> Case:
 @contextlib.contextmanager
 def one_by_one() -> Iterator[None]:
     """No kernel makes a whole chain."""
-    fitting = trajectory._fitting
-    trajectory._fitting = lambda *arguments: "each transition is to be seen"
+    fitting = whole_chain._fitting
+    whole_chain._fitting = lambda *arguments: "each transition is to be seen"
     try:
         yield
     finally:
-        trajectory._fitting = fitting
+        whole_chain._fitting = fitting
 
 
 def transition(
@@ -112,9 +115,9 @@ def image_update(**settings: Any) -> Case:
 def _update(settings: Settings) -> Counted:
     device = fake_device.Device()
     with fake_device.tensor_learning_rates(), matmul_precision(settings.precision):
-        update = updates.build_update(training.prepare(settings))
+        update = update_training.build_update(job.prepare(settings))
         device.clear()
-        for _ in range(updates._WARM_UP + 2):
+        for _ in range(update_training._WARM_UP + 2):
             update()
     if not device.graphs:
         raise AssertionError("no update was captured")

@@ -1,4 +1,4 @@
-"""What the device without kernels must refuse, and what `fastanila.capture.cuda_graph` must leave whole where it does:
+"""What the device without kernels must refuse, and what `fastanila.graphs.cuda_graph` must leave whole where it does:
 cases of tests/test_capture_rules.py, which `fake_device.run` runs in a process under the device."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 import fake_device
-from fastanila.capture import cuda_graph
+from fastanila.graphs import cuda_graph
 
 MEGABYTE = 1 << 20
 

@@ -1,0 +1,191 @@
+"""What a model learns from: densities on the plane and images, both drawn by update from the noise stream.
+
+A draw is a function of (seed, step, row) and of nothing else: there is no loader, no worker and no shuffling order to
+save. Row i of a draw with ``offset=o`` is row o + i of the whole draw, so a batch may be shared out over machines;
+``purpose`` is "train", "start" (where chains start) or "held-out", which draw from streams of their own, the last,
+for images, from a set that training never sees. Draws trace under
+``torch.compile(fullgraph=True)`` with ``seed`` and ``step`` as 0-dim int64 tensors on the draw's device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import noise
+from . import image_files
+from .densities import _STREAMS
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images held in memory as uint8, all on one device, and drawn with replacement as floats in [-1, 1]."""
+
+    name: str
+    train: Tensor  #: uint8 (N, C, H, W)
+    held_out: Tensor  #: uint8 (M, C, H, W)
+    box: tuple[float, float] = (-1.0, 1.0)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(self.train.shape[1:])
+
+    @cached_property
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """What tells these images from others, as JSON has it: of each set its shape and its pixels' SHA-256 digest."""
+        return {
+            name: {"shape": list(images.shape), "sha256": hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()}
+            for name, images in (("training", self.train), ("held-out", self.held_out))
+        }
+
+    def to(self, device) -> Images:
+        return replace(self, train=self.train.to(device), held_out=self.held_out.to(device))
+
+    def draw(
+        self, count: int, *, seed: int | Tensor, step: int | Tensor, purpose="train", offset: int = 0, device=None
+    ) -> Tensor:
+        """Images (count, C, H, W), float32, x / 127.5 - 1; picked where the images lie, then moved to ``device``."""
+        images, (stream, _) = self.held_out if purpose == "held-out" else self.train, _STREAMS[purpose]
+        rows = noise.integers(
+            len(images), (count,), seed=seed, step=step, stream=stream, offset=offset, device=images.device
+        )
+        # A GPU divides by a constant through its reciprocal, so write the product and get the same bits everywhere.
+        drawn = (images[rows].to(torch.float32) - 127.5) * (1 / 127.5)
+        return drawn if device is None else drawn.to(device)
+
+
+def changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> list[str]:
+    """How the images of two fingerprints differ, in words; nothing where one is not known."""
+    found = []
+    for name in before if before and now else ():
+        was, become = before[name], now[name]
+        if was["shape"][0] != become["shape"][0]:
+            found.append(f"{was['shape'][0]} {name} images then, {become['shape'][0]} now")
+        elif was != become:
+            found.append(f"as many {name} images, but not the same")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Densities on the plane. Their shapes are those of FFJORD's toy data (Grathwohl et al., 2019, lib/toy_data.py) unless
+# a comment says otherwise. Nothing here looks a table up, so a draw can be captured in a CUDA graph.
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images. A loader returns (training, held-out) pixels, uint8 (N, C, H, W), on the CPU.
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    values = torch.from_numpy(load_digits().images)  # (1797, 8, 8), 0..16
+    return _split((values * (255 / 16)).round().to(torch.uint8)[:, None], every=5)
+
+
+def _cifar10(root: Path, download: bool) -> tuple[Tensor, Tensor]:
+    from torchvision.datasets import CIFAR10
+
+    # CIFAR10 unpickles its files, and does so only after it has found the checksum of each to be right.
+    sets = (_from_torchvision(CIFAR10, root, download, train=train) for train in (True, False))
+    return tuple(_channels_first(dataset.data) for dataset in sets)
+
+
+def _flowers102(root: Path, size: int, channels: int, download: bool) -> tuple[Tensor, Tensor]:
+    from torchvision.datasets import Flowers102
+
+    def read(*splits: str) -> Tensor:
+        paths = []
+        for split in splits:  # with a loader that gives the path, for torchvision's tells of no broken file which it is
+            dataset = _from_torchvision(Flowers102, root, download, split=split, loader=str)
+            paths += [dataset[i][0] for i in range(len(dataset))]
+        return _read_images(paths, size, channels)
+
+    return read("train", "val"), read("test")
+
+
+def _from_torchvision(kind: type, root: Path, download: bool, **options):
+    """The torchvision dataset at ``root``: FileNotFoundError if it is not there, ValueError if it is not intact."""
+    folder = root / {"CIFAR10": "cifar-10-batches-py", "Flowers102": "flowers-102"}[kind.__name__]
+    advice = "pass --download to fetch it or --data-dir for where it lies"
+    if not (download or folder.is_dir()):
+        raise FileNotFoundError(f"no {kind.__name__}: {folder} is not a folder; {advice}")
+    try:
+        return kind(root, download=download, **options)
+    except RuntimeError as error:  # torchvision says the same of a missing file and of a wrong checksum
+        raise ValueError(f"{kind.__name__} is broken: a file in {folder} is missing or damaged; {advice}") from error
+
+
+def _image_folder(root: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"no images: {root} is not a folder; pass --data-dir for where the class folders lie")
+    parts = image_files.parts(root)
+    if parts is None:
+        return _apart(*_split(_read_images([*_found(root, least=2).values()], size, channels), every=10))
+    train, held_out = (_found(part, least=1) for part in parts)
+    if both := [train[identity] for identity in train if identity in held_out]:
+        number = "1 image is" if len(both) == 1 else f"{len(both)} images are"
+        raise ValueError(f"{number} in both {parts[0]} and {parts[1]}, by a link: {both[0]}")
+    train, held_out = (_read_images([*part.values()], size, channels) for part in (train, held_out))
+    if copies := int(_copies(train, held_out).sum()):
+        _tell(f"{copies} of {len(held_out)} held-out images equal a training image, pixel by pixel")
+    return train, held_out
+
+
+def _apart(train: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, where the split is ours: held-out images of which there is a copy in training go there too."""
+    copies = _copies(train, held_out)
+    if copies.all():  # nothing would be held out
+        _tell(f"all {len(held_out)} held-out images equal a training image, pixel by pixel")
+    elif copies.any():
+        _tell(f"not held out: {int(copies.sum())} of the images, which have copies, pixel by pixel, in training")
+        return torch.cat([train, held_out[copies]]), held_out[~copies]
+    return train, held_out
+
+
+def _copies(train: Tensor, held_out: Tensor) -> Tensor:
+    """Which held-out images equal a training image, pixel by pixel: (M,) bool."""
+
+    def digests(images: Tensor) -> list[bytes]:
+        return [hashlib.blake2b(image, digest_size=16).digest() for image in images.numpy()]
+
+    known = set(digests(train))
+    return torch.tensor([digest in known for digest in digests(held_out)])
+
+
+def _tell(line: str) -> None:
+    warnings.warn(line, stacklevel=3)
+
+
+def _found(root: Path, least: int) -> dict[image_files.Identity, str]:
+    """The images below ``root``'s class folders, by what tells files apart, in the order of their paths."""
+    paths = image_files.find(root)
+    if len(paths) < least:
+        expected = f"{least} or more, in class folders, as {' '.join(image_files.EXTENSIONS)}"
+        raise ValueError(f"{len(paths)} images in {root}: expected {expected}")
+    return paths
+
+
+def _read_images(paths: Sequence[str], size: int, channels: int) -> Tensor:
+    return _channels_first(image_files.read(paths, size, channels))
+
+
+def _channels_first(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _split(images: Tensor, every: int) -> tuple[Tensor, Tensor]:
+    """Holds out every ``every``-th image, the first included."""
+    held_out = torch.arange(len(images), device=images.device) % every == 0
+    return images[~held_out], images[held_out]
+
+
+# ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,6 @@
+"""The networks: energies, and the VAE that proposes."""
+
+from .energies import MLP, ConvNet, GaussianMixture
+from .vae import VAE
+
+__all__ = ["MLP", "VAE", "ConvNet", "GaussianMixture"]

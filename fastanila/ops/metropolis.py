@@ -1,0 +1,195 @@
+"""The Metropolis transition as an operator: accept or reject the last proposal and make the next.
+
+``torch.ops.fastanila.metropolis_step`` is one Triton kernel on CUDA tensors; where none runs, and for torch.compile on
+a CPU, it is the plain definition, `fastanila.ops.reference.metropolis_step`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import noise
+from . import dispatch, reference
+from .arguments import (
+    as_seed,
+    as_step,
+    as_step_size,
+    as_threshold,
+    check_alike,
+    check_chains,
+    check_device,
+    check_mask,
+    check_norm,
+    check_offset,
+    check_tensor,
+)
+from .reference import Metropolis
+
+if dispatch.TRITON:
+    from ..kernels import metropolis as _kernel
+    from ..kernels import step_rows as _rows
+
+_library = torch.library.Library("fastanila", "FRAGMENT")
+_library.define(
+    "metropolis_step(Tensor z, Tensor score, Tensor energy, Tensor proposal, Tensor proposal_score, "
+    "Tensor proposal_energy, float threshold, Tensor? threshold_t, float step_size, Tensor? step_size_t, str norm, "
+    "SymInt seed, Tensor? seed_t, SymInt step, Tensor? step_t, SymInt offset, Tensor? mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def metropolis_step(
+    z: Tensor,
+    score: Tensor,
+    energy: Tensor,
+    proposal: Tensor,
+    proposal_score: Tensor,
+    proposal_energy: Tensor,
+    threshold: float | Tensor,
+    *,
+    step_size: float | Tensor = 1.0,
+    norm: str = "element",
+    seed: int | Tensor,
+    step: int | Tensor,
+    offset: int = 0,
+    mask: Tensor | None = None,
+) -> Metropolis:
+    """Accept or reject ``proposal``, and make the next (Metropolis et al. 1953, Hastings 1970), for each chain.
+
+        log alpha = U(z) - U(z') + log q(z | z') - log q(z' | z);   z moves to z' where log u < log alpha
+
+    with q the anisotropic step at noise scale 1, whose law is `reference.proposal`; with b = inf it is MALA (Roberts
+    and Tweedie 1996). The score at the proposal makes the next one, so that a transition takes one gradient:
+
+        proposal = anisotropic_step(z, score, b, step_size=eps, norm=norm, seed=seed, step=t, mask=mask)    # the first
+        for t in t, t + 1, ...:
+            z, score, energy, proposal, acceptance = metropolis_step(
+                z, score, energy, proposal, score_of(proposal), energy_of(proposal), b,
+                step_size=eps, norm=norm, seed=seed, step=t, mask=mask)
+
+    Args:
+        z, proposal: chains and where they may move, (B, ...), float32, bfloat16 or float16, any memory layout.
+        score, proposal_score: gradients of the log density -U there, of the same shape, dtype and device.
+        energy, proposal_energy: U there, (B,) float32.
+        threshold: b > 0, or inf. step_size: eps > 0. norm: what |s| is. As in `ops.anisotropic_step`.
+        seed, step: name the randomness (see `fastanila.noise`): the proposal was made with the normals of ``step``,
+            is judged by its acceptance uniform, and the next is made with the normals of ``step + 1``. Seed is taken
+            mod 2**64, and 0 <= step < 2**56 - 1.
+        offset: the global index of the first chain.
+        mask: bool, broadcastable to z. Where it is False the proposal is to equal z, as the next does; such elements
+            have no part in the ratio, but their scores count in a norm that they share.
+
+    threshold, step_size (any float dtype), seed and step (int64) may each be a 0-dim tensor on z's device, which may
+    change without recompilation. Values inside tensors are not checked.
+
+    Returns:
+        `reference.Metropolis` (z, score, energy, proposal, acceptance): contiguous, new and detached. The ratio is
+        that of the states as they are stored, in float32 arithmetic. Where log alpha is not finite, as with a NaN or
+        infinite score or energy, the chain stays and its acceptance is 0.
+
+    Law: exp(-U), exactly, up to the storage's rounding of proposals.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what was expected.
+    """
+    tensors, rest = _prepare(
+        z, score, energy, proposal, proposal_score, proposal_energy, threshold, step_size, norm, seed, step, offset,
+        mask,
+    )  # fmt: skip
+    if not dispatch.fused(z, norm):
+        return Metropolis(*_reference(*tensors, *rest))  # not the operator, so that Inductor fuses it
+    # ahead of the operator, where a compiler fuses the conversion of a channels_last score with what made it
+    step = _triton if dispatch.direct(*tensors) else torch.ops.fastanila.metropolis_step
+    return Metropolis(*step(*(t.contiguous() for t in tensors), *rest))
+
+
+def _prepare(
+    z, score, energy, proposal, proposal_score, proposal_energy, threshold, step_size, norm, seed, step, offset, mask
+):
+    """Check every argument and lay them out as the operator takes them: (the six tensors, detached; the rest)."""
+    check_chains(z)
+    states = dict(score=score, proposal=proposal, proposal_score=proposal_score)
+    for name, value in states.items():
+        check_alike(name, value, z)
+    for name, value in dict(energy=energy, proposal_energy=proposal_energy).items():
+        check_tensor(name, value)
+        if value.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {value.dtype}")
+        if value.shape != z.shape[:1]:
+            raise ValueError(f"{name} must have shape {tuple(z.shape[:1])}, one a chain, got {tuple(value.shape)}")
+        check_device(name, value, z)
+    check_norm(norm, z)
+    check_mask(mask, z)
+    check_offset(offset)
+    tensors = (z, score, energy, proposal, proposal_score, proposal_energy)
+    return tuple(t.detach() for t in tensors), (
+        *as_threshold(threshold, z), *as_step_size(step_size, z), norm,
+        *as_seed(seed, z), *as_step(step, z, steps=2), offset, mask,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------- implementations
+
+
+def _reference(
+    z, score, energy, proposal, proposal_score, proposal_energy, threshold, threshold_t, step_size, step_size_t, norm,
+    seed, seed_t, step, step_t, offset, mask,
+):  # fmt: skip
+    seed, step = seed if seed_t is None else seed_t, step if step_t is None else step_t
+    place = dict(seed=seed, offset=offset, device=z.device)
+    made = reference.metropolis_step(
+        z,
+        score,
+        energy,
+        proposal,
+        proposal_score,
+        proposal_energy,
+        threshold if threshold_t is None else threshold_t,
+        step_size=step_size if step_size_t is None else step_size_t,
+        norm=norm,
+        mask=mask,
+        uniform=noise.uniform(energy.shape, step=step, stream=noise.Stream.ACCEPTANCE, **place),
+        noise=noise.normal(z.shape, step=step + 1, stream=noise.Stream.LANGEVIN, **place),
+    )
+    return tuple(t.contiguous() for t in made)
+
+
+def _triton(z, score, energy, proposal, proposal_score, proposal_energy, *rest):
+    tensors = (z, score, energy, proposal, proposal_score, proposal_energy)
+    (threshold, threshold_t, step_size, step_size_t, norm, seed, seed_t, step, step_t, offset, mask) = rest
+    if z.numel() == 0 or not _rows.fits(z.shape, norm):
+        return _reference(*tensors, *rest)
+    out = _outputs(z, energy)
+    with dispatch.launching_on(z.device):
+        _kernel.launch(
+            *(dispatch.aligned(t.contiguous()) for t in tensors),
+            out,
+            chains=len(z),
+            **_rows.view(z.shape, norm)._asdict(),
+            mask=None if mask is None else dispatch.aligned(mask.expand_as(z).contiguous()),
+            threshold=threshold if threshold_t is None else threshold_t,
+            step_size=step_size if step_size_t is None else step_size_t,
+            seed=seed if seed_t is None else seed_t,
+            step=step if step_t is None else step_t,
+            offset=offset,
+            fast=z.is_cuda and torch.version.hip is None,
+        )
+    return tuple(out)
+
+
+def _outputs(z: Tensor, energy: Tensor) -> Metropolis:
+    state, one_a_chain = (
+        [torch.empty_like(like, memory_format=torch.contiguous_format) for _ in range(count)]
+        for like, count in ((z, 3), (energy, 2))
+    )
+    return Metropolis(state[0], state[1], one_a_chain[0], state[2], one_a_chain[1])
+
+
+_library.impl("metropolis_step", _triton if dispatch.INTERPRETED else _reference, "CPU")
+_library.impl("metropolis_step", _triton if dispatch.TRITON else _reference, "CUDA")
+
+
+@torch.library.register_fake("fastanila::metropolis_step")
+def _(z, score, energy, *rest):
+    return tuple(_outputs(z, energy))

@@ -1,0 +1,201 @@
+"""Samplers made exact by a Metropolis correction: `MALA`, `AdjustedAniLA`, `HMC`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import InitVar
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..models.score import Evaluate
+from ..ops import reference
+from ..ops.metropolis import metropolis_step
+from ..ops.reference import Proposal
+from . import calibration
+from .sampler import Sampler, check_run, check_settings
+from .state import Info, State
+
+#: Why settings that the unadjusted samplers have are refused.
+REFUSALS = {
+    "noise_scale": "the law is exp(-U) however loud the proposals; for a temperature T give the energy U / T",
+    "bounds": "a clamped proposal has no density, and the correction would be wrong; let the energy rise towards them",
+    "refresh": "a gain held from the chain's start would make the reverse move unlike the one proposed",
+}
+
+_ABOVE_ALL = 1e30  #: an energy that no state has
+
+
+class Adapted(NamedTuple):
+    sampler: Adjusted  #: with the step size found, which stays as it is
+    z: Tensor  #: (B, ...) the chains, which went on meanwhile
+
+
+@dataclasses.dataclass(frozen=True)
+class Adjusted(Sampler):
+    """Samplers with a Metropolis correction. Use a subclass.
+
+    Law: exp(-U), exactly, at any step size, up to float32's rounding of the energies and states. What is not so is how
+    fast it forgets its start: watch Info.acceptance. A proposal whose acceptance ratio is not finite is rejected, so a
+    chain that starts where the energy is not finite stays there. An energy that depends on the other chains (batch
+    normalisation) or on chance (dropout) has no such law.
+
+    The noise scale, bounds and a frozen gain are refused, with the reason.
+    """
+
+    is_exact: ClassVar[bool] = True
+    #: acceptance rate that `adapt` aims at
+    target_acceptance: ClassVar[float]
+
+    noise_scale: InitVar[float] = dataclasses.field(default=1.0, kw_only=True)
+    bounds: InitVar[None] = dataclasses.field(default=None, kw_only=True)
+    refresh: InitVar[str] = dataclasses.field(default="transition", kw_only=True)
+
+    def __post_init__(self, noise_scale, bounds, refresh):
+        for name, value, neutral in (
+            ("noise_scale", noise_scale, 1.0),
+            ("bounds", bounds, None),
+            ("refresh", refresh, "transition"),
+        ):
+            if value is not neutral and value != neutral:
+                raise ValueError(f"{name} must be left out of {type(self).__name__}, got {value!r}: {REFUSALS[name]}")
+        check_settings(self)
+
+    def init(self, evaluate: Evaluate, z: Tensor) -> State:
+        energy, score = evaluate(z)
+        if energy is None:
+            raise ValueError(f"energy must be given, for {type(self).__name__} compares energies, got a score only")
+        return State(z, energy=energy.float(), score=score)
+
+    def adapt(
+        self,
+        energy: Callable[[Tensor], Tensor],
+        z: Tensor,
+        *,
+        steps: int,
+        seed: int,
+        step: int = 0,
+        offset: int = 0,
+        mask: Tensor | None = None,
+        target_acceptance: float | None = None,
+        compile: bool = True,
+    ) -> Adapted:
+        """Move the step size, by dual averaging (Hoffman and Gelman 2014), to a mean acceptance over all chains.
+
+        Makes ``steps`` transitions from z with a step size that follows their acceptance, and returns the sampler with
+        the average found, frozen, and the chains. Transitions made meanwhile do not have the law: count them as
+        warm-up. target_acceptance: in (0, 1), default 0.574 (Roberts and Rosenthal 1998), HMC 0.8. Other arguments as
+        `run`. A few hundred chains settle within some 100 transitions; few chains take longer.
+
+        Raises ValueError, TypeError naming the argument, as `run` does, also for fewer than one step.
+        """
+        target = self.target_acceptance if target_acceptance is None else target_acceptance
+        if not 0 < target < 1:
+            raise ValueError(f"target_acceptance must be between 0 and 1, got {target}")
+        check_run(self, z, steps, seed, step, offset, mask)
+        checks.count("steps", steps)
+        if energy is None:
+            raise ValueError(f"energy must be given, for {type(self).__name__} compares energies, got None")
+        checks.callables(energy=energy)
+        found = calibration.dual_averaging(self.step_size, z.device)
+        place = self.numbers.index("step_size")
+
+        with self._begun(energy, z, None, mask, seed, step, compile) as (chain, state, seed_t, step_t):
+            numbers = list(self.numbers_on(z.device))
+            for t in range(steps):
+                numbers[place] = found.step_size
+                state, info = chain(1, tuple(numbers), state, seed_t, step_t + t, offset, mask)
+                state = state._replace(proposal=None)  # made with a step size that changes: it is made anew
+                found = calibration.averaged(found, info.acceptance.mean(), target)
+        return Adapted(dataclasses.replace(self, step_size=found.kept.item()), state.z)
+
+
+@dataclasses.dataclass(frozen=True)
+class _AdjustedStep(Adjusted):
+    """The Metropolis-adjusted anisotropic step: judges the last proposal and makes the next, one gradient for both.
+
+    A chain in one kernel (`ops.whole_chain`) carries its place only: a run in pieces takes the energy and score
+    there anew and makes the same proposal again, with the same noise, so that it makes the same decisions.
+    """
+
+    whole_chain: ClassVar[bool] = True
+    target_acceptance: ClassVar[float] = 0.574
+
+    def proposal(self, z: Tensor, score: Tensor) -> Proposal:
+        return reference.proposal(z, score, self.threshold, step_size=self.step_size, norm=self.norm)
+
+    def begun(self, advance, state, *, seed, step, offset, mask):
+        """By a transition ahead of the first, from an energy above all others to z itself. Since that is accepted, it
+        leads to z, its energy, its score and the proposal of ``step``."""
+        if state.score is None:
+            z = state.z
+            above = torch.full((len(z),), _ABOVE_ALL, dtype=torch.float32, device=z.device)
+            before = State(z, energy=above, score=torch.zeros_like(z), proposal=z.clone())
+            state = advance(before, seed, step - 1, offset, mask)
+            # rejected: energy or score at z is not finite. From an infinite energy nothing is accepted: the chain stays
+            return state._replace(energy=torch.where(state.energy == _ABOVE_ALL, math.inf, state.energy))
+        if state.proposal is None:
+            settings = dict(step_size=self.step_size, norm=self.norm, seed=seed, step=step, offset=offset, mask=mask)
+            return state._replace(proposal=step.anisotropic_step(state.z, state.score, self.threshold, **settings))
+        return state
+
+    def transition(self, evaluate, state, *, seed, step, offset=0, mask=None, statistics=True):
+        settings = dict(step_size=self.step_size, norm=self.norm, seed=seed, offset=offset, mask=mask)
+        if state.score is None:
+            state = self.init(evaluate, state.z)
+        if state.proposal is None:
+            first = step.anisotropic_step(state.z, state.score, self.threshold, step=step, **settings)
+            state = state._replace(proposal=first)
+        proposal_energy, proposal_score = evaluate(state.proposal)
+        made = metropolis_step(
+            state.z,
+            state.score,
+            state.energy,
+            state.proposal,
+            proposal_score,
+            proposal_energy.float(),
+            self.threshold,
+            step=step,
+            **settings,
+        )
+        after = State(made.z, energy=made.energy, score=made.score, proposal=made.proposal)
+        if not statistics:
+            return after, None
+        seen = reference.statistics(state.score, self.threshold, self.norm)
+        return after, Info.of(state.energy, seen, made.acceptance)
+
+
+@dataclasses.dataclass(frozen=True)
+class MALA(_AdjustedStep):
+    """Metropolis-adjusted Langevin (Roberts and Tweedie 1996): `Langevin`'s step, accepted or rejected.
+
+    Law: exp(-U). step_size: eps, squared units of z; the acceptance rate falls as it grows (`adapt` finds 0.574).
+    """
+
+    step_size: float | Tensor = 0.01
+
+    threshold: ClassVar[float] = math.inf
+    numbers: ClassVar[tuple[str, ...]] = ("step_size",)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdjustedAniLA(_AdjustedStep):
+    """Metropolis-adjusted anisotropic Langevin: `AniLA`'s step, accepted or rejected, with the densities of its
+    position-dependent noise in the ratio (`fastanila.ops.reference.log_accept`).
+
+    Law: exp(-U). In high dimension use norm="chain": with a gain an element the step size at a fixed acceptance falls
+    as 1/D, with one a chain as D**(-1/3), as MALA's does.
+
+    threshold: b, in the score's unit; inf is `MALA`. With norm="chain" it scales with the root of the dimension.
+    step_size: eps, squared units of z. norm: "element", "channel" or "chain", what |s| is.
+    """
+
+    threshold: float | Tensor = 1.0
+    step_size: float | Tensor = 0.01
+    norm: str = "element"
+
+    numbers: ClassVar[tuple[str, ...]] = ("threshold", "step_size")

@@ -1,0 +1,123 @@
+"""Transitions one after the other, eager or compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..graphs import compiled
+from ..models import callables
+from ..models.score import evaluator
+from .kept import _SHAPES, Replays, _kept_of, _Made
+from .state import State
+
+
+class Stepwise:
+    """A chain that calls ``advance`` for every transition."""
+
+    def __init__(self, advance: Callable, *, sparing: bool, begun=None):
+        # sparing: statistics of the last transition only. On a CPU that would mean to compile the transition twice,
+        # which costs more than all the statistics of a run.
+        # begun: the sampler, if it is to make the state complete ahead of the first transition.
+        self.advance, self.sparing, self.begun = advance, sparing, begun
+
+    def __call__(self, count, numbers, state, seed, step, offset=0, mask=None):
+        if self.begun is not None:
+            state = self._begun(numbers, state, seed, step, offset, mask)
+        for made, t in enumerate(_times(step, count), start=1):
+            state, info = self.advance(numbers, state, seed, t, offset, mask, made == count or not self.sparing)
+        return state, info
+
+    def _begun(self, numbers, state, seed, step, offset, mask) -> State:
+        def advance(state, seed, step, offset, mask):
+            (t,) = _times(step, 1)
+            return self.advance(numbers, state, seed, t, offset, mask, True)[0]
+
+        sampler = self.begun.with_numbers(numbers)
+        return sampler.begun(advance, state, seed=seed, step=step, offset=offset, mask=mask)
+
+
+def _times(step: Tensor, count: int) -> tuple[Tensor, ...]:
+    """step, step + 1, ...: 0-dim tensors, each aligned to 16 bytes, lest compiled code copy it to where it would be."""
+    times = step + torch.arange(count, device=step.device)
+    return times[:, None].expand(-1, 2).contiguous()[:, 0].unbind()
+
+
+def _plain_transition(sampler, energy, score=None) -> Callable:
+    return _plain_of(sampler, evaluator(energy, score))
+
+
+def _plain_of(sampler, evaluate) -> Callable:
+    def transition(numbers, state, seed, step, offset=0, mask=None, statistics=True):
+        return sampler.with_numbers(numbers).transition(
+            evaluate, state, seed=seed, step=step, offset=offset, mask=mask, statistics=statistics
+        )
+
+    return transition
+
+
+class CompiledTransition(NamedTuple):
+    """advance(numbers, state, seed, step, offset, mask, statistics) -> (State, Info or None) as one graph, for all
+    samplers that differ in numbers only."""
+
+    energy: Callable | None
+    score: Callable | None
+    advance: Callable  #: the same, with these two as its first arguments
+    replays: Replays  #: the graphs captured of it
+
+    def __call__(self, numbers, state, seed, step, offset=0, mask=None, statistics=True):
+        return self.advance(self.energy, self.score, numbers, state, seed, step, offset, mask, statistics)
+
+
+def compiled_transition(sampler, energy, score=None) -> CompiledTransition:
+    """The sampler's transition, with what was compiled and captured of it before."""
+    static = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name not in sampler.numbers}
+    which = type(sampler), tuple(static.items())
+    who, made = callables.identity((energy, score)), _kept_of(energy, score).transitions
+    if which not in made:
+        made[which] = _Made(_compiled_transition(*which), {})
+    advance, replays = made[which]
+    own = replays[who.tensors] = replays.pop(who.tensors, None) or Replays()  # the latest last
+    if len(replays) > _SHAPES:
+        replays.pop(next(iter(replays)))
+    return CompiledTransition(energy, score, advance, own)
+
+
+def _compiled_transition(kind: type, static: tuple) -> Callable:
+    """The energy is an argument, which Dynamo looks at in each call, so that what is compiled does not keep it."""
+    template = kind(**dict(static))
+    if not kind.is_one_graph:
+        return _compiled_evaluation(template)
+
+    def transition(energy, score, numbers, state, seed, step, offset, mask, statistics):
+        return template.with_numbers(numbers).transition(
+            evaluator(energy, score, traced=True),
+            state, seed=seed, step=step, offset=offset, mask=mask, statistics=statistics,
+        )  # fmt: skip
+
+    # two functions, because Dynamo limits how many variants one may have, and energies make variants of their own
+    seeing, blind = compiled(transition), compiled(transition)
+
+    def advance(energy, score, numbers, state, seed, step, offset, mask, statistics):
+        return (seeing if statistics else blind)(energy, score, numbers, state, seed, step, offset, mask, statistics)
+
+    return advance
+
+
+def _compiled_evaluation(template) -> Callable:
+    """The same with the energy and its score compiled, and the rest of the transition plain."""
+
+    def evaluation(energy, score, z):
+        return evaluator(energy, score, traced=True)(z)
+
+    evaluate = compiled(evaluation)
+
+    def advance(energy, score, *arguments):
+        return _plain_of(template, functools.partial(evaluate, energy, score))(*arguments)
+
+    return advance

@@ -1,0 +1,1 @@
+"""Which law a sampler has, and how fast it forgets its start."""

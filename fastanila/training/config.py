@@ -1,0 +1,202 @@
+"""Settings resolved, checked, read and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .defaults import DEFAULTS, EXACT, IMAGES, defaults
+from .settings import Settings, without_none
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+
+# Threshold and step size are those of sampler="anila", which `defaults` translates for the others.
+
+
+#: What may differ when a run is resumed. Of these only iterations changes numbers: it stretches a linear lr decay.
+RESUMABLE = frozenset(
+    {"data_dir", "download", "iterations", "device", "fused", "log_every", "sample_every", "save_every", "tensorboard"}
+)  # fmt: skip
+
+
+def resolve(settings: Settings) -> Settings:
+    """The settings with every default of the data set and the task filled in, checked.
+
+    Raises ValueError naming the setting.
+    """
+    if settings.data not in DEFAULTS:
+        raise ValueError(f"data must be one of {', '.join(DEFAULTS)}, got {settings.data!r}")
+    written = {name: value for name in ("data_dir", "out") if isinstance(value := getattr(settings, name), str)}
+    settings = dataclasses.replace(settings, **{name: str(path_of(name, value)) for name, value in written.items()})
+    if settings.init is None:
+        settings = dataclasses.replace(settings, init="vae" if settings.task == "completion" else "persistent")
+    own = defaults(settings.data, settings.sampler, settings.init, settings.task)
+    settings = dataclasses.replace(settings, **{k: v for k, v in own.items() if getattr(settings, k) is None})
+    if settings.vae_warm_up is None:
+        warm_up = settings.iterations // 4 if settings.init == "vae" else 0
+        settings = dataclasses.replace(settings, vae_warm_up=warm_up)
+    if settings.chains is None:
+        batches = DEFAULTS[settings.data]["chains"] // settings.batch_size if settings.init == "persistent" else 1
+        settings = dataclasses.replace(settings, chains=max(1, batches) * settings.batch_size)
+    check(settings)
+    return settings
+
+
+def check(settings: Settings) -> None:
+    """Raise ValueError naming the first setting that cannot be, what it was and what was expected."""
+    from .. import checks  # imports torch, for which --help need not wait
+
+    for name, hint in get_type_hints(Settings).items():
+        _check_type(name, getattr(settings, name), hint)
+    for name in (
+        "image_size",
+        "channels",
+        "width",
+        "latent",
+        "vae_width",
+        "steps",
+        "leapfrog_steps",
+        "batch_size",
+        "iterations",
+    ):
+        checks.count(name, getattr(settings, name))
+    for name in ("log_every", "save_every"):
+        checks.count(name, getattr(settings, name))
+    checks.count("chains", settings.chains)
+    for name in ("depth", "features", "sample_every", "vae_warm_up", "seed"):
+        checks.count(name, getattr(settings, name), least=0)
+    if settings.seed >= 1 << 63:
+        raise ValueError(f"seed must be below 2**63, got {settings.seed}")
+    for name in ("threshold", "reference_sd"):
+        checks.positive(name, getattr(settings, name))
+    for name in ("step_size", "lr", "vae_lr"):
+        checks.positive(name, getattr(settings, name), finite=True)
+    for name in ("noise_scale", "confinement", "feature_scale", "energy_l2", "kl_weight", "data_noise", "clip_grad"):
+        checks.nonnegative(name, getattr(settings, name))
+    for name in ("reinit", "ema"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {getattr(settings, name)}")
+    if settings.sampler in EXACT:
+        _check_exact(settings)
+    persistent = settings.init == "persistent"
+    if settings.chains % settings.batch_size or not (persistent or settings.chains == settings.batch_size):
+        wanted = "a multiple of" if persistent else f"with init={settings.init} equal to"
+        raise ValueError(f"chains must be {wanted} batch_size ({settings.batch_size}), got {settings.chains}")
+    if (settings.energy == "convnet") != (settings.data in IMAGES):
+        wanted = DEFAULTS[settings.data]["energy"]
+        raise ValueError(f"energy must be {wanted} for {settings.data}, got {settings.energy}")
+    if settings.init == "vae" and settings.vae_warm_up >= settings.iterations:
+        wanted = f"below iterations ({settings.iterations}), or the energy never learns"
+        raise ValueError(f"vae_warm_up must be {wanted}, got {settings.vae_warm_up}")
+    if settings.task == "completion":
+        if settings.data not in IMAGES:
+            raise ValueError(f"data must be images with task=completion ({', '.join(IMAGES)}), got {settings.data}")
+        if settings.init != "vae":
+            raise ValueError(f"init must be vae with task=completion, got {settings.init}")
+
+
+def _check_exact(settings: Settings) -> None:
+    from ..samplers.metropolis import REFUSALS
+
+    refused = (("noise_scale", "noise_scale", 1.0), ("clamp", "bounds", False), ("refresh", "refresh", "transition"))
+    for name, why, needed in refused:
+        got = getattr(settings, name)
+        if got != needed:
+            raise ValueError(f"{name} must be {needed} with sampler={settings.sampler}, got {got}: {REFUSALS[why]}")
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    kind = without_none(hint)
+    if value is None and kind is not hint:
+        return
+    if get_origin(kind) is Literal:
+        fits, wanted = value in get_args(kind), f"one of {', '.join(get_args(kind))}"
+    elif kind is float:
+        fits, wanted = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
+    else:
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        wanted = {bool: "true or false", int: "an integer", str: "a string"}[kind]
+    if not fits:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def path_of(name: str, written: str | Path) -> Path:
+    """A path as people write it: ~ and ~user are home folders, also where no shell has put them in.
+
+    Raises ValueError naming the setting where it is empty, or there is no such home folder.
+    """
+    if not os.fspath(written):
+        raise ValueError(f"{name} must be a path, got ''")
+    text = os.path.expanduser(os.fspath(written))
+    if isinstance(written, str) and text.startswith("~"):
+        raise ValueError(f"{name}: there is no such home folder, got {written!r}; a name that begins with ~ is ./~...")
+    path = Path(text)
+    return path.absolute() if str(path).startswith("~") else path  # ./~x, which pathlib shortens to ~x
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The settings of a TOML config file, or of a run's config.json, as a dict.
+
+    Raises FileNotFoundError, or ValueError naming the file and what is wrong in it: unreadable, an unknown key, or a
+    setting that it has twice.
+    """
+    path = path_of("config", path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config: no file {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix.lower() == ".json":
+            values = json.loads(text, object_pairs_hook=lambda pairs: _by_name(pairs, path))
+        else:
+            values = tomllib.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"config {path} cannot be read: {error}") from None
+    hints = get_type_hints(Settings)
+    if not isinstance(values, dict):
+        raise ValueError(f"config {path} must hold settings by name, got a {type(values).__name__}")
+    values = _by_name(values.items(), path)
+    for key in values:
+        if key not in hints:
+            raise ValueError(f"config {path} has an unknown key {key!r}; known are {', '.join(sorted(hints))}")
+        values[key] = float("inf") if values[key] == "inf" else values[key]
+        _check_type(key, values[key], hints[key])
+    return values
+
+
+def _by_name(pairs: Iterable[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    """The settings of a file, whose names it may write with - for _. Raises ValueError where it has one twice."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        name = key.replace("-", "_")
+        if name in values:
+            raise ValueError(f"config {path} has {name} twice: {values[name]!r} and {value!r}")
+        values[name] = value
+    return values
+
+
+def is_of_a_run(path: str | Path) -> bool:
+    """Whether a config file is the config.json of a run, in the run's folder."""
+    path = path_of("config", path)
+    return path.name == "config.json" and (path.parent / "checkpoints").is_dir()
+
+
+def dump(settings: Settings) -> str:
+    """config.json. An infinite threshold is the string "inf", because JSON has no infinity."""
+    values = {k: "inf" if v == float("inf") else v for k, v in dataclasses.asdict(settings).items()}
+    return json.dumps(values, indent=2) + "\n"
+
+
+def tensorboard_writer():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard is not installed: pip install fastanila[tensorboard]") from None
+    return SummaryWriter

@@ -1,0 +1,213 @@
+"""A run in progress: prepared, saved, restored."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import files, graphs
+from ..data import images
+from ..samplers import chain, sampler
+from . import build, checkpoint, config, learner, run_directory
+from .config import tensorboard_writer
+from .learner import Learner
+from .run import read_settings
+from .settings import Settings
+
+
+class Diverged(RuntimeError):
+    """The loss, its gradient or the chains are no longer finite; the run's last finite state has been saved."""
+
+
+@torch.inference_mode(False)
+def prepare(settings: Settings, resume: str | Path | None = None, *, changed_data: bool = False) -> Job:
+    """Check the settings and build a run's parts; leaves no file behind. Raises ValueError or OSError."""
+    if resume is not None and settings.vae_warm_up is None:  # its default follows the iterations, which may change
+        settings = dataclasses.replace(settings, vae_warm_up=read_settings(resume).vae_warm_up)
+    settings = config.resolve(settings)
+    if resume is not None:
+        settings = resumed_settings(settings, resume)
+    device = build.device_of(settings.device)
+    directory = config.path_of("resume", resume) if resume is not None else new_directory(settings)
+    run_directory.check_writable(directory)
+    graphs.prepare(compiling=settings.fused)
+    if settings.tensorboard:
+        tensorboard_writer()
+    dataset = build.load_data(settings, device)
+    vae, first = None, 0
+    if settings.init == "vae":
+        network, first = build.build_vae(settings, dataset.shape), settings.vae_warm_up
+        vae = learner.build(network, settings, settings.vae_lr, settings.vae_lr_decay, device)
+    network = build.build_energy(settings, dataset.shape)
+    ebm = learner.build(network, settings, settings.lr, settings.lr_decay, device, first)
+    start = build.build_start(settings, dataset, device, vae and vae.model)
+    with torch.no_grad():
+        chains = start.draw(0, dataset.draw(settings.batch_size, seed=settings.seed, step=0, device=device)).clone()
+    job = Job(
+        settings=dataclasses.replace(settings, out=str(directory)),
+        directory=directory,
+        device=device,
+        data=dataset,
+        ebm=ebm,
+        vae=vae,
+        sampler=build.build_sampler(settings, dataset.box),
+        start=start,
+        chains=chains,
+        proposals=None if vae is None else chains.clone(),
+        made=torch.zeros((), dtype=torch.int64, device=device),
+        broken=torch.zeros((), dtype=torch.bool, device=device),
+        begins=None if resume is not None else "numbered" if settings.out is None else "named",
+    )
+    if resume is not None:
+        restore(job, changed_data)
+        if job.iteration > settings.iterations:
+            raise ValueError(f"iterations must be at least the {job.iteration} made already, got {settings.iterations}")
+    return job
+
+
+def check_finite(job: Job) -> None:
+    """Raise `Diverged`, with the last finite state saved, if an update was not finite."""
+    if job.broken.item():
+        job.iteration = int(job.made)
+        save(job)
+        also, rates = ("", "--lr") if job.vae is None else (", the VAE's gradient", "--lr, --vae-lr")
+        raise Diverged(
+            f"diverged at update {job.iteration + 1}: the energies, their gradient{also} or the chains are no longer "
+            f"finite. {job.directory} holds the last finite state; a smaller {rates} or --step-size, or a larger "
+            "--threshold (fewer clipped elements, less bias), may help"
+        )
+
+
+def path(job: Job) -> str:
+    """One line on the device and the implementation in use."""
+    energy = build.at_precision(job.ebm.module, job.settings.precision)
+    return chain.path(job.sampler, energy, job.chains, fused=job.settings.fused, update=True)
+
+
+def save(job: Job) -> None:
+    tensors = learner.tensors(job.ebm, "energy")
+    if job.vae is not None:
+        tensors |= checkpoint.prefixed(checkpoint.AMORTIZED, learner.tensors(job.vae, "vae"))
+        tensors["proposals"] = job.proposals
+    tensors |= checkpoint.prefixed("start", job.start.tensors())
+    if "start.population" not in tensors:
+        tensors["chains"] = job.chains
+    state = {"iteration": job.iteration, "seconds": job.seconds, "data": job.data.fingerprint}
+    checkpoint.save_numbered(job.directory / "checkpoints", job.iteration, tensors, state)
+
+
+def restore(job: Job, changed_data: bool = False) -> None:
+    tensors, state = checkpoint.load_latest(job.directory / "checkpoints", job.device)
+    changed = images.changes(state.get("data"), job.data.fingerprint)  # a checkpoint of before has none
+    if changed and not changed_data:
+        raise ValueError(
+            f"data are not what {job.directory} was trained on: {'; '.join(changed)}. Put them back, or go on with "
+            "these, and other numbers, by --changed-data"
+        )
+    learner.restore(job.ebm, "energy", tensors, job.directory)
+    if job.vae is not None:
+        learner.restore(job.vae, "vae", checkpoint.subset(tensors, checkpoint.AMORTIZED), job.directory)
+        job.proposals.copy_(tensors["proposals"])
+    for name, tensor in job.start.tensors().items():
+        tensor.copy_(tensors[f"start.{name}"])
+    job.chains.copy_(checkpoint.last_chains(tensors)[: job.settings.batch_size])
+    job.iteration, job.seconds = state["iteration"], state["seconds"]
+    job.made.fill_(job.iteration)
+
+
+def resumed_settings(settings: Settings, directory: str | Path) -> Settings:
+    """The settings to go on with. Raises ValueError for one that would change the numbers of the run."""
+    before = read_settings(directory)
+    for field in dataclasses.fields(Settings):
+        was, now = getattr(before, field.name), getattr(settings, field.name)
+        if was != now and field.name not in config.RESUMABLE and field.name != "out":
+            raise ValueError(f"{field.name} cannot change when a run is resumed: {directory} has {was!r}, got {now!r}")
+    return settings
+
+
+def notes(job: Job) -> list[str]:
+    """What somebody who goes on with a run may not expect, a line each."""
+    if job.begins is not None:
+        return []
+    before, now, found = read_settings(job.directory).iterations, job.settings.iterations, []
+    for flag, taught in (("--lr-decay", job.ebm), ("--vae-lr-decay", job.vae)):
+        if taught is not None and taught.rate.decay == "linear" and before != now:
+            was, rate = (taught.rate._replace(iterations=n).at(job.iteration) for n in (before, now))
+            ends = f"now ends at update {now}, not {before}"
+            found.append(f"note: the decay of {flag} linear {ends}: it goes on at {rate:.3g} where it was {was:.3g}")
+    return found
+
+
+def with_what_is_kept(job: Job, error: OSError) -> OSError:
+    """The error that ended the run, which says where the run can go on; its state is saved first, if that can be."""
+    with contextlib.suppress(OSError, Diverged):
+        check_finite(job)
+        save(job)
+    newest = checkpoint.latest(job.directory / "checkpoints")
+    where = "" if newest is None else f" from update {int(newest.stem)}"
+    return OSError(error.errno, f"{error.strerror or error}; --resume {job.directory} goes on{where}", error.filename)
+
+
+def new_directory(settings: Settings) -> Path:
+    """Where a new run would go now: --out, in which one must be able to begin, or the first free name under runs/."""
+    if settings.out is None:
+        return next(path for path in run_directory.names(settings.data) if not path.exists())
+    path = Path(settings.out)
+    run_directory.check_new(path)
+    return path
+
+
+@contextlib.contextmanager
+def run_directory_of(job: Job) -> Iterator[None]:
+    """The run's folder is there, and no other process trains in it; of a new run it is this one's from here on.
+
+    Raises `run_directory.Taken` if the folder is another's."""
+    if job.begins == "numbered":
+        job.directory = run_directory.make(run_directory.names(job.settings.data))
+        job.settings = dataclasses.replace(job.settings, out=str(job.directory))
+    elif job.begins == "named":
+        job.directory.mkdir(parents=True, exist_ok=True)
+    with run_directory.locked(job.directory):
+        if job.begins is not None:
+            run_directory.check_new(job.directory)  # again, now that nobody else can begin there
+        yield
+
+
+def begin(job: Job) -> None:
+    """Write what makes the folder a run: from here on it can be resumed, whatever ends it."""
+    (job.directory / "samples").mkdir(exist_ok=True)
+    files.write_text(job.directory / "config.json", config.dump(job.settings))
+    if job.begins is not None:
+        save(job)
+        job.begins = None
+
+
+@dataclasses.dataclass
+class Job:
+    """A run in progress: its settings, its parts and where it stands."""
+
+    settings: Settings
+    directory: Path
+    device: torch.device
+    data: build.Dataset
+    ebm: Learner
+    vae: Learner | None  #: what proposes where chains start, of init="vae"
+    sampler: sampler.Sampler
+    start: Any  #: one of fastanila.samplers.starts
+    chains: Tensor  #: (B, ...) where the last update left them
+    proposals: Tensor | None  #: (B, ...) where it started them, of init="vae"
+    made: Tensor  #: updates made, 0-dim int64 on the device
+    broken: Tensor  #: 0-dim bool on the device: an update was not finite, and none was made since
+    iteration: int = 0  #: updates asked for
+    seconds: float = 0.0  #: spent in updates
+    begins: Literal["named", "numbered"] | None = None  #: in ``directory``, or under the next free name; None: goes on
+
+    @property
+    def learners(self) -> list[Learner]:
+        return [self.ebm] if self.vae is None else [self.ebm, self.vae]

@@ -1,0 +1,137 @@
+"""A network in training: its Adam, its moving average, its learning rate, and what a checkpoint holds of them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .checkpoint import load_parameters
+from .settings import Settings
+
+_ADAM_BETAS = (0.9, 0.999)
+
+
+@dataclasses.dataclass
+class Learner:
+    """A network in training."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer  #: of its parameters alone
+    average: nn.Module | None  #: the moving average of the parameters
+    rate: Schedule
+
+    @property
+    def model(self) -> nn.Module:
+        """What sampling and evaluation use."""
+        return self.module if self.average is None else self.average
+
+
+def build(
+    network: nn.Module, settings: Settings, lr: float, decay: str, device: torch.device, first: int = 0
+) -> Learner:
+    """The network on the device, with its Adam and, where the settings want one, its moving average; it stands still
+    ahead of update ``first``."""
+    network = network.to(device)
+    optimizer = torch.optim.Adam(
+        network.parameters(),
+        # a tensor, fused and capturable: it can be part of a graph
+        lr=torch.tensor(lr, dtype=torch.float32, device=device),
+        betas=_ADAM_BETAS,
+        fused=True,
+        capturable=device.type == "cuda",
+    )
+    rate = Schedule(lr, decay, settings.iterations, first)
+    return Learner(network, optimizer, averaged(network) if settings.ema else None, rate)
+
+
+class Schedule(NamedTuple):
+    """A learning rate that falls to zero over the iterations, or (decay="none") stays; zero ahead of the ``first``."""
+
+    lr: float | Tensor
+    decay: str
+    iterations: int | Tensor
+    first: int | Tensor = 0
+
+    def at(self, iteration: int | Tensor) -> float | Tensor:
+        left = 1 - iteration / self.iterations if self.decay == "linear" else 1.0
+        return self.lr * left * (iteration >= self.first)
+
+    def on(self, device: torch.device) -> Schedule:
+        """The same with 0-dim tensors for its numbers, which are then no constants of what is compiled with it."""
+        numbers = dict(lr=self.lr, iterations=self.iterations, first=self.first)
+        return self._replace(**{name: as_number(x, device) for name, x in numbers.items()})
+
+
+def as_number(x: float, device: torch.device) -> Tensor:
+    """A 0-dim tensor, int64 or float32."""
+    return torch.tensor(x, dtype=torch.int64 if isinstance(x, int) else torch.float32, device=device)
+
+
+def averaged(energy: nn.Module) -> nn.Module:
+    return copy.deepcopy(energy).requires_grad_(False).eval()
+
+
+# ----------------------------------------------------------------------------------------------------- an update's step
+
+
+def gradients(learner: Learner) -> list[Tensor]:
+    return [p.grad for p in learner.module.parameters()]
+
+
+def clipped_norm(norms: list[Tensor], grads: list[Tensor], clip: float | Tensor | None) -> Tensor:
+    """The norm of the gradient, 0-dim, from each parameter's; with ``clip`` the gradient is then scaled in place to a
+    norm of at most that, as `torch.nn.utils.clip_grad_norm_` does."""
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    if clip is not None:
+        torch._foreach_mul_(grads, torch.clamp(clip / (total + 1e-6), max=1.0))
+    return total
+
+
+def move(learner: Learner, unless: Tensor) -> None:
+    """A step of the optimizer at the learning rate it holds, unless the 0-dim float tensor is 1."""
+    learner.optimizer.found_inf = unless  # what a gradient scaler sets
+    learner.optimizer.step()
+    del learner.optimizer.found_inf
+
+
+def averaged_parameters(learners: list[Learner]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """By learner, the moving averages of its parameters and the parameters, detached."""
+    averages = [list(learner.average.parameters()) for learner in learners]
+    return averages, [[p.detach() for p in learner.module.parameters()] for learner in learners]
+
+
+@torch.no_grad()
+def follow(averages: list[list[Tensor]], parameters: list[list[Tensor]], decays: list[Tensor]) -> None:
+    """Move each learner's moving average by 1 - decay (0-dim) of the way towards its parameters."""
+    for average, now, decay in zip(averages, parameters, decays, strict=True):
+        torch._foreach_mul_(average, decay)
+        torch._foreach_add_(average, torch._foreach_mul(now, 1 - decay))
+
+
+# ---------------------------------------------------------------------------------------------------- saving, resuming
+
+
+def tensors(learner: Learner, name: str) -> dict[str, Tensor]:
+    """What a checkpoint holds of a network in training."""
+    found = checkpoint.prefixed(name, learner.module.state_dict())
+    if learner.average is not None:
+        found |= checkpoint.prefixed("ema", learner.average.state_dict())
+    return found | checkpoint.optimizer_tensors(learner.optimizer, _names(learner))
+
+
+def restore(learner: Learner, name: str, found: dict[str, Tensor], where: Path) -> None:
+    """The inverse of `tensors`."""
+    load_parameters(learner.module, checkpoint.subset(found, name), where)
+    if learner.average is not None:
+        load_parameters(learner.average, checkpoint.subset(found, "ema"), where)
+    checkpoint.restore_optimizer(learner.optimizer, _names(learner), found)
+
+
+def _names(learner: Learner) -> list[str]:
+    return [name for name, _ in learner.module.named_parameters()]

@@ -1,0 +1,223 @@
+"""What a run reports while it goes: metrics.jsonl, TensorBoard, a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import nn
+
+from .. import files
+from ..data import completion, densities
+from ..evaluation import plane, plots
+from ..samplers import starts
+from . import build
+from .config import tensorboard_writer
+from .job import Job
+from .settings import Settings
+from .update import Update, revision
+
+#: Mean energies beyond this are not those of a model that still learns.
+_EXPLODING = 1e4
+_PATIENCE = 5  #: rows in a row, ahead of a warning
+_UNSETTLED = 100  #: updates, and those of a VAE's warm-up, of which none is given
+_COLLAPSED = 0.1  #: nats, of all latents together
+_ALIKE = 0.02  #: of the revised states' spread
+
+
+class Metrics:
+    """metrics.jsonl, and TensorBoard's event files where wanted; rows after the resumed update are dropped."""
+
+    def __init__(self, directory: Path, iteration: int, tensorboard: bool):
+        self.path = directory / "metrics.jsonl"
+        rows = read_rows(self.path) if iteration else []
+        kept = [row for row in rows if row["iteration"] <= iteration]
+        files.write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.board = None
+        if tensorboard:
+            self.board = tensorboard_writer()(str(directory / "tensorboard"), purge_step=iteration + 1)
+
+    def __enter__(self):
+        self.file = open(self.path, "a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):  # what was not written is what `write` has told of
+            self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+    def write(self, row: dict) -> None:
+        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}  # JSON has no NaN or infinity
+        try:
+            self.file.write(json.dumps(finite) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk names no file
+            error.filename = str(self.path)
+            raise
+        if self.board is not None:
+            for name in row.keys() - {"iteration"}:
+                self.board.add_scalar(name, row[name], row["iteration"])
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line that a killed writer left unfinished is dropped, another is told."""
+    rows, lines = [], path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                warnings.warn(f"{path}: line {number} is no JSON, and left out", stacklevel=2)
+    return rows
+
+
+class Watch:
+    """Tells, once each, what a run's rows say is going wrong, and what to change."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.count = {name: 0 for name in ("exploding", "dead", "collapse")}
+        self.told: set[str] = set()
+
+    def see(self, row: dict) -> list[str]:
+        found = []
+        for name, line in self._found(row):
+            self.count[name] = self.count[name] + 1 if line else 0
+            if line and self.count[name] == _PATIENCE and name not in self.told:
+                self.told.add(name)
+                found.append(f"warning: update {row['iteration']}: {line}")
+        return found
+
+    def _found(self, row: dict) -> Iterator[tuple[str, str | None]]:
+        """What is wrong by this row, None for each thing that is not."""
+        s = self.settings
+        settled = row["iteration"] >= _UNSETTLED + (s.vae_warm_up if s.init == "vae" else 0)
+        largest = max((row[k] for k in ("energy_data", "energy_chains", "energy_proposals") if k in row), key=abs)
+        exploding = settled and abs(largest) > _EXPLODING
+        collapsed = settled and row.get("kl", math.inf) < _COLLAPSED
+        dead = settled and not collapsed and (row.get("spread", 1.0) < _ALIKE or row.get("vae_grad_norm") == 0)
+        lines = {
+            "exploding": exploding
+            and f"the energies explode (mean energy {largest:.3g}): lower --lr (now {s.lr:g}), or raise --energy-l2 "
+            f"(now {s.energy_l2:g}) or --steps (now {s.steps})",
+            "collapse": collapsed
+            and f"posterior collapse (kl {row['kl']:.2g} nats over {s.latent} latents): the decoder ignores its "
+            f"latents; lower --kl-weight (now {s.kl_weight:g})",
+            "dead": dead
+            and f"the VAE is dead (its proposals vary {row['spread']:.1%} as much as the revised states): raise "
+            f"--vae-lr (now {s.vae_lr:g}) or --vae-width (now {s.vae_width})",
+        }
+        yield from ((name, line or None) for name, line in lines.items())
+
+
+class Progress:
+    """A bar on a terminal; about twenty plain lines elsewhere."""
+
+    def __init__(self, first: int, iterations: int, say: Callable[[str], None]):
+        self.first, self.iterations, self.say, self.bar = first, iterations, say, None
+        self.every = max(1, (iterations - first) // 20)
+        self.next = first + 1
+
+    def __enter__(self):
+        self.began = time.perf_counter()
+        if sys.stderr is not None and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=self.iterations, initial=self.first, unit="update", dynamic_ncols=True)
+            self.bar.set_postfix_str("the first update is under way")
+        return self
+
+    def __exit__(self, *_):
+        if self.bar is not None:
+            self.bar.close()
+
+    def show(self, row: dict) -> None:
+        shown = (
+            f"energy data {row['energy_data']:.3f} chains {row['energy_chains']:.3f} gap {row['energy_gap']:+.3f} "
+            f"clipped {row['clip_fraction']:.1%}"
+            + (f" moved {row['moved']:.3f} recon {row['reconstruction']:.3f} kl {row['kl']:.2f}" if "kl" in row else "")
+            + (f" accepted {row['acceptance']:.1%}" if row["acceptance"] < 1 else "")
+            + (f" nll {row['nll']:.3f}" if "nll" in row else "")
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(shown, refresh=False)
+            self.bar.update(row["iteration"] - self.bar.n)
+        elif row["iteration"] >= self.next or "nll" in row:
+            rate = (row["iteration"] - self.first) / (time.perf_counter() - self.began)
+            self.say(f"update {row['iteration']:>6}  {shown}  {rate:.1f} updates/s")
+            self.next = row["iteration"] + self.every
+
+    def note(self, line: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            self.say(line)
+
+
+_PROPOSALS = 20_000  #: whose histogram is compared with the model's law
+
+
+def summary(job: Job, made: Update) -> dict[str, float | int]:
+    """A line of metrics.jsonl."""
+    on_data, on_chains = made.energy_data.item(), made.energy_chains.item()
+    free = gains = 1.0  # shares of the elements that the statistics are to be of; those of the others are 0 and 1
+    if job.settings.task == "completion":
+        free, gains = (completion.share(job.chains, norm).item() for norm in ("element", job.sampler.norm))
+    row = {
+        "iteration": job.iteration,
+        "energy_data": on_data,
+        "energy_chains": on_chains,
+        "energy_gap": on_chains - on_data,
+        "score_rms": (made.info.score_rms.square().mean() / free).sqrt().item(),
+        "clip_fraction": made.info.clip_fraction.mean().item() / gains,
+        "gamma_mean": 1 - (1 - made.info.gamma_mean.mean().item()) / gains,
+        "acceptance": made.info.acceptance.mean().item(),
+        "grad_norm": made.grad_norms[0].item(),
+        "lr": job.ebm.rate.at(job.iteration - 1),
+        "seconds": job.seconds,
+    }
+    if made.teaching is not None:
+        row |= {name: value.item() for name, value in made.teaching._asdict().items()} | revision(job)
+        row |= {"vae_grad_norm": made.grad_norms[1].item(), "vae_lr": job.vae.rate.at(job.iteration - 1)}
+    return row
+
+
+def exact_numbers(job: Job) -> dict[str, float]:
+    """In two dimensions the negative log likelihood, and how far the model's law is from the data's (tv) and, of
+    init="vae", the proposals' from the model's (tv_proposals), by quadrature; nothing otherwise."""
+    if not isinstance(job.data, densities.Density):
+        return {}
+    energy = evaluated(job)
+    numbers = plane.evaluate(energy, job.data, resolution=200, device=job.device)
+    row = {"nll": numbers["nll"], "tv": numbers["tv"]}
+    if job.vae is not None:
+        proposals = starts.proposals(job.vae.model, _PROPOSALS, seed=job.settings.seed, update=job.settings.iterations)
+        row["tv_proposals"] = plane.law_tv(energy, job.data, proposals)
+    return row
+
+
+def evaluated(job: Job) -> nn.Module:
+    return build.at_precision(job.ebm.model, job.settings.precision)
+
+
+def picture(job: Job, path: Path) -> None:
+    """What the chains are at; of init="vae" the last update's proposals above what became of them."""
+    if isinstance(job.data, densities.Density):
+        title = f"{job.data.name}, {job.iteration} updates"
+        plots.save_plane(path, evaluated(job), job.data, job.chains, title, proposals=job.proposals)
+        return
+    shown = [x for x in (job.proposals, job.chains) if x is not None]
+    if job.settings.task == "completion":
+        shown = [completion.images(x) for x in (completion.hidden(job.chains), *shown)]
+    if len(shown) == 1:
+        plots.save_images(path, job.chains[:64], job.data.box)
+    else:
+        plots.save_under(path, [x[:64] for x in shown], job.data.box)

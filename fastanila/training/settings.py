@@ -1,0 +1,142 @@
+"""The settings of a run: one frozen dataclass, which is the command line, the config file and config.json at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args, get_type_hints
+
+
+def setting(default: Any, help: str) -> Any:
+    """A field of Settings with the line that --help shows for it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a training run is. A field that is None takes the data set's default; config.json holds them resolved."""
+
+    data: str = setting(
+        "rings",
+        "Data set: rings, 8gaussians, 25gaussians, pinwheel, two-moons, swiss-roll, checkerboard (2-D); "
+        "digits, image-folder, cifar10, flowers102.",
+    )
+    data_dir: str | None = setting(None, "Folder that holds the images (image-folder, cifar10, flowers102).")
+    download: bool = setting(False, "Fetch cifar10 or flowers102 into --data-dir if they are missing.")
+    image_size: int = setting(32, "Side to which images are resized and cropped (image-folder, flowers102), pixels.")
+    channels: int = setting(3, "Channels of an image-folder: 3 for RGB, 1 for grey.")
+
+    task: Literal["generation", "completion"] = setting(
+        "generation", "generation: p(x); completion: p(x | the known pixels) of images with a region missing (--mask)."
+    )
+    mask: Literal["centre", "half", "blocks"] = setting(
+        "centre", "What completion misses: the middle square, the right half, or eight random squares of sixteen."
+    )
+
+    energy: Literal["mlp", "convnet"] | None = setting(
+        None, "Energy network: mlp for vectors, convnet (five layers) for images."
+    )
+    width: int | None = setting(None, "Units of a hidden layer (mlp), or channels of the first layer (convnet).")
+    depth: int | None = setting(None, "Hidden layers (mlp).")
+    features: int | None = setting(None, "Random Fourier features ahead of the network (mlp); 0 for none.")
+    feature_scale: float | None = setting(
+        None, "Standard deviation of the Fourier features' frequencies, 1 / unit of data."
+    )
+    confinement: float | None = setting(None, "c of the energy's term c/2 |x|^2, 1 / squared unit of data.")
+    reference_sd: float = setting(
+        math.inf,
+        "Standard deviation of a Gaussian that the energy is relative to: adds |x|^2 / (2 sd^2) to it; inf for none.",
+    )
+
+    sampler: Literal["anila", "anila-mh", "langevin", "mala", "tamed", "hmc", "gd"] | None = setting(
+        None,
+        "Sampler of the chains: anila (anisotropic), langevin (plain), tamed (clipped drift, plain noise), gd "
+        "(gradient descent); exact by a Metropolis correction: anila-mh, mala, hmc.",
+    )
+    threshold: float | None = setting(
+        None,
+        "AniLA's b, 1 / unit of data: a score beyond it is clipped and its noise shrunk; inf is plain "
+        "Langevin. Without a correction the sampler's bias grows with the fraction clipped: watch clip_fraction, and "
+        "keep it near a tenth or below. Of tamed: b without unit, in halves of the noise's standard deviation.",
+    )
+    step_size: float | None = setting(
+        None, "Step size eps, squared units of data; of hmc the square of its leapfrog step."
+    )
+    leapfrog_steps: int = setting(10, "Leapfrog steps, each with a gradient, of one transition of hmc.")
+    noise_scale: float | None = setting(
+        None, "Langevin noise scale sigma; below 1 the chains run at the temperature sigma^2. Exact samplers have none."
+    )
+    norm: Literal["element", "channel", "chain"] = setting(
+        "element", "Whose magnitude the threshold bounds: each element, a pixel's channels, the whole chain."
+    )
+    refresh: Literal["transition", "update"] = setting(
+        "transition",
+        "When AniLA's gain is taken: from every transition's score, or once, where an update's chains start.",
+    )
+    clamp: bool | None = setting(None, "Clamp the chains to the data's box at every transition.")
+
+    steps: int | None = setting(None, "Transitions a chain makes for one update (K).")
+    chains: int | None = setting(None, "Persistent chains, a multiple of --batch-size; otherwise equal to it.")
+    batch_size: int | None = setting(None, "Data, and chains, that one update sees.")
+    init: Literal["persistent", "data", "noise", "vae"] | None = setting(
+        None,
+        "Where an update's chains start: where they were left (persistent: PCD), at data (data: CD), in uniform noise "
+        "(noise: short-run), or at the proposals of a VAE that learns from the chains (vae). Default persistent; of "
+        "completion vae.",
+    )
+    reinit: float | None = setting(
+        None, "Probability that a persistent chain restarts from noise in an update it takes part in."
+    )
+
+    latent: int | None = setting(None, "Latents of the VAE.")
+    vae_width: int | None = setting(None, "Units of a hidden layer of the VAE, or channels of its first layer.")
+    kl_weight: float | None = setting(
+        None,
+        "Weight of KL in the VAE's loss beside half the squared error of the reconstruction: the variance of the "
+        "decoder's own noise, squared units of data.",
+    )
+    vae_warm_up: int | None = setting(
+        None,
+        "Updates at the start in which the VAE learns from data, with a weight of KL that falls from ten times its "
+        "own, and the energy stands still, while its learning rate decays. Default a quarter of all.",
+    )
+    vae_lr: float | None = setting(None, "Learning rate of the VAE's Adam at the start.")
+    vae_lr_decay: Literal["linear", "none"] = setting("linear", "The VAE's learning rate over the run, as --lr-decay.")
+
+    iterations: int | None = setting(None, "Updates of the parameters.")
+    lr: float | None = setting(None, "Learning rate of the energy's Adam at the start.")
+    lr_decay: Literal["linear", "none"] = setting("linear", "Learning rate over the run: linear to zero, or constant.")
+    energy_l2: float | None = setting(None, "Weight of the mean squared energies in the loss.")
+    data_noise: float | None = setting(None, "Standard deviation of Gaussian noise added to the data, units of data.")
+    clip_grad: float | None = setting(None, "Largest norm of the parameters' gradient; 0 for no clipping.")
+    ema: float | None = setting(
+        None,
+        "Decay per update of the parameters' moving average, which sampling and evaluation use; 0 for none.",
+    )
+
+    seed: int = setting(0, "Names every random number of the run.")
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA where there is one.")
+    precision: Literal["float32", "tf32", "bf16"] = setting(
+        "float32", "Arithmetic of the energy network: float32, tf32 (CUDA matrix products), bf16 (autocast)."
+    )
+    fused: bool = setting(
+        True,
+        "Compiled transitions with the fused step; --no-fused runs the plain definition, eagerly, with the same noise.",
+    )
+    out: str | None = setting(None, "Run directory; default runs/DATA, or the first free runs/DATA-2, -3, ...")
+    log_every: int | None = setting(None, "Updates between lines of metrics.jsonl.")
+    sample_every: int | None = setting(
+        None, "Updates between sample pictures, and exact likelihoods of 2-D data; 0 for none."
+    )
+    save_every: int | None = setting(None, "Updates between checkpoints.")
+    tensorboard: bool = setting(False, "Also write TensorBoard event files (needs the tensorboard extra).")
+
+
+def names_of(setting: str) -> tuple[str, ...]:
+    """The values that a setting chooses from."""
+    return get_args(without_none(get_type_hints(Settings)[setting]))
+
+
+def without_none(hint: Any) -> Any:
+    """X of the hints X and X | None."""
+    return get_args(hint)[0] if type(None) in get_args(hint) else hint
