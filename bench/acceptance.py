@@ -1,4 +1,4 @@
-"""Acceptance against step size on a trained image energy: `python -m bench.acceptance RUN [--out docs/images/acceptance.png]`.
+"""Acceptance against step size on a trained image energy: `python -m bench.acceptance RUN [--out PNG]`.
 
 On a product Gaussian of dimension D the step size that keeps a Metropolis-adjusted sampler's acceptance falls as
 D**(-1/3) with one gain a chain, as MALA's does, but as 1/D with one an element. Whether a network does so too is seen

@@ -1,5 +1,6 @@
 """README and docs: short, in short sentences, and what they name exists."""
 
+import ast
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -79,7 +80,8 @@ def test_a_long_sentence_is_seen():
     words = "word " * LONGEST
     for long in (f"One. {words}more.", f"A list:\n\n* short\n* {words}more", f"| a | {words}more |\n"):
         assert max(len(s.split()) for s in sentences(long)) == LONGEST + 1
-    assert max(len(s.split()) for s in sentences(f"{words.strip()}. Another `{words}` one.\n\n```sh\n{words}{words}\n```\n")) == LONGEST
+    short = f"{words.strip()}. Another `{words}` one.\n\n```sh\n{words}{words}\n```\n"
+    assert max(len(s.split()) for s in sentences(short)) == LONGEST
 
 
 @pytest.mark.parametrize("page", ALL)
@@ -131,8 +133,8 @@ def place(tmp_path_factory) -> Path:
     from fastanila import train
 
     place = tmp_path_factory.mktemp("pages")
-    made = ["--no-fused", "--iterations", "2", "--steps", "1", "--sample-every", "0", "--out", str(place / "runs/rings")]
-    assert train.main(made) == 0
+    flags = f"--no-fused --iterations 2 --steps 1 --sample-every 0 --out {place / 'runs' / 'rings'}"
+    assert train.main(flags.split()) == 0
     return place
 
 
@@ -149,3 +151,20 @@ def test_code_runs(page, place, monkeypatch):
     finally:
         torch.compiler.set_stance("default")
     assert torch.isfinite(names["z"]).all()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_exist(page):
+    named = re.findall(r"`((?:fastanila|kernels|bench|tests|docs)/[\w./-]*\w/?)`", text_of(page))
+    named += re.findall(r"\btests/[\w/]+\.py\b", text_of(page))
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing, missing
+
+
+def test_docstrings_have_no_double_stars():
+    """Markdown takes what is between two of them for bold, and the reference loses them: 2^32, not 2**32."""
+    for path in sorted((ROOT / "fastanila").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                found = re.findall(r".*\w\*\*[\w(-].*", re.sub(r"`[^`]*`", "", text))
+                assert not found, f"{path}: {found}"
