@@ -1,4 +1,4 @@
-"""Acceptance against step size on a trained image energy: `python -m bench.acceptance RUN [--out docs/acceptance.png]`.
+"""Acceptance against step size on a trained image energy: `python -m bench.acceptance RUN [--out PNG]`.
 
 On a product Gaussian of dimension D the step size that keeps a Metropolis-adjusted sampler's acceptance falls as
 D**(-1/3) with one gain a chain, as MALA's does, but as 1/D with one an element. Whether a network does so too is seen
@@ -203,7 +203,7 @@ def save(path: Path, found: dict) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a trained run on images")
-    parser.add_argument("--out", type=Path, default=Path("docs/acceptance.png"))
+    parser.add_argument("--out", type=Path, default=Path("docs/images/acceptance.png"))
     parser.add_argument("--chains", type=int, default=64)
     parser.add_argument("--settling", type=int, default=1000, help="transitions of MALA ahead of the measurement")
     parser.add_argument("--transitions", type=int, default=4, help="for each step size")

@@ -8,12 +8,12 @@ captured run draw the same numbers. This module is the definition; ``kernels/phi
     r0..r3  = Philox4x32-10(counter, key)                    (Salmon et al., SC 2011)
 
 Element k (the row's global index times the row's size, plus the place in the row) takes lane k % 4. A word r becomes
-the uniform u = (r + 0.5) / 2**32; words (r0, r1) become the normals rho cos(theta), rho sin(theta) of lanes 0 and 1
-with rho = sqrt(-2 ln u(r0)), theta = int32(r1) * 2 pi / 2**32, and (r2, r3) likewise those of lanes 2 and 3.
+the uniform u = (r + 0.5) / 2^32; words (r0, r1) become the normals rho cos(theta), rho sin(theta) of lanes 0 and 1
+with rho = sqrt(-2 ln u(r0)), theta = int32(r1) * 2 pi / 2^32, and (r2, r3) likewise those of lanes 2 and 3.
 
 Numbers are drawn for a ``shape`` whose first dimension counts rows (chains, images); ``offset`` is the global index
 of the first row, so a slice of a batch draws exactly what the whole batch would have drawn there.
-``seed`` (mod 2**64) and ``step`` (0 <= step < 2**56) are ints or 0-dim int64 tensors on ``device``.
+``seed`` (mod 2^64) and ``step`` (0 <= step < 2^56) are ints or 0-dim int64 tensors on ``device``.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Stream(enum.IntEnum):
 def words(
     count: int, *, seed: int | Tensor, step: int | Tensor, stream: int = 0, start: int = 0, device=None
 ) -> Tensor:
-    """The 32-bit words of elements ``start`` to ``start + count``: (count,) int64, each in [0, 2**32)."""
+    """The 32-bit words of elements ``start`` to ``start + count``: (count,) int64, each in [0, 2^32)."""
     if _by_element(count, device):
         k, (r0, r1, r2, r3) = _elements(count, seed, step, stream, start, device)
         second = (k & 2) != 0
@@ -70,7 +70,7 @@ def words(
 def uniform(
     shape, *, seed: int | Tensor, step: int | Tensor, stream: int, offset: int = 0, device=None, dtype=torch.float32
 ) -> Tensor:
-    """Uniforms on (0, 1] of the given shape and dtype: (word + 0.5) / 2**32, rounded to float32."""
+    """Uniforms on (0, 1] of the given shape and dtype: (word + 0.5) / 2^32, rounded to float32."""
     count, start = _extent(shape, offset)
     r = words(count, seed=seed, step=step, stream=stream, start=start, device=device)
     return _unit(r).to(dtype).reshape(shape)
@@ -79,7 +79,7 @@ def uniform(
 def integers(
     high: int, shape, *, seed: int | Tensor, step: int | Tensor, stream: int, offset: int = 0, device=None
 ) -> Tensor:
-    """Uniform integers in [0, high), int64, for high <= 2**31: the high half of word * high."""
+    """Uniform integers in [0, high), int64, for high <= 2^31: the high half of word * high."""
     if not 1 <= high <= 1 << 31:
         raise ValueError(f"high must be between 1 and 2**31, got {high}")
     count, start = _extent(shape, offset)
@@ -117,7 +117,7 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tenso
 
 
 def as_word64(value: int | Tensor, device=None) -> Tensor:
-    """A seed or step as a 0-dim int64 tensor; an int is taken mod 2**64 and keeps its bits."""
+    """A seed or step as a 0-dim int64 tensor; an int is taken mod 2^64 and keeps its bits."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, float):

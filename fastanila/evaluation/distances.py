@@ -28,7 +28,7 @@ class Features(NamedTuple):
 
 
 def pca(data: Tensor, components: int = 32) -> Features:
-    """The principal axes of ``data`` (N, ...), in float64 on its device: O(D**2) memory, O(N D**2 + D**3) time.
+    """The principal axes of ``data`` (N, ...), in float64 on its device: O(D^2) memory, O(N D^2 + D^3) time.
 
     At most min(D, N - 1) components, of which the data has no more; the sign of each is arbitrary.
     """
@@ -50,7 +50,7 @@ def project(features: Features, x: Tensor) -> Tensor:
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """The Frechet distance |mu_a - mu_b|**2 + tr(C_a + C_b - 2 (C_a C_b)**(1/2)) of (N, k) and (M, k), N, M >= 2.
+    """The Frechet distance |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of (N, k) and (M, k), N, M >= 2.
 
     Heusel et al., "GANs trained by a two time-scale update rule", NeurIPS 2017. The root's trace is the sum of the
     singular values of R_a R_b' with C = R' R, which needs no root of a matrix and keeps full precision where the
@@ -78,8 +78,8 @@ def gaussian_pixels(data: Tensor, count: int, *, seed: int) -> Tensor:
 def mmd(a: Tensor, b: Tensor) -> float:
     """The squared maximum mean discrepancy of (N, k) and (M, k), N, M >= 2, unbiased: for equal laws its mean is 0.
 
-    The kernel is exp(-|x - y|**2 / (2 m**2)) with m the median distance within the pooled rows (Gretton et al., JMLR
-    2012). O((N + M)**2) memory: for a few thousand rows. NaN for a set of one row, which has no such estimate.
+    The kernel is exp(-|x - y|^2 / (2 m^2)) with m the median distance within the pooled rows (Gretton et al., JMLR
+    2012). O((N + M)^2) memory: for a few thousand rows. NaN for a set of one row, which has no such estimate.
     """
     if not _finite(a, b):
         return math.nan
@@ -158,7 +158,7 @@ def _finite(a: Tensor, b: Tensor) -> bool:
 def errors(truth: Tensor, missing: Tensor, completions: Tensor, box: tuple[float, float]) -> tuple[float, float]:
     """(mean squared error, PSNR in dB) in the regions, of completions (N, M, C, H, W): means over all of them.
 
-    PSNR is 10 log10((high - low)**2 / mse) of each completion's own error, averaged; the box's width is the peak.
+    PSNR is 10 log10((high - low)^2 / mse) of each completion's own error, averaged; the box's width is the peak.
     """
     inside = missing[:, None].expand_as(completions)
     squares = torch.where(inside, (completions - truth[:, None]).double().square(), 0.0)

@@ -58,7 +58,7 @@ def histogram_tv(a: Tensor, b: Tensor) -> float:
 def bin_masses(log_p: Tensor, grid: Grid, box: tuple[float, float], bins: int) -> Tensor:
     """The masses of ``bins`` * ``bins`` cells of a box under a density on the grid, (bins, bins) float64.
 
-    The density counts as constant over a grid cell, which a bin's edge may cut; error O(1 / n**2) where it is smooth.
+    The density counts as constant over a grid cell, which a bin's edge may cut; error O(1 / n^2) where it is smooth.
     """
     edges = torch.linspace(*grid.box, grid.n + 1, dtype=torch.float64, device=log_p.device)
     cuts = torch.linspace(*box, bins + 1, dtype=torch.float64, device=log_p.device)[:, None]

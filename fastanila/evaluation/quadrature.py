@@ -2,7 +2,7 @@
 
 Integrals are midpoint sums over the n * n cells of a square, in float64. For a density that is smooth over a few
 cells and vanishes towards the border the error falls faster than any power of n; at a kink (a ReLU) or a jump (a
-uniform's edge) it falls as 1 / n**2 or 1 / n. Everything outside the square counts as nothing. `evaluate` reports
+uniform's edge) it falls as 1 / n^2 or 1 / n. Everything outside the square counts as nothing. `evaluate` reports
 how far its numbers move on coarser cells of a larger square, and the model's mass at its border. Log densities are in
 nats, (n*n,) float64, and normalised on the grid.
 
@@ -35,7 +35,7 @@ class Grid(NamedTuple):
 
 
 def grid(box: tuple[float, float], resolution: int = 400, device=None) -> Grid:
-    """The cells of the square [low, high]**2, ``resolution`` a side."""
+    """The cells of the square [low, high]^2, ``resolution`` a side."""
     low, high = box
     if not low < high or resolution < 1:
         raise ValueError(f"box must be (low, high) with low < high and resolution at least 1, got {box}, {resolution}")

@@ -27,9 +27,9 @@ ConvTranspose2d = functools.partial(nn.ConvTranspose2d, dtype=torch.float32)
 class MLP(nn.Module):
     """Energy of vectors (B, dim): ``depth`` hidden layers of ``width`` units, on the vector or its Fourier features.
 
-    With ``features`` = m > 0 the network sees sin and cos of m random projections w.x, w ~ N(0, feature_scale**2)
+    With ``features`` = m > 0 the network sees sin and cos of m random projections w.x, w ~ N(0, feature_scale^2)
     (Tancik et al. 2020): a plain MLP learns the thin shells of 2-D densities too slowly. ``confinement`` adds
-    c/2 |x|**2, without which the energy of features, which are periodic, cannot be normalised.
+    c/2 |x|^2, without which the energy of features, which are periodic, cannot be normalised.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ConvNet(nn.Module):
 
     3x3, then three of 4x4 and stride 2, widths ``width`` times 1, 2, 4, 8, then one that covers what is left (size
     // 8) and leaves one number (Nijkamp et al. 2020, VanillaNet; Karimi, Xie and Li). ``size`` is at least 8.
-    ``confinement`` adds c/2 |x|**2. Raises ValueError for a smaller size or an unknown activation.
+    ``confinement`` adds c/2 |x|^2. Raises ValueError for a smaller size or an unknown activation.
     """
 
     def __init__(
@@ -125,7 +125,10 @@ def _confined(confinement: float, x: Tensor) -> Tensor | float:
 class GaussianMixture(nn.Module):
     """Energy of an isotropic Gaussian mixture in closed form, normalised: exp(-U) integrates to 1.
 
-    means: (M, D). sd: a number or (M,). weights: (M,), positive, default equal; they are normalised.
+    Args:
+        means: (M, D).
+        sd: a number or (M,).
+        weights: (M,), positive, default equal; they are normalised.
     """
 
     def __init__(self, means: Tensor, sd: float | Tensor = 1.0, weights: Tensor | None = None):

@@ -40,9 +40,12 @@ class Posterior(NamedTuple):
 class VAE(nn.Module):
     """An encoder q(latent | x), a Gaussian, and a decoder g, of which g(N(0, I)) are the proposals.
 
-    encoder: (B, ...) -> (B, 2 latent), means ahead of log variances. decoder: (B, latent) -> (B, ...), float32. If
-    ``conditional``, the encoder takes whole states, and the decoder takes, beside the latents, states of which it sees
-    what is known, and returns images.
+    Args:
+        encoder: (B, ...) -> (B, 2 latent), means ahead of log variances.
+        decoder: (B, latent) -> (B, ...), float32.
+        latent: the number of latents.
+        conditional: the encoder takes whole states, and the decoder takes, beside the latents, states of which it sees
+            what is known, and returns images.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, latent: int, *, conditional: bool = False):

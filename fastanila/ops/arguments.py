@@ -84,7 +84,7 @@ def as_noise_scale(value, z: Tensor) -> tuple[float, Tensor | None]:
 
 
 def as_seed(value, z: Tensor) -> tuple[int, Tensor | None]:
-    """Taken mod 2**64, as the schema's signed integer."""
+    """Taken mod 2^64, as the schema's signed integer."""
     seed, tensor = _integer("seed", value, z)
     if tensor is None and (seed >= 1 << 63 or seed < -(1 << 63)):
         seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
@@ -92,7 +92,7 @@ def as_seed(value, z: Tensor) -> tuple[int, Tensor | None]:
 
 
 def as_step(value, z: Tensor, steps: int | None = None) -> tuple[int, Tensor | None]:
-    """In [0, 2**56); with ``steps``, the first of so many."""
+    """In [0, 2^56); with ``steps``, the first of so many."""
     step, tensor = _integer("step", value, z)
     if tensor is None and not 0 <= step <= noise.MAX_STEP - (steps or 1):
         must = "be in [0, 2**56)" if steps is None else f"be at least 0 and leave room for {steps} steps below 2**56"

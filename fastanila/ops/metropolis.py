@@ -69,13 +69,18 @@ def metropolis_step(
                 step_size=eps, norm=norm, seed=seed, step=t, mask=mask)
 
     Args:
-        z, proposal: chains and where they may move, (B, ...), float32, bfloat16 or float16, any memory layout.
-        score, proposal_score: gradients of the log density -U there, of the same shape, dtype and device.
-        energy, proposal_energy: U there, (B,) float32.
-        threshold: b > 0, or inf. step_size: eps > 0. norm: what |s| is. As in `ops.anisotropic_step`.
-        seed, step: name the randomness (see `fastanila.noise`): the proposal was made with the normals of ``step``,
-            is judged by its acceptance uniform, and the next is made with the normals of ``step + 1``. Seed is taken
-            mod 2**64, and 0 <= step < 2**56 - 1.
+        z: chains, (B, ...), float32, bfloat16 or float16, any memory layout.
+        score: gradient of the log density -U at z, of the same shape, dtype and device.
+        energy: U at z, (B,) float32.
+        proposal: where the chains may move, of z's shape, dtype and device.
+        proposal_score: as ``score``, at the proposal.
+        proposal_energy: as ``energy``, at the proposal.
+        threshold: b > 0, or inf, as in `anisotropic_step`.
+        step_size: eps > 0, as there.
+        norm: what |s| is, as there.
+        seed: names the randomness with ``step`` (see `fastanila.noise`), and is taken mod 2^64.
+        step: 0 <= step < 2^56 - 1. The proposal was made with the normals of ``step``, is judged by its acceptance
+            uniform, and the next is made with the normals of ``step + 1``.
         offset: the global index of the first chain.
         mask: bool, broadcastable to z. Where it is False the proposal is to equal z, as the next does; such elements
             have no part in the ratio, but their scores count in a norm that they share.

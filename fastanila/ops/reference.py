@@ -87,7 +87,7 @@ def proposal(
 
 def log_q(y: Tensor, given: Proposal, mask: Tensor | None = None) -> Tensor:
     """log q(y | x) in nats, (B,), where ``given`` is the proposal at x: the sum over a chain's elements of the log
-    density of N(mean_i, sd_i**2). With ``mask`` it is over the elements that move."""
+    density of N(mean_i, sd_i^2). With ``mask`` it is over the elements that move."""
     x = _wide(y)
     terms = -0.5 * ((x - given.mean) / given.sd).square() - given.sd.log() - 0.5 * math.log(2 * math.pi)
     return chain_sum(terms, mask)

@@ -74,12 +74,14 @@ def anisotropic_step(
         z: chains, (B, ...), float32, bfloat16 or float16, any memory layout.
         score: gradient of the log density f at z, of the same shape, dtype and device.
         threshold: b > 0, or inf, in the score's unit (1 / unit of z). None when gamma is given.
-        step_size: eps > 0, in squared units of z. noise_scale: sigma >= 0, without unit.
+        step_size: eps > 0, in squared units of z.
+        noise_scale: sigma >= 0, without unit.
         norm: what |s_i| is: "element", "channel" (L2 over dim 1, as in the authors' image code) or "chain" (L2 over
             all but dim 0; b then scales with the root of the dimension). On CUDA each is one kernel; more than 2,048
             channels run the plain definition with the same noise.
-        seed, step: name the noise (see `fastanila.noise`), given together: seed is taken mod 2**64, and
-            0 <= step < 2**56. Left out, a fresh seed is drawn from torch's generator at each call.
+        seed: names the noise with ``step`` (see `fastanila.noise`), and is taken mod 2^64. Where both are left out, a
+            fresh seed is drawn from torch's generator at each call.
+        step: the transition's number, 0 <= step < 2^56.
         offset: the global index of the first chain, so that a slice of a batch gets the noise of its place.
         gamma: a frozen gain in (0, 1], broadcastable to z; the drift is then gamma * s.
         mask: bool, broadcastable to z; where False, z stays.

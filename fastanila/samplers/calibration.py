@@ -34,7 +34,7 @@ def calibrate(
     """Propose a threshold and a step size from the scores of the chains z, (B, ...), one gradient.
 
     The threshold is the (1 - clip_fraction) quantile of |s| under ``norm``. The step size makes the score's own
-    change over a step small: eps = 4 stability sigma**2 / rms(s)**2, at which a typical drift eps/2 rms(s) is
+    change over a step small: eps = 4 stability sigma^2 / rms(s)^2, at which a typical drift eps/2 rms(s) is
     sqrt(stability) times the noise sigma sqrt(eps). On a Gaussian the unadjusted chain's variance is then too large
     by a fraction ``stability``; where the energy's curvature is uneven its stiffest directions suffer more.
     Take z from data or from settled chains.

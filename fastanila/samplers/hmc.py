@@ -23,8 +23,9 @@ class HMC(Adjusted):
     Law: exp(-U). A transition draws a momentum and makes ``leapfrog_steps`` leapfrog steps of length sqrt(step_size),
     one gradient each: with one step it is `MALA` of the same step_size.
 
-    step_size: the square of the leapfrog step, squared units of z. leapfrog_steps: how many; choose them for the
-    trajectory to cross the target, about its width / sqrt(step_size).
+    Args:
+        step_size: the square of the leapfrog step, squared units of z.
+        leapfrog_steps: how many; choose them for the trajectory to cross the target, about its width / sqrt(step_size).
     """
 
     step_size: float | Tensor = 0.01

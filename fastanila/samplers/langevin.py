@@ -65,10 +65,13 @@ class Unadjusted(Sampler):
 class Langevin(Unadjusted):
     """Unadjusted Langevin dynamics: z' = z + eps/2 s(z) + sigma sqrt(eps) xi.
 
-    Law: exp(-U / sigma**2) up to a bias that vanishes with the step size, of order eps (the unadjusted Langevin
-    algorithm: Roberts and Tweedie 1996). Raises ValueError, TypeError for settings that cannot be.
+    Law: exp(-U / sigma^2) up to a bias that vanishes with the step size, of order eps (the unadjusted Langevin
+    algorithm: Roberts and Tweedie 1996).
 
-    step_size: eps, squared units of z. noise_scale: sigma. bounds: (low, high), to which the chains are clamped.
+    Args:
+        step_size: eps, squared units of z.
+        noise_scale: sigma.
+        bounds: (low, high), to which the chains are clamped.
     """
 
     step_size: float | Tensor = 0.01
@@ -88,14 +91,19 @@ class AniLA(Unadjusted):
     Law: NOT exp(-U), however small the step. As eps -> 0 it is, with sigma = 1, exp(-U) prod_i max(1, |s_i| / b) for
     norm="element" when U is separable and exp(-U) max(1, |s| / b) for norm="chain": mass moves off the modes to the
     slopes. The bias grows with the fraction of elements that clip, so choose the threshold for few of them (a tenth,
-    say), or use `AdjustedAniLA`, which is exact. With sigma, exp(-U / sigma**2) replaces exp(-U); the factors stay.
+    say), or use `AdjustedAniLA`, which is exact. With sigma, exp(-U / sigma^2) replaces exp(-U); the factors stay.
 
-    threshold: b, in the score's unit; inf is `Langevin`. step_size: eps, squared units of z. noise_scale: sigma.
-    norm: "element", "channel" or "chain", what |s| is. bounds: (low, high), to which the chains are clamped.
-    refresh: "transition" takes the gain gamma from every transition's own score. "update" takes it once, from the
-    score where the chain starts (each `run`, each update of a training), and holds it, as the papers' Algorithm 1 is
-    printed: a fixed preconditioner, whose drift gamma * s is no longer bounded. Within one long run its small-step law
-    is exp(-U); chains that take a new gain every few transitions have a law between that and the one above.
+    Args:
+        threshold: b, in the score's unit; inf is `Langevin`.
+        step_size: eps, squared units of z.
+        noise_scale: sigma.
+        norm: "element", "channel" or "chain", what |s| is.
+        bounds: (low, high), to which the chains are clamped.
+        refresh: "transition" takes the gain gamma from every transition's own score. "update" takes it once, from the
+            score where the chain starts (each `run`, each update of a training), and holds it, as the papers'
+            Algorithm 1 is printed: a fixed preconditioner, whose drift gamma * s is no longer bounded. Within one long
+            run its small-step law is exp(-U); chains that take a new gain every few transitions have a law between
+            that and the one above.
     """
 
     threshold: float | Tensor = 1.0
@@ -117,12 +125,19 @@ class TamedLangevin(Sampler):
     so that a drift is at most b/2 standard deviations of the noise at sigma = 1, and no score can throw a chain away.
     The level b / sqrt(eps) at which |s| is clipped grows as the step shrinks, and so the bias does vanish with it:
 
-    Law: exp(-U / sigma**2) up to a bias of order eps. (Were the level held fixed, it would be the law of the clipped
+    Law: exp(-U / sigma^2) up to a bias of order eps. (Were the level held fixed, it would be the law of the clipped
     score instead, whatever the step.) A truncated form of the coordinatewise tamed algorithm TULAc (Brosse, Durmus,
     Moulines and Sabanis 2019), whose level is 1 / eps; Atchade (2006) clips by the norm.
 
-    threshold: b, without unit; inf is `Langevin`. step_size, noise_scale, norm, bounds: as for `AniLA`. Raises
-    ValueError, TypeError for settings that cannot be.
+    Args:
+        threshold: b, without unit; inf is `Langevin`.
+        step_size: as for `AniLA`.
+        noise_scale: as for `AniLA`.
+        norm: as for `AniLA`.
+        bounds: as for `AniLA`.
+
+    Raises:
+        ValueError, TypeError: for settings that cannot be.
     """
 
     threshold: float | Tensor = 1.0
@@ -177,8 +192,11 @@ class TamedLangevin(Sampler):
 class GradientDescent(Unadjusted):
     """Gradient descent without noise, z' = z + eps/2 s(z): the comparison of the papers, not a sampler.
 
-    Law: a point mass at whichever local minimum of U the chain's start falls to. step_size: eps, squared units of z;
-    the learning rate is half of it. bounds: (low, high), to which the chains are clamped.
+    Law: a point mass at whichever local minimum of U the chain's start falls to.
+
+    Args:
+        step_size: eps, squared units of z; the learning rate is half of it.
+        bounds: (low, high), to which the chains are clamped.
     """
 
     step_size: float | Tensor = 0.01

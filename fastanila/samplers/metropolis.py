@@ -88,10 +88,15 @@ class Adjusted(Sampler):
 
         Makes ``steps`` transitions from z with a step size that follows their acceptance, and returns the sampler with
         the average found, frozen, and the chains. Transitions made meanwhile do not have the law: count them as
-        warm-up. target_acceptance: in (0, 1), default 0.574 (Roberts and Rosenthal 1998), HMC 0.8. Other arguments as
-        `run`. A few hundred chains settle within some 100 transitions; few chains take longer.
+        warm-up. A few hundred chains settle within some 100 transitions; few chains take longer.
 
-        Raises ValueError, TypeError naming the argument, as `run` does, also for fewer than one step.
+        Args:
+            energy: as for `run`, with z, seed, step, offset, mask and compile.
+            steps: transitions to make, at least one.
+            target_acceptance: in (0, 1), default 0.574 (Roberts and Rosenthal 1998), HMC 0.8.
+
+        Raises:
+            ValueError, TypeError: naming the argument, as `run` does.
         """
         target = self.target_acceptance if target_acceptance is None else target_acceptance
         if not 0 < target < 1:
@@ -173,7 +178,10 @@ class _AdjustedStep(Adjusted):
 class MALA(_AdjustedStep):
     """Metropolis-adjusted Langevin (Roberts and Tweedie 1996): `Langevin`'s step, accepted or rejected.
 
-    Law: exp(-U). step_size: eps, squared units of z; the acceptance rate falls as it grows (`adapt` finds 0.574).
+    Law: exp(-U).
+
+    Args:
+        step_size: eps, squared units of z; the acceptance rate falls as it grows (`adapt` finds 0.574).
     """
 
     step_size: float | Tensor = 0.01
@@ -188,10 +196,12 @@ class AdjustedAniLA(_AdjustedStep):
     position-dependent noise in the ratio (`fastanila.ops.reference.log_accept`).
 
     Law: exp(-U). In high dimension use norm="chain": with a gain an element the step size at a fixed acceptance falls
-    as 1/D, with one a chain as D**(-1/3), as MALA's does.
+    as 1/D, with one a chain as D^(-1/3), as MALA's does.
 
-    threshold: b, in the score's unit; inf is `MALA`. With norm="chain" it scales with the root of the dimension.
-    step_size: eps, squared units of z. norm: "element", "channel" or "chain", what |s| is.
+    Args:
+        threshold: b, in the score's unit; inf is `MALA`. With norm="chain" it scales with the root of the dimension.
+        step_size: eps, squared units of z.
+        norm: "element", "channel" or "chain", what |s| is.
     """
 
     threshold: float | Tensor = 1.0

@@ -110,8 +110,11 @@ class Sampler:
                 with its parameters frozen meanwhile, and put back, also when it raises; so are the modules that another
                 callable refers to, as far as `callables.modules` finds them.
             z: the chains, (B, ...), float32, bfloat16 or float16. Not changed.
-            steps: transitions to make. seed, step: name the noise (`fastanila.noise`); step counts transitions made.
-            offset: global index of the first chain. mask: bool, broadcastable to z; where False, z stays.
+            steps: transitions to make.
+            seed: names the noise, with ``step`` (`fastanila.noise`).
+            step: transitions made before.
+            offset: global index of the first chain.
+            mask: bool, broadcastable to z; where False, z stays.
             callback: called with the `Info` of every ``callback_every``-th transition.
             keep_every: n keeps the state after every n-th transition.
             compile: compile the transition as one graph, which is kept for as long as the energy lives; of functions,

@@ -78,7 +78,7 @@ def run(
         bounds: (low, high), to which the chains are clamped after each transition.
         adjusted: accept or reject each move, as `ops.metropolis_step` does. The noise scale is then 1,
             and there are no bounds and no gain held for the update.
-        seed, step: name the noise: seed is taken mod 2**64, and 0 <= step < 2**56. offset: global index of chain 0.
+        seed, step: name the noise: seed is taken mod 2^64, and 0 <= step < 2^56. offset: global index of chain 0.
         steps: at least 1.
 
     threshold, step_size, noise_scale (floating) and seed, step (int64) may each be a 0-dim tensor on z's device, which

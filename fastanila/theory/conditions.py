@@ -82,7 +82,7 @@ def distances(matrix: sparse.csr_array, start: int, law: np.ndarray, *, least: f
 
 
 def bound_constant(found: np.ndarray, rate: float) -> float:
-    """The least C with found[k] <= C rate**k for all of these k."""
+    """The least C with found[k] <= C rate^k for all of these k."""
     return float((found / rate ** np.arange(len(found))).max())
 
 
@@ -110,7 +110,7 @@ def mass_ball(target: np.ndarray, centres: np.ndarray, centre: np.ndarray, mass:
 
 
 class Drift(NamedTuple):
-    """P V <= rate V + kappa 1_ball on the cells that can be judged, with V = pi**-beta and pi at most 1.
+    """P V <= rate V + kappa 1_ball on the cells that can be judged, with V = pi^-beta and pi at most 1.
 
     The condition holds where rate < 1. ``worst`` is where outside the ball P V / V is largest. ``least_radius``
     is the radius from which on P V < V (None: from none); cells are judged out to ``judged_to``.
@@ -156,7 +156,7 @@ def drift(kernel: Kernel, grid: Cells, ball: Ball, beta: float) -> Drift | None:
 
 
 def minorisation(matrix: sparse.csr_array, within: np.ndarray, doublings: int = 8) -> dict[int, float]:
-    """{m: eps_m} for m = 1, 2, 4, ..., 2**doublings: P^m(x, .) >= eps_m nu(.) for all x among ``within``, with nu a
+    """{m: eps_m} for m = 1, 2, 4, ..., 2^doublings: P^m(x, .) >= eps_m nu(.) for all x among ``within``, with nu a
     probability. eps_m is the largest there is, the sum over y of the least P^m(x, y). The powers are dense."""
     found = {1: float(matrix[within].toarray().min(0).sum())}
     power = matrix.toarray() if doublings else None

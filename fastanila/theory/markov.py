@@ -3,11 +3,11 @@ drift and of a minorisation condition.
 
 The grid's chain is the sampler's own, with its state rounded to the centre of its cell after every transition:
 
-    Q_ij = P(N(mean_i, sd_i**2) falls in cell j),       mean_i, sd_i: the sampler's proposal at the centre of cell i
+    Q_ij = P(N(mean_i, sd_i^2) falls in cell j),       mean_i, sd_i: the sampler's proposal at the centre of cell i
 
 by differences of the normal's distribution function, so that Q is a stochastic matrix whatever the grid. Rounding adds
-width**2 / 12 to a variance; that much is taken off sd_i**2 first (Sheppard's correction), which leaves an error of
-order (width / sd)**4. A proposal narrower than half a cell is widened to half a cell: `Kernel.coarse` says where, and
+width^2 / 12 to a variance; that much is taken off sd_i^2 first (Sheppard's correction), which leaves an error of
+order (width / sd)^4. A proposal narrower than half a cell is widened to half a cell: `Kernel.coarse` says where, and
 no result is to be trusted where that is much of the stationary law.
 
 What leaves the box is put into the border cell nearest to it: the kernel is that of the sampler clamped to the box. A
@@ -16,7 +16,7 @@ Metropolis-adjusted sampler rejects it instead, and its kernel is
     P_ij = Q_ij min(1, alpha_ij) off the diagonal,      P_ii = what is left of one,
 
 with alpha the sampler's own ratio (`ops.reference.log_accept`) at the centres. Q_ij stands for the density of the
-proposal at centre j times the cell's volume, from which it differs by a share of order (width / sd)**4; that is by how
+proposal at centre j times the cell's volume, from which it differs by a share of order (width / sd)^4; that is by how
 much detailed balance fails on the grid, and what the stationary law shows of a ratio that is right.
 """
 
@@ -84,7 +84,7 @@ class Kernel(NamedTuple):
 
 
 def transition_kernel(sampler: Sampler, target: Target, grid: Cells) -> Kernel:
-    """The kernel of one transition. The target is exp(-U / sigma**2), sigma the sampler's noise scale.
+    """The kernel of one transition. The target is exp(-U / sigma^2), sigma the sampler's noise scale.
 
     Raises ValueError for a sampler whose transition is no draw from normals (HMC, gradient descent), or that remembers
     more than its state (refresh="update"), and for a target whose score is not finite on the grid.

@@ -30,24 +30,24 @@ class Target:
 
 
 def normal(sd: float = 1.0) -> Target:
-    """N(0, sd**2)."""
+    """N(0, sd^2)."""
     return Target("normal", lambda x: 0.5 * (x[:, 0] / sd).square(), ((-10 * sd, 10 * sd),))
 
 
 def skewed(scale: float = 1.0) -> Target:
-    """f = y - exp(y), y = x / scale: the log of an exponential variable. Mean -0.5772, variance pi**2 / 6 at scale 1.
+    """f = y - exp(y), y = x / scale: the log of an exponential variable. Mean -0.5772, variance pi^2 / 6 at scale 1.
     Its left tail is exponential and its right tail so light that the score is unbounded by any power of y."""
     return Target("skewed", lambda x: (x[:, 0] / scale).exp() - x[:, 0] / scale, ((-20 * scale, 6 * scale),))
 
 
 def logistic(scale: float = 1.0) -> Target:
-    """Variance (pi * scale)**2 / 3; tails exp(-|x| / scale), in which the score is constant."""
+    """Variance (pi * scale)^2 / 3; tails exp(-|x| / scale), in which the score is constant."""
     return Target("logistic", lambda x: (x + 2 * scale * functional.softplus(-x / scale))[:, 0] / scale,
                   ((-22 * scale, 22 * scale),))  # fmt: skip
 
 
 def double_well(barrier: float = 1.0) -> Target:
-    """U = barrier (x**2 - 1)**2: modes at -1 and 1, ``barrier`` nats between them."""
+    """U = barrier (x^2 - 1)^2: modes at -1 and 1, ``barrier`` nats between them."""
     high = math.sqrt(1 + math.sqrt(32 / barrier))
     return Target("double-well", lambda x: barrier * (x[:, 0].square() - 1).square(), ((-high, high),))
 
@@ -72,7 +72,7 @@ def correlated(correlation: float = 0.8) -> Target:
 
 
 def banana(curvature: float = 0.5) -> Target:
-    """x ~ N(0, 1) and y | x ~ N(curvature (x**2 - 1), 1) (Haario, Saksman and Tamminen 1999)."""
+    """x ~ N(0, 1) and y | x ~ N(curvature (x^2 - 1), 1) (Haario, Saksman and Tamminen 1999)."""
 
     def energy(x: Tensor) -> Tensor:
         a, b = x.unbind(1)

@@ -76,8 +76,8 @@ def defaults(name: str, sampler: str | None = None, init: str | None = None, tas
 def translated(values: Mapping[str, Any], before: str, after: str, step_size: float | None = None) -> dict[str, Any]:
     """threshold, step_size, noise_scale and clamp of one sampler as those of another that moves alike.
 
-    Exact samplers have no noise scale sigma: U at temperature sigma**2 with step eps and threshold b is U / sigma**2
-    with eps sigma**2 and b / sigma**2. The tamed sampler's threshold is in units of its step's noise. ``step_size``:
+    Exact samplers have no noise scale sigma: U at temperature sigma^2 with step eps and threshold b is U / sigma^2
+    with eps sigma^2 and b / sigma^2. The tamed sampler's threshold is in units of its step's noise. ``step_size``:
     what the other is to have instead. Raises ValueError for an exact sampler of a law of temperature 0.
     """
     threshold, length, noise_scale, clamp = (values[k] for k in ("threshold", "step_size", "noise_scale", "clamp"))

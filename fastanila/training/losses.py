@@ -27,7 +27,7 @@ def likelihood(
 
     Its gradient in the parameters is minus that of the mean log likelihood of the data if the chains have the model's
     law (Karimi, Xie and Li, Algorithm 1, eq. 7; eq. 3 of an early draft has the sign reversed). ``energy_l2`` adds
-    its multiple of mean U(data)**2 + mean U(chains)**2, which keeps the energies near zero (Du and Mordatch 2019).
+    its multiple of mean U(data)^2 + mean U(chains)^2, which keeps the energies near zero (Du and Mordatch 2019).
 
     data: (N, ...), chains: (M, ...), of one dtype and device; energy maps either to one float32 energy a state.
     """
@@ -47,7 +47,7 @@ class ELBO(NamedTuple):
 def elbo(vae: VAE, x: Tensor, kl_weight: float | Tensor, noise: Tensor) -> ELBO:
     """The loss that teaches a VAE from revised states x (B, ...), detached: kl_weight times its negative ELBO.
 
-        reconstruction = mean over x of 1/2 sum_i (x_i - g(latent)_i)**2,     latent = mean(x) + sd(x) * noise
+        reconstruction = mean over x of 1/2 sum_i (x_i - g(latent)_i)^2,     latent = mean(x) + sd(x) * noise
         kl             = mean over x of KL(q(latent | x) || N(0, I))
 
     It is, but for a constant, kl_weight times the negative ELBO of a decoder N(g(latent), kl_weight I): the weight is

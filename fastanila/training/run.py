@@ -63,8 +63,8 @@ def with_sampler(run: Run, sampler: str, **changes: Any) -> Run:
     """The run with another sampler for its model, by the name that the commands know it by.
 
     Threshold and step size are translated (`defaults.translated`) unless ``changes`` (threshold, step_size, norm,
-    leapfrog_steps) gives them; a frozen gain stays with AniLA only. A model that was trained at a temperature sigma**2
-    is given to an exact sampler, which has no noise scale, as U / sigma**2. Raises ValueError for an unknown name, a
+    leapfrog_steps) gives them; a frozen gain stays with AniLA only. A model that was trained at a temperature sigma^2
+    is given to an exact sampler, which has no noise scale, as U / sigma^2. Raises ValueError for an unknown name, a
     setting that the sampler has not, or one that cannot be.
     """
     if sampler not in SAMPLERS:
