@@ -247,7 +247,7 @@ def mlp_size(size: tuple[int, int] | None) -> Iterator[None]:
 
 def mixture_times(run: Run) -> Iterator[Finding]:
     energy = workloads.Chains("mixture", (10_000, 2), 100)
-    for name, way in (("AniLA", energy.ours("AniLA", run.device)), ("AdjustedAniLA", energy.exact(run.device))):
+    for name, way in ((kind, energy.ours(kind, run.device)) for kind in ("AniLA", "AdjustedAniLA")):
         yield dict(check=energy.title, sampler=name, **run.times({"run": way})["run"])
 
 
@@ -262,8 +262,8 @@ def convnet_times(run: Run) -> Iterator[Finding]:
 def update_times(run: Run) -> Iterator[Finding]:
     """Updates, captured: of the default job, of that with the unadjusted sampler, and of images."""
     for name, settings in (
-        ("rings, the default", workloads.rings_settings(run.device, sampler=None)),
-        ("rings, anila", workloads.rings_settings(run.device)),
+        ("rings, the default", workloads.rings_settings(run.device)),
+        ("rings, anila", workloads.rings_settings(run.device, sampler="anila")),
         ("images, bf16", workloads.image_settings(run.device, precision="bf16")),
     ):
         with settings as chosen:
