@@ -1,9 +1,8 @@
-"""The first minutes on a GPU: are the numbers right, does everything capture, and how long do the main works take?
+"""The first minutes on a GPU: are the numbers right, does everything capture, does it learn?
 
-`python -m bench.smoke PART ... [--untimed]` prints one JSON object a line for every finding, on stderr tracebacks and
-profiles. Every check stands alone: one that breaks is a finding too, and the next goes on. Its exit code is 1 if a
-finding is not ok. `bench.gpu` runs every part in a process of its own: first all of them side by side, untimed, which
-checks, compiles and captures everything, and fills the caches; then the timed ones by themselves.
+`python -m bench.smoke PART ...` prints one JSON object a line for every finding, and tracebacks on stderr. Every check
+stands alone: one that breaks is a finding too, and the next goes on. Its exit code is 1 if a finding is not ok.
+`bench.gpu` runs every part in a process of its own, side by side, which fills the compilers' caches for the table.
 
 Agreement is judged by the share of elements whose error, relative where they are above 1, is beyond a tolerance: fast
 logarithms lose digits near u = 1, and a Metropolis decision may fall the other way by rounding, both seldom.
@@ -26,52 +25,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastanila import AdjustedAniLA, AniLA, noise, ops, reference, training, transitions, updates
+from fastanila import AdjustedAniLA, AniLA, evaluate, noise, ops, reference, training, transitions
 from fastanila.base import Sampler
 from fastanila.capture import cuda_graph
 from fastanila.config import Settings
 from fastanila.energies import MLP, ConvNet, GaussianMixture
 
-from . import workloads
-from .chain_rows import IMAGES
-from .timing import fallbacks_are_errors, measure
-from .workloads import Way
+from . import rows
+from .row import OURS
+from .timing import fallbacks_are_errors
 
 Finding = dict[str, object]
-
-
-class Run(NamedTuple):
-    """How the checks are to be made."""
-
-    device: torch.device
-    timed: bool = True  #: False: every work is done once, and no time taken
-
-    def times(self, ways: dict[str, Way], rounds: int = 5) -> dict[str, Finding]:
-        """Microseconds a call, by way: of the device, and of the host until the call returns."""
-        if not self.timed:
-            for way in ways.values():
-                way()
-            torch.cuda.synchronize(self.device)
-            return {name: {} for name in ways}
-        for way in ways.values():
-            way()
-        device = measure(ways, self.device, rounds=rounds, queued=True)
-        host = measure(ways, self.device, rounds=rounds, host=True)
-        return {name: dict(device_us=1e6 * device[name].median, host_us=1e6 * host[name].median) for name in ways}
-
-    def profile(self, name: str, way: Way) -> None:
-        """The kernels of one call, on stderr."""
-        if not self.timed:
-            return
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as seen:
-            way()
-            torch.cuda.synchronize(self.device)
-        table = seen.key_averages().table(sort_by="cuda_time_total", row_limit=22, max_name_column_width=70)
-        sys.stderr.write(f"--- {name}\n{table}\n")
-
-
-Check = Callable[[Run], Iterator[Finding]]
+Check = Callable[[torch.device], Iterator[Finding]]
 
 
 def agreement(got: Tensor, want: Tensor, tolerance: float, share: float) -> Finding:
@@ -87,7 +52,7 @@ def agreement(got: Tensor, want: Tensor, tolerance: float, share: float) -> Find
 _ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-def step_numbers(run: Run) -> Iterator[Finding]:
+def step_numbers(device: torch.device) -> Iterator[Finding]:
     """The fused step against its definition in float64."""
     generator = torch.Generator().manual_seed(0)
     for dtype, norm in itertools.product(_ROUNDING, reference.NORMS):
@@ -95,7 +60,7 @@ def step_numbers(run: Run) -> Iterator[Finding]:
         threshold = 60.0 if norm == "chain" else 1.0
         named = dict(seed=(1 << 63) + 5, step=(1 << 33) + 7, offset=3)
         made, seen = ops.anisotropic_step(
-            z.to(run.device), score.to(run.device), threshold, step_size=0.3, norm=norm, statistics=True, **named
+            z.to(device), score.to(device), threshold, step_size=0.3, norm=norm, statistics=True, **named
         )
         xi = noise.normal(z.shape, **named, dtype=torch.float64)
         want = reference.anisotropic_step(z.double(), score.double(), threshold, step_size=0.3, norm=norm, noise=xi)
@@ -103,195 +68,105 @@ def step_numbers(run: Run) -> Iterator[Finding]:
         yield dict(check="step", dtype=str(dtype), norm=norm, **found, gamma=seen.gamma_mean.mean().item())
 
 
-def networks(device: torch.device) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Energies that whole-chain kernels take, with chains."""
+class Case(NamedTuple):
+    """Chains of a sampler, on the fastest way there is."""
+
+    energy: nn.Module
+    shape: tuple[int, ...]
+    sampler: Sampler
+    share: float  #: of elements that may be off
+    steps: int
+
+
+def agree(device: torch.device, cases: Sequence[Case]) -> Iterator[Finding]:
+    """The chains against the plain definition; and whether two of them have the same bits, as cuDNN's may not."""
     generator = torch.Generator().manual_seed(0)
-    for energy, dim in (
+    for energy, shape, sampler, share, steps in cases:
+        energy, z = energy.to(device), torch.randn(shape, generator=generator).to(device)
+        once, again, plain = (sampler.run(energy, z, steps=steps, seed=1, compile=c) for c in (True, True, False))
+        found = agreement(once, plain, 1e-3, share)
+        yield dict(check="chains", **told(sampler, energy, z), repeats=torch.equal(once, again), **found)
+
+
+def told(sampler: Sampler, energy: nn.Module, z: Tensor) -> Finding:
+    path = transitions.path(sampler, energy, z, fused=True)
+    norm = getattr(sampler, "norm", None)
+    return dict(sampler=type(sampler).__name__, norm=norm, energy=type(energy).__name__, shape=list(z.shape), path=path)
+
+
+def whole_chain_numbers(device: torch.device) -> Iterator[Finding]:
+    """Those that one kernel makes."""
+    energies = (
         (GaussianMixture(torch.eye(2)), 2),
         (MLP(2, 64), 2),
         (MLP(2, 64, features=64, confinement=0.1), 2),
         (MLP(8, 128, 3), 8),
-    ):
-        yield energy.to(device), torch.randn(1000, dim, generator=generator).to(device)
+    )
+    samplers = ((AniLA(1.5, 0.05), 1e-3), (AdjustedAniLA(1.5, 0.05), 2e-2))
+    return agree(device, [Case(energy, (1000, dim), *sampler, 10) for energy, dim in energies for sampler in samplers])
 
 
-def whole_chain_numbers(run: Run) -> Iterator[Finding]:
-    """Runs on the fastest way against the plain definition: unadjusted and exact."""
-    for energy, z in networks(run.device):
-        for sampler, share in ((AniLA(1.5, 0.05), 1e-3), (AdjustedAniLA(1.5, 0.05), 2e-2)):
-            got, want = (sampler.run(energy, z, steps=10, seed=1, compile=compile) for compile in (True, False))
-            found = agreement(got, want, 1e-3, share)
-            yield dict(check="whole chain", **_told(sampler, energy, z), **found)
+def metropolis_numbers(device: torch.device) -> Iterator[Finding]:
+    """Captured transitions of the exact sampler, in every norm."""
+    images = (64, 3, 32, 32)
+    works = (("element", MLP(128, 64), (512, 128)), ("chain", ConvNet(3, 32, 8), images))
+    works += (("channel", ConvNet(3, 32, 8), images),)
+    return agree(device, [Case(e, shape, AdjustedAniLA(50.0, 0.01, norm=norm), 5e-2, 5) for norm, e, shape in works])
 
 
-def metropolis_numbers(run: Run) -> Iterator[Finding]:
-    """Captured transitions of the exact sampler against the plain definition, in every norm."""
-    generator = torch.Generator().manual_seed(0)
-    for shape, norm in (((512, 128), "element"), ((64, 3, 32, 32), "chain"), ((64, 3, 32, 32), "channel")):
-        energy = (MLP(128, 64) if len(shape) == 2 else ConvNet(3, 32, 8)).to(run.device)
-        z, sampler = torch.randn(shape, generator=generator).to(run.device), AdjustedAniLA(50.0, 0.01, norm=norm)
-        got, want = (sampler.run(energy, z, steps=5, seed=1, compile=compile) for compile in (True, False))
-        yield dict(check="adjusted", norm=norm, **_told(sampler, energy, z), **agreement(got, want, 1e-3, 5e-2))
-
-
-def _told(sampler: Sampler, energy, z: Tensor) -> Finding:
-    path = transitions.path(sampler, energy, z, fused=True)
-    return dict(sampler=type(sampler).__name__, energy=type(energy).__name__, shape=list(z.shape), path=path)
+def captured_chains(device: torch.device) -> Iterator[Finding]:
+    """Replays of captured transitions, an odd number of them."""
+    works = ((MLP(128, 64), (1024, 128)), (ConvNet(3, 32, 32), (64, 3, 32, 32)))
+    samplers = ((AniLA(1.0, 0.01), 1e-2), (AniLA(1.0, 0.01, refresh="update"), 1e-2), (AdjustedAniLA(50.0, 1e-3), 5e-2))
+    return agree(device, [Case(*work, *sampler, 21) for work in works for sampler in samplers])
 
 
 # ------------------------------------------------------------------------------------------------------------ captures
 
 
-def captured_chains(run: Run) -> Iterator[Finding]:
-    """Replays against the plain definition; and whether two of them have the same bits, as cuDNN's may not."""
-    generator = torch.Generator().manual_seed(0)
-    for energy, shape in ((MLP(128, 64), (1024, 128)), (ConvNet(3, 32, 32), (64, 3, 32, 32))):
-        energy, z = energy.to(run.device), torch.randn(shape, generator=generator).to(run.device)
-        for sampler in (AniLA(1.0, 0.01), AniLA(1.0, 0.01, refresh="update"), AdjustedAniLA(50.0, 0.001)):
-            once, again, plain = (sampler.run(energy, z, steps=21, seed=1, compile=c) for c in (True, True, False))
-            found = agreement(once, plain, 1e-3, 5e-2 if sampler.is_exact else 1e-2)
-            yield dict(check="captured", **_told(sampler, energy, z), repeats=torch.equal(once, again), **found)
-
-
-def failed_capture(run: Run) -> Iterator[Finding]:
+def failed_capture(device: torch.device) -> Iterator[Finding]:
     """One that fails leaves torch whole: its generator, its memory and the next capture."""
-    x = torch.ones(8, device=run.device)
-    torch.randn(2, device=run.device)
+    x = torch.ones(8, device=device)
+    torch.randn(2, device=device)
     try:
-        cuda_graph(lambda: x.sum().item(), run.device)
+        cuda_graph(lambda: x.sum().item(), device)
         refused = None
     except RuntimeError as error:
         refused = str(error).splitlines()[0]
-    torch.randn(2, device=run.device)
-    before = torch.cuda.memory_reserved(run.device)
-    large = torch.empty(1 << 28, device=run.device)
+    torch.randn(2, device=device)
+    before = torch.cuda.memory_reserved(device)
+    large = torch.empty(1 << 28, device=device)
     del large
     torch.cuda.empty_cache()
-    replay = cuda_graph(lambda: x * 2, run.device)
+    replay = cuda_graph(lambda: x * 2, device)
     twice = replay().tolist()
-    kept = torch.cuda.memory_reserved(run.device) - before
+    kept = torch.cuda.memory_reserved(device) - before
     ok = refused is not None and twice == [2.0] * 8 and kept < 1 << 28
     yield dict(check="a capture that fails", ok=ok, error=refused, kept_MB=kept >> 20)
 
 
-# --------------------------------------------------------------------------------------------------------------- times
+def works(group: str) -> Check:
+    """Our ways of the table's works: each runs twice, by the path that its row is named for."""
 
-#: Sizes of the step's launch that may be chosen: elements and warps of a program.
-STEP_SIZES = ((2048, 4), (1024, 4), (2048, 8), (512, 2))
-#: Of the whole-chain kernel of an MLP: chains and warps of a program; None is what it chooses by itself.
-MLP_SIZES = (None, (8, 4), (8, 8), (4, 4), (4, 8), (16, 8))
+    def check(device: torch.device) -> Iterator[Finding]:
+        for row in rows.rows(device.type):
+            if row.group == group:
+                with contextlib.ExitStack() as closing:
+                    way = row.build(device, closing)[OURS]()
+                    way(), way()
+                yield dict(check=row.work, ok=True)
 
-
-def step_times(run: Run) -> Iterator[Finding]:
-    """Every size of launch beside a copy of the same bytes."""
-    from fastanila.kernels import anisotropic
-
-    chosen = anisotropic.CONFIGURATION
-    for exponent, dtype in itertools.product((24, 26), workloads.DTYPES):
-        arguments = workloads.step_arguments(1 << exponent, dtype, run.device)
-
-        def of(block: int, warps: int, arguments=arguments) -> Way:
-            def way():
-                anisotropic.CONFIGURATION = anisotropic.Configuration(block, warps)
-                return workloads.anisotropic_step(**arguments)
-
-            return way
-
-        ways = {"copy": workloads.device_copy(1 << exponent, dtype, run.device)}
-        ways |= {f"{block} elements, {warps} warps": of(block, warps) for block, warps in STEP_SIZES}
-        try:
-            found = run.times(ways)
-        finally:
-            anisotropic.CONFIGURATION = chosen
-        for name, times in found.items():
-            shares = {"of_copy": found["copy"]["device_us"] / times["device_us"]} if times else {}
-            yield dict(check="step", way=name, elements=1 << exponent, dtype=dtype, **times, **shares)
+    check.__name__ = group
+    return check
 
 
-def whole_chain_times(run: Run) -> Iterator[Finding]:
-    """The MLP's kernel in every size of launch, and the run that a user calls: unadjusted and exact."""
-    generator = torch.Generator().manual_seed(0)
-    for features, chains in ((0, 1024), (64, 512), (0, 16384)):
-        energy = MLP(2, 64, features=features, confinement=0.1).to(run.device)
-        z = torch.randn(chains, 2, generator=generator).to(run.device)
-        for sampler in (AniLA(10.0, 0.005), AdjustedAniLA(10.0, 0.005)):
-            told = dict(check="100 transitions", features=features, **_told(sampler, energy, z))
-            sizes = MLP_SIZES if transitions.makes_whole_chains(sampler, energy, z) else (None,)
-            for size in sizes:
-                try:
-                    with mlp_size(size):
-                        found = run.times({"run": lambda s=sampler, e=energy, x=z: s.run(e, x, steps=100, seed=1)})
-                except Exception as error:  # a size may be more than registers or shared memory hold
-                    yield dict(**told, size=size, refused=f"{type(error).__name__}: {error}"[:160])
-                    continue
-                yield dict(**told, size=size, **found["run"])
-
-
-@contextlib.contextmanager
-def mlp_size(size: tuple[int, int] | None) -> Iterator[None]:
-    """The MLP's whole-chain kernels with so many chains and warps a program."""
-    from fastanila.kernels import mlp
-
-    chosen = mlp.mlp_constants
-
-    def constants(*arguments, **named):
-        found = chosen(*arguments, **named)
-        return found if size is None or found is None else ({**found[0], "ROWS": size[0]}, size[1], *found[2:])
-
-    mlp.mlp_constants = constants
-    try:
-        yield
-    finally:
-        mlp.mlp_constants = chosen
-
-
-def mixture_times(run: Run) -> Iterator[Finding]:
-    energy = workloads.Chains("mixture", (10_000, 2), 100)
-    for name, way in ((kind, energy.ours(kind, run.device)) for kind in ("AniLA", "AdjustedAniLA")):
-        yield dict(check=energy.title, sampler=name, **run.times({"run": way})["run"])
-
-
-def convnet_times(run: Run) -> Iterator[Finding]:
-    for precision, chains in reversed(IMAGES.items()):
-        way = chains.ours("AniLA", run.device)
-        yield dict(check=chains.title, **run.times({"run": way}, rounds=3)["run"])
-        if precision != "tf32":
-            run.profile(chains.title, way)
-
-
-def update_times(run: Run) -> Iterator[Finding]:
-    """Updates, captured: of the default job, of that with the unadjusted sampler, and of images."""
-    for name, settings in (
-        ("rings, the default", workloads.rings_settings(run.device)),
-        ("rings, anila", workloads.rings_settings(run.device, sampler="anila")),
-        ("images, bf16", workloads.image_settings(run.device, precision="bf16")),
-    ):
-        with settings as chosen:
-            job, way = workloads.our_update(chosen)
-            made = job.made.item()
-            path = training.path(job)
-            found = run.times({"update": way}, rounds=3)["update"]
-            ok = made == updates._WARM_UP + 2 and job.made.item() > made and not job.broken.item()
-            yield dict(check="one update", job=name, ok=ok, path=path, **found)
-            run.profile(f"one update, {name}", way)
-
-
-def trains(run: Run) -> Iterator[Finding]:
+def trains(device: torch.device) -> Iterator[Finding]:
     """The default job, shortened: it learns the rings."""
-    from fastanila import evaluate
-
-    iterations = 1000 if run.timed else 8
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(iterations=iterations, sample_every=0, out=f"{folder}/run", device=str(run.device))
-        began = time.perf_counter()
-        trained = training.train(settings, say=lambda text: None)
-        seconds = time.perf_counter() - began
-        if not run.timed:
-            yield dict(check="training", ok=True, updates=iterations)
-            return
-        found = evaluate.evaluate(trained)
-        ok = math.isfinite(found["gap"]) and found["tv"] < 0.5
-        yield dict(check="training", ok=ok, updates=iterations, seconds=seconds, gap=found["gap"], tv=found["tv"])
+        settings = Settings(iterations=1000, sample_every=0, out=f"{folder}/run", device=str(device))
+        found = evaluate.evaluate(training.train(settings, say=lambda text: None))
+    ok = math.isfinite(found["gap"]) and found["tv"] < 0.5
+    yield dict(check="training", ok=ok, updates=settings.iterations, gap=found["gap"], tv=found["tv"])
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts
@@ -300,50 +175,47 @@ def trains(run: Run) -> Iterator[Finding]:
 PARTS: dict[str, tuple[Check, ...]] = {
     "numbers": (step_numbers, whole_chain_numbers, metropolis_numbers),
     "capture": (captured_chains, failed_capture),
-    "step": (step_times,),
-    "chains": (whole_chain_times, mixture_times),
-    "update": (update_times,),
-    "conv": (convnet_times,),
+    **{group: (works(group),) for group in ("chains", "convnet", "update")},
     "train": (trains,),
 }
-#: Those that take times, by what they are worth.
-TIMED = ("step", "chains", "update", "conv", "train")
 
 
-def findings(part: str, check: Check, run: Run) -> Iterator[Finding]:
+def findings(part: str, check: Check, device: torch.device) -> Iterator[Finding]:
     """A check's findings, each with its part, and how long it took; or how it failed, with a traceback on stderr."""
     began = time.perf_counter()
     found: Finding = {}
     try:
         with fallbacks_are_errors():
-            for one in check(run):
+            for one in check(device):
                 yield dict(part=part, **one)
-            if run.device.type == "cuda":
-                torch.cuda.synchronize(run.device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
     except Exception as error:
-        sys.stderr.write(f"--- {part}: {check.__name__}\n{traceback.format_exc()}\n")
-        sys.stderr.flush()
+        print(f"--- {part}: {check.__name__}", traceback.format_exc(), sep="\n", file=sys.stderr, flush=True)
         found = dict(ok=False, error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     yield dict(part=part, check=check.__name__, **found, seconds=time.perf_counter() - began)
 
 
 def shown(finding: Finding) -> str:
     """One line of JSON, numbers to four digits."""
-    short = {k: float(f"{v:.4g}") if isinstance(v, float) and math.isfinite(v) else v for k, v in finding.items()}
-    return json.dumps({k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in short.items()})
+
+    def short(value: object) -> object:
+        if not isinstance(value, float):
+            return value
+        return float(f"{value:.4g}") if math.isfinite(value) else str(value)
+
+    return json.dumps({name: short(value) for name, value in finding.items()})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     made.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
-    made.add_argument("--untimed", action="store_true", help="do everything once, and take no time")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     arguments = made.parse_args(argv)
-    run = Run(torch.device(arguments.device), timed=not arguments.untimed)
-    good = True
+    device, good = torch.device(arguments.device), True
     for part in arguments.parts:
         for check in PARTS[part]:
-            for finding in findings(part, check, run):
+            for finding in findings(part, check, device):
                 good &= finding.get("ok") is not False
                 print(shown(finding), flush=True)
     return int(not good)

@@ -1,6 +1,5 @@
-"""The table times what it says it times: its rows, its rivals' laws, its goals, and how it fails."""
+"""The table times what it says it times, says what failed, and keeps what other runs of the machine have found."""
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,9 +10,9 @@ import warnings
 import pytest
 import torch
 
-from bench import chain_rows, limits, report, rows, table, timing
+from bench import markdown, record, report, table, timing
 from bench.report import Goal, Line
-from bench.row import CAPTURED, GROUPS, OURS, Row
+from bench.row import CAPTURED, COPY, OURS, Row
 from fastanila import AniLA, ops, transitions
 
 CPU = torch.device("cpu")
@@ -21,14 +20,16 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter's times are its own")
 
 
-def test_the_quick_table_has_every_way_timed_and_fits_its_json(tmp_path, capsys):
+def check_quick(groups, tmp_path, capsys):
+    """The quick rows of the groups have every way timed, printed and in the JSON."""
     path = tmp_path / "table.json"
-    arguments = ["--quick", "--device", "cpu", "--rows", "step", "noise", "chains", "host", "startup"]
-    assert table.main([*arguments, "--json", str(path)]) == 0
-    report = json.loads(path.read_text())
-    assert report["machine"]["torch"] == torch.__version__ and report["machine"]["device"]
-    measured = [line for line in report["lines"] if line["device"] == "cpu"]
+    assert table.main(["--quick", "--device", "cpu", "--rows", *groups, "--json", str(path)]) == 0
+    found, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert found["machine"]["torch"] == torch.__version__ and found["machine"]["device"]
+    measured = [line for line in found["lines"] if line["device"] == "cpu"]
+    assert {line["group"] for line in measured} == set(groups)
     for line in measured:
+        assert f"| {line['work']} | {line['way']} |" in printed
         if "not installed" not in line["note"]:
             assert 0 < line["low"] <= line["median"] <= line["high"] and line["rounds"] == 2, line
     for work, group in itertools.groupby(measured, key=lambda line: line["work"]):
@@ -37,28 +38,25 @@ def test_the_quick_table_has_every_way_timed_and_fits_its_json(tmp_path, capsys)
             assert timed["fastanila"]["ratio"] == 1.0 and len(timed) >= 2
             for line in timed.values():
                 assert line["ratio"] == pytest.approx(line["median"] / timed["fastanila"]["median"])
-    absent = [line for line in report["lines"] if line["device"] == "cuda"]
+    absent = [line for line in found["lines"] if line["device"] == "cuda"]
     assert absent and all(line["note"].startswith("not measured") and line["median"] is None for line in absent)
-    printed = capsys.readouterr().out
-    assert all(f"| {line['work']} | {line['way']} |" in printed for line in measured)
     assert "not measured: needs a GPU" in printed
+    return printed
+
+
+def test_the_quick_table_and_rivals_that_are_not_installed(graphs, tmp_path, capsys, monkeypatch):
+    for module in ("torchebm", "torchebm.core", "ebm", "ebm.samplers.langevin"):
+        monkeypatch.setitem(sys.modules, module, None)
+    printed = check_quick(["step", "noise", "chains", "host"], tmp_path, capsys)
+    assert graphs and "torchebm is not installed" in printed and "ebmkit is not installed" in printed
 
 
 @pytest.mark.slow
-def test_the_quick_update_row(capsys):
-    assert table.main(["--quick", "--device", "cpu", "--rows", "update"]) == 0
-    assert "one update, rings" in capsys.readouterr().out
+def test_the_quick_table_by_the_compiler(tmp_path, capsys):
+    check_quick(["step", "noise", "chains", "update", "host", "startup"], tmp_path, capsys)
 
 
 # --------------------------------------------------------------------------------------------- what does not succeed
-
-
-def test_a_rival_that_is_not_installed_is_named_and_nothing_fails(monkeypatch, capsys):
-    for module in ("torchebm", "torchebm.core", "ebm", "ebm.samplers.langevin"):
-        monkeypatch.setitem(sys.modules, module, None)
-    assert table.main(["--quick", "--device", "cpu", "--rows", "chains"]) == 0
-    printed = capsys.readouterr().out
-    assert "torchebm is not installed" in printed and "ebmkit is not installed" in printed
 
 
 def row_of(**ways) -> Row:
@@ -73,7 +71,7 @@ def test_a_way_that_breaks_shows_and_fails_the_run(capsys):
     [(_, lines)] = table.run([row_of(fastanila=lambda: broken, rival=lambda: list)], CPU, rounds=1)
     assert [line.way for line in lines] == ["rival", "fastanila"]
     assert lines[1].note == "failed: RuntimeError: no such kernel" and lines[1].median is None
-    assert lines[0].ratio is None and lines[0].met == (None,) and table.failed(lines)
+    assert lines[0].ratio is None and lines[0].met == (None,)
     assert "no such kernel" in capsys.readouterr().err
 
 
@@ -91,7 +89,7 @@ def test_a_way_that_breaks_while_it_is_timed_takes_its_row_and_no_other(capsys):
     assert {line.way: line.note for line in lines} == dict.fromkeys(
         (OURS, "rival"), "failed: RuntimeError: out of memory"
     )
-    assert table.failed(lines) and [line.median is not None for line in after] == [True]
+    assert [line.median is not None for line in after] == [True]
 
 
 @pytest.mark.parametrize("leaves", ["the context", "nothing"])
@@ -184,7 +182,7 @@ def test_the_report_keeps_other_works_of_the_same_machine_and_forgets_those_ther
     path, results = tmp_path / "table.json", tmp_path / "RESULTS.md"
     results.write_text("<!-- bench.table cpu -->\n<!-- end of bench.table cpu -->\n")
     monkeypatch.setattr(
-        table, "lines_of", lambda row, device, **o: [table.timed(row, OURS, device, {OURS: timing.Timing(1, 1, 1, 1)})]
+        table, "lines_of", lambda row, device, **o: [table.line(row, OURS, device, {OURS: timing.Timing(1, 1, 1, 1)})]
     )
 
     def works(*arguments):
@@ -205,35 +203,35 @@ def test_the_report_keeps_other_works_of_the_same_machine_and_forgets_those_ther
     assert works("--rows", "startup") == {"startup": ""}
 
 
-def test_a_goal_is_met_or_not():
+def test_a_goal_is_met_or_not(tmp_path):
     assert [Goal(OURS, least, 2.0).met for least in (2.0, 2.1)] == [True, False] and Goal(OURS, 2.0).met is None
     line = Line("step", "w", "way", "cpu", (1,), "float32", 1.0, 1.0, 1.0, ratio=2.0)
     assert line.met == ()
     goals = (Goal(OURS, 2.0, 2.0), Goal(CAPTURED, 0.5, 0.25))
     line = dataclasses.replace(line, goals=goals, at_most=0.5)
     assert line.met == (True, False, False)
-    assert "| 2.00 | >= 2; >= 0.5 to fastanila, captured; <= 0.5 s | yes; 0.25: NO; NO |" in report.markdown([line], {})
-    (stored,) = report.lines_of_json(json.loads(json.dumps(report.as_json([line], {})))["lines"])
-    assert stored == line
+    assert "| 2.00 | >= 2; >= 0.5 to fastanila, captured; <= 0.5 s | yes; 0.25: NO; NO |" in report.text([line], {})
+    kept = record.Record(tmp_path / "a.json", None, "cpu", {"device": "X"})
+    kept.keep([line])
+    assert kept.lines() == [line]
 
 
-def test_each_goal_is_measured_from_the_way_it_names(monkeypatch):
+def test_each_goal_is_measured_from_the_way_it_names():
     goals = {OURS: {"rival": 100.0}, CAPTURED: {"rival": 20.0, "other": 3.0}}
     row = Row("host", "a work", (1,), "float32", lambda device, closing: {}, at_least=goals)
     medians = {OURS: 1.0, CAPTURED: 2.0, "rival": 50.0, "other": 5.0}
     timings = {way: timing.Timing(m, m, m, 1) for way, m in medians.items()}
-    rival, other = (table.timed(row, way, CPU, timings) for way in ("rival", "other"))
+    rival, other = (table.line(row, way, CPU, timings) for way in ("rival", "other"))
     assert rival.ratio == 50 and rival.goals == (Goal(OURS, 100.0, 50.0), Goal(CAPTURED, 20.0, 25.0))
     assert rival.met == (False, True) and other.goals == (Goal(CAPTURED, 3.0, 2.5),)
 
 
 def test_a_step_is_shown_beside_a_copy():
     row = Row("step", "a step", (1,), "float32", lambda device, closing: {}, bytes_moved=8_000_000)
-    timings = {way: timing.Timing(m, m, m, 1) for way, m in {OURS: 4e-6, table.COPY: 3e-6}.items()}
-    line = table.timed(row, OURS, CPU, timings)
+    timings = {way: timing.Timing(m, m, m, 1) for way, m in {OURS: 4e-6, COPY: 3e-6}.items()}
+    line = table.line(row, OURS, CPU, timings)
     assert line.gigabytes_s == pytest.approx(2000) and line.of_copy == pytest.approx(0.75)
     assert report.cells(line)[-1] == "2,000 GB/s, 75.0% of a copy"
-    assert table.COPY in {way for row in rows.rows("cuda") if row.group == "step" for way in row.build(CPU, None)}
 
 
 def test_rows_without_the_time_they_need_are_skipped_and_say_so():
@@ -242,7 +240,7 @@ def test_rows_without_the_time_they_need_are_skipped_and_say_so():
         [(_, (ours, rival))] = table.run([row], CPU, until=until)
         assert ours.note == rival.note == "skipped: out of time"
         assert (ours.way, rival.way, rival.goals) == (OURS, "rival", (Goal(OURS, 2.0),))
-    assert "| a work | skipped: out of time | rival >= 2 |" in report.markdown([ours, rival], {"device": "none"})
+    assert "| a work | skipped: out of time | rival >= 2 |" in report.text([ours, rival], {"device": "none"})
     [(_, lines)] = table.run([row], CPU, rounds=1, until=time.monotonic() + row.seconds + 60)
     assert all(line.median is not None for line in lines)
 
@@ -254,17 +252,17 @@ def test_ways_that_are_left_when_the_time_is_over_are_skipped(monkeypatch):
     lines = table.lines_of(row, CPU, seconds=0.0, rounds=5, until=1.0)
     assert {line.way: line.note for line in lines} == {OURS: "", "rival": "", "third": "skipped: out of time"}
     assert lines[0].rounds == lines[1].rounds == 1
-    assert "| a work | third | - | - | - | - |  |  | skipped: out of time |" in report.markdown(lines, {})
+    assert "| a work | third | - | - | - | - |  |  | skipped: out of time |" in report.text(lines, {})
 
 
 def test_writing_replaces_its_own_block_and_no_other(tmp_path):
     path = tmp_path / "RESULTS.md"
     blocks = "".join(f"<!-- bench.table {k} -->\nold {k}\n<!-- end of bench.table {k} -->\n" for k in ("cuda", "cpu"))
     path.write_text(f"# Head\n{blocks}tail\n")
-    report.write("new", "cpu", path)
-    report.write("newer", "cpu", path)
+    markdown.write("new", "cpu", path)
+    markdown.write("newer", "cpu", path)
     text = path.read_text()
     assert "old cuda" in text and "old cpu" not in text and text.count("newer") == 1 and "new\n" not in text
     assert text.startswith("# Head\n") and text.endswith("tail\n")
     with pytest.raises(ValueError, match="markers"):
-        report.write("new", "tpu", path)
+        markdown.write("new", "tpu", path)
