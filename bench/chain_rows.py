@@ -33,25 +33,21 @@ _REDUCE_OVERHEAD = (
 )
 
 
-def chain_rows(device_type: str, quick: bool) -> list[Row]:
-    if quick:
-        works = [Chains("mixture", (64, 2), 5)]
-    elif device_type == "cpu":
-        works = [MIXTURE, MLPS["mlp-64", (1024, 2)], dataclasses.replace(IMAGES["float32"], steps=10)]
+def chain_rows(device_type: str) -> list[Row]:
+    if device_type == "cpu":
+        images = dataclasses.replace(IMAGES["float32"], steps=10)
+        works = [MIXTURE, MLPS["mlp-64", (1024, 2)], images]
     else:
+        images = IMAGES["float32"]
         works = [MIXTURE, *MLPS.values(), *IMAGES.values()]
-    found = [chain_row(device_type, work, quick) for work in works]
-    if quick:
-        return found
+    found = [chain_row(device_type, work) for work in works]
     found += [exact_row(work) for work in (MIXTURE, MLPS["mlp-64", (1024, 2)])]
-    images = dataclasses.replace(IMAGES["float32"], steps=10 if device_type == "cpu" else 100)
     return found + [adjusted_row(images, norm) for norm in ("chain", "element")]
 
 
-def chain_row(device_type: str, chains: Chains, quick: bool) -> Row:
+def chain_row(device_type: str, chains: Chains) -> Row:
     def build(device, closing) -> Builders:
-        ways = chain_ways(chains, device)
-        return ways if quick else ways | compiled_ways(chains, device)
+        return chain_ways(chains, device) | compiled_ways(chains, device)
 
     goals = cuda_goals(chains) if device_type == "cuda" else {OURS: cpu_goals(chains)}
     group = "convnet" if chains.is_image else "chains"

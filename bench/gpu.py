@@ -2,8 +2,8 @@
 
 Three phases, each for a share of the seconds, what one leaves going to the next:
 
-* smoke, 40 %: the parts of `bench.smoke` side by side, each in a process of its own: they check the numbers and the
-  captures, and fill the caches.
+* smoke, 40 %: the parts of `bench.smoke` side by side, each in a process of its own: they check that all works run by
+  their paths, and fill the caches.
 * tests, 35 %: the tests marked gpu (`bench.gpu_tests`), their tracebacks kept.
 * table, 25 %: `bench.table`, what matters most first. Where its process dies, the row it was at is lost, and another
   goes on with the rest. Every row is kept when it is done, so a run that is cut short leaves what it measured.
@@ -44,7 +44,7 @@ from .record import Record
 #: What it may write into --out beside the report, which is named after the machine, and RESULTS.md.
 FILES = {
     "findings": "gpu-smoke.jsonl",  # of smoke, a line of JSON each
-    "smoke": "gpu-smoke.txt",  # its tracebacks and profiles
+    "smoke": "gpu-smoke.txt",  # its tracebacks
     "junit": "gpu-tests.xml",
     "tests": "gpu-tests.txt",  # pytest's output
     "table": "gpu-table.txt",  # what the table's processes printed
@@ -173,7 +173,7 @@ def run_phase(
             *_PYTHON, "bench.table", "--device", arguments.device, "--seconds", str(arguments.seconds), "--json",
             str(kept.json), "--write", str(kept.results), "--rows", *arguments.rows,
         ]  # fmt: skip
-        good = run_table(seconds, [*argv, "--quick"] if arguments.quick else argv, arguments.rows, kept, files["table"])
+        good = run_table(seconds, argv, arguments.rows, kept, files["table"])
         print(record.text(kept.read()))
         return good
     if phase == "tests":

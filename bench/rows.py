@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
 import os
@@ -24,18 +23,16 @@ from .update_rows import update_rows
 from .workloads import Way
 
 
-def rows(device_type: str, quick: bool = False) -> list[Row]:
-    """The table's rows on "cuda" or "cpu". ``quick``: small ones without rival compilers, for testing the table."""
+def rows(device_type: str) -> list[Row]:
+    """The table's rows on "cuda" or "cpu"."""
     found = [
-        *step_rows(device_type, quick),
-        *noise_rows(device_type, quick),
-        *chain_rows(device_type, quick),
-        *update_rows(device_type, quick),
+        *step_rows(device_type),
+        *noise_rows(device_type),
+        *chain_rows(device_type),
+        *update_rows(device_type),
         host_row(),
-        startup_row(device_type, quick),
+        startup_row(device_type),
     ]
-    if quick:  # at such sizes a goal says nothing
-        found = [dataclasses.replace(row, at_least={}, at_most={}) for row in found]
     return sorted(found, key=lambda row: GROUPS.index(row.group))
 
 
@@ -74,16 +71,14 @@ def on_arguments(elements: int, dtype: str, device: torch.device) -> Callable[..
     return lambda function, *names: functools.partial(function, *(arguments()[name] for name in names or arguments()))
 
 
-def step_rows(device_type: str, quick: bool) -> list[Row]:
+def step_rows(device_type: str) -> list[Row]:
     exponents = (12, 16, 20, 22, 24, 26, 28) if device_type == "cuda" else (12, 16, 20, 24)
-    if quick:
-        return [step_row(device_type, 12, "float32", quick)]
-    return [step_row(device_type, exponent, dtype, quick) for dtype in workloads.DTYPES for exponent in exponents]
+    return [step_row(device_type, exponent, dtype) for dtype in workloads.DTYPES for exponent in exponents]
 
 
-def step_row(device_type: str, exponent: int, dtype: str, quick: bool) -> Row:
+def step_row(device_type: str, exponent: int, dtype: str) -> Row:
     cuda, elements = device_type == "cuda", 1 << exponent
-    is_compiled = not quick and (not cuda or exponent in (16, 24, 26, 28))  # on CUDA four sizes show the curve
+    is_compiled = not cuda or exponent in (16, 24, 26, 28)  # on CUDA four sizes show the curve
 
     def build(device, closing) -> Builders:
         of, step = on_arguments(elements, dtype, device), workloads.anisotropic_step
@@ -111,7 +106,7 @@ def step_row(device_type: str, exponent: int, dtype: str, quick: bool) -> Row:
     )  # fmt: skip
 
 
-def noise_rows(device_type: str, quick: bool) -> list[Row]:
+def noise_rows(device_type: str) -> list[Row]:
     def row(exponent: int) -> Row:
         def build(device, closing) -> Builders:
             of = on_arguments(1 << exponent, "float32", device)
@@ -124,7 +119,7 @@ def noise_rows(device_type: str, quick: bool) -> list[Row]:
         return Row("noise", f"normals, 2^{exponent}", (1 << exponent,), "float32", build, goals, queued=True)
 
     exponents = (24,) if device_type == "cuda" else (16, 20, 24)
-    return [row(exponent) for exponent in ((12,) if quick else exponents)]
+    return [row(exponent) for exponent in exponents]
 
 
 # ---------------------------------------------------------------------------------------------- host and start-up
@@ -155,16 +150,9 @@ compiled(step)(z, z, one, word, word)
 """
 
 
-def startup_row(device_type: str, quick: bool) -> Row:
+def startup_row(device_type: str) -> Row:
     def build(device, closing) -> Builders:
         warm = closing.enter_context(tempfile.TemporaryDirectory())
-
-        def python(*arguments: str, cache: str | None = None) -> None:
-            caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-            environment = os.environ | ({name: cache for name in caches} if cache else {})
-            done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message")
 
         def cold() -> None:
             with tempfile.TemporaryDirectory() as folder:
@@ -175,10 +163,10 @@ def startup_row(device_type: str, quick: bool) -> Row:
                 raise NotInstalled("tyro is not installed")
             return functools.partial(python, "-m", "fastanila.train", "--help")
 
-        ways: Builders = {"import torch": lambda: functools.partial(python, "-c", "import torch")}
-        if quick:
-            return ways
-        ways["from fastanila import AniLA"] = lambda: functools.partial(python, "-c", "from fastanila import AniLA")
+        ways: Builders = {
+            line: functools.partial(functools.partial, python, "-c", line)
+            for line in ("import torch", "from fastanila import AniLA")
+        }
         ways["train --help"] = train_help
         if device.type == "cpu":  # not on a GPU, whose time is dearer
             ways["first compiled step, empty caches"] = lambda: cold
@@ -189,3 +177,12 @@ def startup_row(device_type: str, quick: bool) -> Row:
         "startup", "start-up, a process each", (), "", build, at_most={"train --help": 2.0}, host=True, once=True,
         rounds=1 if device_type == "cuda" else 3,
     )  # fmt: skip
+
+
+def python(*arguments: str, cache: str | None = None) -> None:
+    """Run it, with the compilers' caches in that folder. Raises RuntimeError with its last line if it fails."""
+    caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    environment = os.environ | ({name: cache for name in caches} if cache else {})
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or "no message").splitlines()[-1])

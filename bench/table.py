@@ -151,7 +151,6 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--rows", nargs="+", choices=GROUPS, default=GROUPS, help="groups of rows; default all")
-    made.add_argument("--quick", action="store_true", help="small works, two rounds: to test the table itself")
     made.add_argument("--seconds", type=float, default=5.0, help="at most about so long for the rounds of one row")
     return made
 
@@ -163,7 +162,7 @@ def table(arguments: argparse.Namespace, device: torch.device, record: Record) -
     it holds of other works, if there are such works.
     """
     until = time.monotonic() + arguments.budget
-    there = {kind: rows.rows(kind, arguments.quick) for kind in ("cpu", "cuda")}
+    there = {kind: rows.rows(kind) for kind in ("cpu", "cuda")}
     works = {(kind, row.work) for kind, found in there.items() for row in found}
     kept = [line for line in record.lines() if (line.device, line.work) in works]
 
@@ -186,10 +185,9 @@ def table(arguments: argparse.Namespace, device: torch.device, record: Record) -
         return of_chosen
 
     lines = keep()
-    seconds, rounds = (1.0, 2) if arguments.quick else (arguments.seconds, 15)
     turns = rows.in_order_of_interest(mine) if device.type == "cuda" else mine
     for row, of_row in run(
-        turns, device, seconds=seconds, rounds=rounds, until=until,
+        turns, device, seconds=arguments.seconds, until=until,
         begin=lambda row: keep(row, unmeasured(row, device, RUNNING)),
     ):  # fmt: skip
         lines = keep(row, of_row)

@@ -21,8 +21,8 @@ WayOf = Callable[[Prepare], Way]
 SettingsOf = Callable[[torch.device], contextlib.AbstractContextManager[Settings]]
 
 
-def update_rows(device_type: str, quick: bool) -> list[Row]:
-    steps, cuda = 2 if quick else 60, device_type == "cuda"
+def update_rows(device_type: str) -> list[Row]:
+    steps, cuda = 60, device_type == "cuda"
     default = functools.partial(workloads.rings_settings, steps=steps)
     unadjusted = functools.partial(default, sampler="anila")  # as most rivals have it
     of_default: dict[str, WayOf] = {  # the job of a bare `python -m fastanila.train --fused`, whose sampler is exact
@@ -45,7 +45,7 @@ def update_rows(device_type: str, quick: bool) -> list[Row]:
         update_row(f"rings, K={steps}", rings, unadjusted, of_rings, goals),
         update_row(f"rings, a VAE proposes, K={steps}", rings, unadjusted, of_vae, {}),
     ]
-    if cuda and not quick:  # less the authors' form, which the host of a GPU holds up for a second a call
+    if cuda:  # less the authors' form, which the host of a GPU holds up for a second a call
         images = functools.partial(workloads.image_settings, steps=steps, precision="bf16")
         found.append(update_row(f"64 x 3x32x32, K={steps}, bf16", pictures, images, of_images, {"eager": 1.0}, "bf16"))
     return found

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from bench.processes import Command, Ended
 from bench.record import Record
 from bench.report import Line
 from bench.row import OURS, Row
-from fastanila import ops
 
 JUNIT = """<testsuites><testsuite tests="{tests}" failures="{failures}" errors="0" skipped="{skipped}">
 <testcase classname="tests.a" name="good"/><testcase classname="tests.a" name="bad">{body}</testcase>
@@ -130,7 +130,7 @@ def bare(tmp_path):
 def test_bench_gpu_runs_from_a_bare_checkout(bare):
     root, environment = bare
     out = root / "out"
-    arguments = ["--device", "cpu", "--quick", "--rows", "startup", "--budget", "150", "--no-tests"]
+    arguments = ["--device", "cpu", "--rows", "host", "--seconds", "0", "--budget", "150", "--no-tests"]
     files = ["--out", str(out), "--earlier", str(out), "--results", str(out / "RESULTS.md")]
     command = [sys.executable, "-m", "bench.gpu", *arguments, *files]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
@@ -143,7 +143,7 @@ def test_bench_gpu_runs_from_a_bare_checkout(bare):
     assert {line["note"] for line in found["lines"] if line["device"] == "cpu"} == {""}
     assert found["smoke"] == {"outcome": "skipped"} and found["tests"] == {"outcome": "not run"}
     text = (out / "RESULTS.md").read_text()
-    assert "| start-up, a process each | import torch |" in text and "bench.smoke: skipped" in text
+    assert "| host time of one eager call, 64 elements | torch.add |" in text and "bench.smoke: skipped" in text
     assert text.splitlines()[0] == (ROOT / "bench" / "RESULTS.md").read_text().splitlines()[0]
 
 
@@ -308,84 +308,57 @@ def test_smoke_runs_its_parts_side_by_side(tmp_path, monkeypatch, capsys):
         for command in commands:
             with command.output.open("a") as file:
                 file.write(f"a finding of {command.argv[3]}\n")
-        return [Ended({"numbers": 1, "chains": 139}.get(c.argv[3], 0), 1.0, c.argv[3] == "train") for c in commands]
+        return [Ended({"capture": 1, "chains": 139}.get(c.argv[3], 0), 1.0, c.argv[3] == "train") for c in commands]
 
     monkeypatch.setattr(gpu, "run_together", run_together)
     found = gpu.run_smoke(100.0, [*smoke.PARTS], tmp_path / "findings", tmp_path / "errors")
-    assert found["failed"] == ["numbers", "chains", "train"] and found["outcome"] == "failed"
+    assert found["failed"] == ["capture", "chains", "train"] and found["outcome"] == "failed"
     outcomes = {part: each["outcome"] for part, each in found["parts"].items()}
-    assert outcomes == {
-        "numbers": "failed", "capture": "passed", "chains": "ended with 139", "convnet": "passed", "update": "passed",
-        "train": "stopped after 1 s",
+    assert outcomes == dict.fromkeys(smoke.PARTS, "passed") | {
+        "capture": "failed", "chains": "ended with 139", "train": "stopped after 1 s",
     }  # fmt: skip
     assert capsys.readouterr().out.count("a finding of") == len(smoke.PARTS)
 
 
-def test_a_check_that_breaks_is_a_finding_and_the_next_goes_on(monkeypatch, capsys):
-    def breaks(device):
-        yield dict(check="first", ok=True, value=0.123456789)
-        raise RuntimeError("no such kernel")
-
-    def warns(device):
-        import warnings
-
-        warnings.warn("the chain runs uncaptured: why", stacklevel=1)
-        yield dict(check="never")
-
-    def fine(device):
-        yield dict(check="fine", ok=True, worst=float("nan"))
-
-    monkeypatch.setitem(smoke.PARTS, "numbers", (breaks, warns, fine))
-    assert smoke.main(["numbers", "--device", "cpu"]) == 1
-    captured = capsys.readouterr()
-    found = [json.loads(text) for text in captured.out.splitlines()]
-    assert [(f["check"], f.get("ok")) for f in found] == [
-        ("first", True), ("breaks", False), ("warns", False), ("fine", True), ("fine", None),
-    ]  # fmt: skip
-    assert found[0]["value"] == 0.1235 and found[3]["worst"] == "nan"
-    assert found[1]["error"] == "RuntimeError: no such kernel" and "uncaptured" in found[2]["error"]
-    assert "no such kernel" in captured.err and all("part" in f for f in found)
-    monkeypatch.setitem(smoke.PARTS, "numbers", (fine,))
-    assert smoke.main(["numbers", "--device", "cpu"]) == 0
-
-
-def test_agreement_tells_seldom_misses_from_wrong_numbers():
-    want = torch.zeros(1000)
-    got = want.clone()
-    got[0] = 1.0
-    assert smoke.agreement(got, want, 1e-3, 1e-2)["ok"] and not smoke.agreement(got, want, 1e-3, 1e-4)["ok"]
-    assert smoke.agreement(1001 * torch.ones(5), 1000 * torch.ones(5), 2e-3, 0.0)["ok"]
-    got[0] = float("nan")
-    assert not smoke.agreement(got, want, 1e-3, 1.0)["ok"]
-
-
-@pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter has tests of its own")
-def test_the_smokes_numbers_see_a_wrong_step(monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(smoke, "_ROUNDING", {torch.float32: smoke._ROUNDING[torch.float32]})
-    assert all(found["ok"] for found in smoke.step_numbers(cpu))
-    step = ops.anisotropic_step
-    monkeypatch.setattr(ops, "anisotropic_step", lambda *a, **k: step(*a, **k | {"step_size": 0.301}))
-    assert not any(found["ok"] for found in smoke.step_numbers(cpu))
-
-
-@pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter has tests of its own")
-def test_the_works_of_a_part_are_ours_of_the_groups_rows(monkeypatch):
-    ran = []
-    made = {name: [Row(group, name, (1,), "float32", builders_of(ran, name))] for name, group in WORKS.items()}
-    monkeypatch.setattr(smoke.rows, "rows", lambda kind: [row for rows in made.values() for row in rows])
-    (check,) = smoke.PARTS["convnet"]
-    assert [found["check"] for found in check(torch.device("cpu"))] == ["a", "c"] and ran == ["a", "a", "c", "c"]
-
-
-WORKS = {"a": "convnet", "b": "chains", "c": "convnet"}
-
-
-def builders_of(ran: list[str], name: str):
-    def fails():
+def row_of(work: str, group: str, ours) -> Row:
+    def rival():
         raise AssertionError("a rival was built")
 
-    return lambda device, closing: {OURS: lambda: lambda: ran.append(name), "eager": fails}
+    return Row(group, work, (1,), "float32", lambda device, closing: {OURS: lambda: ours, "eager": rival})
+
+
+def test_a_work_that_breaks_or_falls_back_is_a_finding_and_the_next_goes_on(monkeypatch, capsys):
+    def breaks():
+        raise RuntimeError("no such kernel")
+
+    def warns():
+        warnings.warn("the chain runs uncaptured: why", stacklevel=1)
+
+    found = [row_of("fine", "noise", list), row_of("breaks", "noise", breaks), row_of("other", "host", breaks)]
+    monkeypatch.setattr(smoke.rows, "rows", lambda kind: [*found, row_of("warns", "noise", warns)])
+    assert smoke.main(["noise", "--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    told = {line["check"]: line for line in map(json.loads, captured.out.splitlines())}
+    assert {work: one.get("ok") for work, one in told.items()} == {
+        "fine": True, "breaks": False, "warns": False, "noise": None,
+    }  # fmt: skip
+    assert told["breaks"]["error"] == "failed: RuntimeError: no such kernel" and "uncaptured" in told["warns"]["error"]
+    assert "no such kernel" in captured.err
+    del found[1:]
+    monkeypatch.setattr(smoke.rows, "rows", lambda kind: found)
+    assert smoke.main(["noise", "--device", "cpu"]) == 0
+
+
+def test_a_check_that_breaks_is_a_finding(monkeypatch, capsys):
+    def breaks(device):
+        yield dict(check="first", ok=True, value=0.123456789, worst=float("nan"))
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(smoke.PARTS, "capture", breaks)
+    assert smoke.main(["capture", "--device", "cpu"]) == 1
+    first, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["value"] == 0.1235 and first["worst"] == "nan"
+    assert (last["check"], last["ok"], last["error"]) == ("capture", False, "RuntimeError: no such kernel")
 
 
 def test_the_sizes_of_a_launch_are_put_back(monkeypatch):

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 
-from bench import markdown, record, report, table, timing
+from bench import chain_rows, markdown, record, report, rows, table, timing, workloads
 from bench.report import Goal, Line
 from bench.row import CAPTURED, COPY, OURS, Row
 from fastanila import AniLA, ops, transitions
@@ -20,40 +20,44 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter's times are its own")
 
 
-def check_quick(groups, tmp_path, capsys):
-    """The quick rows of the groups have every way timed, printed and in the JSON."""
+def check_table(works, tmp_path, capsys):
+    """The works have every way timed, printed and in the JSON."""
     path = tmp_path / "table.json"
-    assert table.main(["--quick", "--device", "cpu", "--rows", *groups, "--json", str(path)]) == 0
+    assert table.main(["--device", "cpu", "--seconds", "0", "--works", *works, "--json", str(path)]) == 0
     found, printed = json.loads(path.read_text()), capsys.readouterr().out
     assert found["machine"]["torch"] == torch.__version__ and found["machine"]["device"]
     measured = [line for line in found["lines"] if line["device"] == "cpu"]
-    assert {line["group"] for line in measured} == set(groups)
+    assert {line["work"] for line in measured} == set(works)
     for line in measured:
         assert f"| {line['work']} | {line['way']} |" in printed
         if "not installed" not in line["note"]:
-            assert 0 < line["low"] <= line["median"] <= line["high"] and line["rounds"] == 2, line
+            assert 0 < line["low"] <= line["median"] <= line["high"] and line["rounds"] == 3, line
     for work, group in itertools.groupby(measured, key=lambda line: line["work"]):
         timed = {line["way"]: line for line in group if line["median"] is not None}
         if work != "start-up, a process each":
             assert timed["fastanila"]["ratio"] == 1.0 and len(timed) >= 2
             for line in timed.values():
                 assert line["ratio"] == pytest.approx(line["median"] / timed["fastanila"]["median"])
-    absent = [line for line in found["lines"] if line["device"] == "cuda"]
-    assert absent and all(line["note"].startswith("not measured") and line["median"] is None for line in absent)
-    assert "not measured: needs a GPU" in printed
     return printed
 
 
-def test_the_quick_table_and_rivals_that_are_not_installed(graphs, tmp_path, capsys, monkeypatch):
+def test_the_table_times_every_way(graphs, tmp_path, capsys, monkeypatch):
+    small = workloads.Chains("mixture", (64, 2), 5)
+    monkeypatch.setattr(rows, "chain_rows", lambda kind: [chain_rows.chain_row(kind, small)])
     for module in ("torchebm", "torchebm.core", "ebm", "ebm.samplers.langevin"):
         monkeypatch.setitem(sys.modules, module, None)
-    printed = check_quick(["step", "noise", "chains", "host"], tmp_path, capsys)
+    works = ["step, 2^12, float32", "normals, 2^16", small.title, "host time of one eager call, 64 elements"]
+    printed = check_table(works, tmp_path, capsys)
     assert graphs and "torchebm is not installed" in printed and "ebmkit is not installed" in printed
+    assert f"| {works[0]} | not measured: needs a GPU | " in printed
 
 
 @pytest.mark.slow
-def test_the_quick_table_by_the_compiler(tmp_path, capsys):
-    check_quick(["step", "noise", "chains", "update", "host", "startup"], tmp_path, capsys)
+@pytest.mark.parametrize(
+    "work", ["mixture, 10,000 x 2 x 100, float32", "one update, rings, the default, K=60", "start-up, a process each"]
+)
+def test_a_row_of_the_table_by_the_compiler(work, tmp_path, capsys):
+    check_table([work], tmp_path, capsys)
 
 
 # --------------------------------------------------------------------------------------------- what does not succeed
@@ -170,7 +174,7 @@ def test_a_row_is_marked_as_failed_while_it_runs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(table, "lines_of", dies)
     with pytest.raises(SystemExit):
-        table.main(["--quick", "--device", "cpu", "--rows", "host", "startup", "--json", str(path)])
+        table.main(["--device", "cpu", "--rows", "host", "startup", "--json", str(path)])
     notes = {line["work"]: line["note"] for line in json.loads(path.read_text())["lines"] if line["device"] == "cpu"}
     assert notes == {
         "host time of one eager call, 64 elements": table.RUNNING, "start-up, a process each": table.NOT_REACHED,
@@ -187,7 +191,7 @@ def test_the_report_keeps_other_works_of_the_same_machine_and_forgets_those_ther
 
     def works(*arguments):
         files = ["--json", str(path), "--write", str(results)]
-        assert table.main(["--quick", "--device", "cpu", *files, *arguments]) == 0
+        assert table.main(["--device", "cpu", *files, *arguments]) == 0
         found = [line for line in json.loads(path.read_text())["lines"] if line["device"] == "cpu"]
         return {line["group"]: line["note"] for line in found}
 
