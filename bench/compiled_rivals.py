@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, _inductor, nn
 
+from fastanila.capture import cuda_graph
+
 from .rivals import NotInstalled, frozen, move_anila
 from .workloads import STEP_SIZE, STEP_THRESHOLD, Chains, Way
 
@@ -96,21 +98,10 @@ def _repeated(step: Callable[[Tensor], Tensor], z: Tensor, steps: int) -> Tensor
 
 def captured(function: Way, device: torch.device) -> Way:
     """What the function launches, captured as a CUDA graph; it runs twice before, so that everything is compiled."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-
-    def replay(kept=function):  # what the graph reads lives as long as its replay
-        graph.replay()
-        return result
-
-    return replay
+    for _ in range(2):
+        function()
+    replay = cuda_graph(function, device)
+    return lambda kept=function: replay()  # what the graph reads lives as long as its replay
 
 
 # --------------------------------------------------------------------------------------------------- convolutions

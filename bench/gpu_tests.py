@@ -9,7 +9,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from .checkout import ROOT
+from . import ROOT
 from .processes import Command, Ended, run
 
 _MARKED = re.compile(r"mark\.gpu\b|\bimport .*\bMARKS\b")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .checkout import ROOT
+from . import ROOT
 
 _GRACE = 15.0  #: seconds that a process has, once it is asked to stop, before it is killed
 

@@ -98,17 +98,6 @@ def findings(part: str, device: torch.device) -> Iterator[Finding]:
     yield dict(check=part, **found, seconds=time.perf_counter() - began)
 
 
-def shown(finding: Finding) -> str:
-    """One line of JSON, numbers to four digits."""
-
-    def short(value: object) -> object:
-        if not isinstance(value, float):
-            return value
-        return float(f"{value:.4g}") if math.isfinite(value) else str(value)
-
-    return json.dumps({name: short(value) for name, value in finding.items()})
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     made.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
@@ -118,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in arguments.parts:
         for finding in findings(part, torch.device(arguments.device)):
             good &= finding.get("ok") is not False
-            print(shown(finding), flush=True)
+            print(json.dumps(finding), flush=True)
     return int(not good)
 
 

@@ -7,14 +7,15 @@ from functools import partial
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES  # noqa: E402
+import triton
+from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES
 
-from bench.offline import TARGETS, compile_metropolis, compile_rows, compile_step, disassemble, resources  # noqa: E402
-from fastanila import ops  # noqa: E402
-from fastanila.kernels import metropolis, rows  # noqa: E402
-from fastanila.reference import NORMS  # noqa: E402
+from bench.offline import TARGETS, compile_metropolis, compile_rows, compile_step, disassemble, resources
+from fastanila import ops
+from fastanila.kernels import metropolis, rows
+from fastanila.reference import NORMS
 
 pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter replaces the compiler")
 

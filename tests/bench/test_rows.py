@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import chain_rows, limits, rivals, rows
+from bench import chain_rows, limits, rivals, rows, table
 from bench.row import AUTHORS, CAPTURED, COMPILED, COPY, GROUPS, MALA_BY_HAND, OURS, PLAIN, UNADJUSTED
 from fastanila import ops
 from fastanila.energies import ConvNet
@@ -79,6 +79,19 @@ def test_the_default_job_and_exact_chains_have_rows(kind):
     of_images = {work for work, ways in found.items() if "3x32x32" in work and AUTHORS in ways}
     assert bool(of_images) == (kind == "cpu")  # the host of a GPU holds that form up
     assert AUTHORS in found["one update, rings, K=60"]
+
+
+@pytest.mark.slow
+def test_every_process_of_the_start_up_row_succeeds():
+    with contextlib.ExitStack() as closing:
+        builders = rows.startup_row("cpu").build(torch.device("cpu"), closing)
+        ways, notes = table.built(builders, torch.device("cpu"))
+    assert len(ways) == 5 and not notes
+
+
+def test_a_process_that_fails_says_why():
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: division by zero"):
+        rows.python("-S", "-c", "1 / 0")
 
 
 # ---------------------------------------------------------------------------------------------------------- limits

@@ -6,12 +6,14 @@ import pkgutil
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-import fastanila.kernels  # noqa: E402
-from bench import sass  # noqa: E402
-from bench.disassembly import CLASSES, access_bits, by_class, hot_path, loops, parse, round_of  # noqa: E402
-from fastanila import ops  # noqa: E402
+import triton
+
+import fastanila.kernels
+from bench import sass
+from bench.disassembly import CLASSES, access_bits, by_class, hot_path, loops, parse, round_of
+from fastanila import ops
 
 compiles = pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter replaces the compiler")
 
