@@ -72,8 +72,8 @@ def lines_of(row: Row, device: torch.device, *, seconds: float, rounds: int, unt
         except Exception as error:
             traceback.print_exc()
             timings, notes = {}, notes | dict.fromkeys(ways, _failure(error))
-    timed = [line(row, way, device, timings) for way in timings]
-    return timed + [line(row, way, device, timings, note) for way, note in notes.items()]
+    timed = [line_of(row, way, device, timings) for way in timings]
+    return timed + [line_of(row, way, device, timings, note) for way, note in notes.items()]
 
 
 def built(
@@ -117,7 +117,7 @@ def lost(device: torch.device) -> bool:
     return False
 
 
-def line(row: Row, way: str, device: torch.device, timings: dict[str, Timing], note: str = "") -> Line:
+def line_of(row: Row, way: str, device: torch.device, timings: dict[str, Timing], note: str = "") -> Line:
     """A way's line; without its time where the timings do not hold it, and then ``note`` says why."""
     timing = timings.get(way)
     goals = tuple(
@@ -141,7 +141,7 @@ def over(way: str, base: str, timings: dict[str, Timing]) -> float | None:
 def unmeasured(row: Row, device: torch.device, why: str) -> list[Line]:
     """The row's goals as lines without a time."""
     ways = dict.fromkeys([OURS, *[way for rivals in row.at_least.values() for way in rivals], *row.at_most])
-    return [line(row, way, device, {}, why) for way in ways]
+    return [line_of(row, way, device, {}, why) for way in ways]
 
 
 # ----------------------------------------------------------------------------------------------------- command line

@@ -183,7 +183,9 @@ def test_the_report_keeps_other_works_of_the_same_machine_and_forgets_those_ther
     path, results = tmp_path / "table.json", tmp_path / "RESULTS.md"
     results.write_text("<!-- bench.table cpu -->\n<!-- end of bench.table cpu -->\n")
     monkeypatch.setattr(
-        table, "lines_of", lambda row, device, **o: [table.line(row, OURS, device, {OURS: timing.Timing(1, 1, 1, 1)})]
+        table,
+        "lines_of",
+        lambda row, device, **o: [table.line_of(row, OURS, device, {OURS: timing.Timing(1, 1, 1, 1)})],
     )
 
     def works(*arguments):
@@ -222,7 +224,7 @@ def test_each_goal_is_measured_from_the_way_it_names():
     row = Row("host", "a work", (1,), "float32", lambda device, closing: {}, at_least=goals)
     medians = {OURS: 1.0, CAPTURED: 2.0, "rival": 50.0, "other": 5.0}
     timings = {way: timing.Timing(m, m, m, 1) for way, m in medians.items()}
-    rival, other = (table.line(row, way, CPU, timings) for way in ("rival", "other"))
+    rival, other = (table.line_of(row, way, CPU, timings) for way in ("rival", "other"))
     assert rival.ratio == 50 and rival.goals == (Goal(OURS, 100.0, 50.0), Goal(CAPTURED, 20.0, 25.0))
     assert rival.met == (False, True) and other.goals == (Goal(CAPTURED, 3.0, 2.5),)
 
@@ -230,7 +232,7 @@ def test_each_goal_is_measured_from_the_way_it_names():
 def test_a_step_is_shown_beside_a_copy():
     row = Row("step", "a step", (1,), "float32", lambda device, closing: {}, bytes_moved=8_000_000)
     timings = {way: timing.Timing(m, m, m, 1) for way, m in {OURS: 4e-6, COPY: 3e-6}.items()}
-    line = table.line(row, OURS, CPU, timings)
+    line = table.line_of(row, OURS, CPU, timings)
     assert line.gigabytes_s == pytest.approx(2000) and line.of_copy == pytest.approx(0.75)
     assert report.cells(line)[-1] == "2,000 GB/s, 75.0% of a copy"
 
