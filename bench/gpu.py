@@ -2,11 +2,11 @@
 
 Three phases, each for a share of the seconds, what one leaves going to the next:
 
-* smoke, 40 %: `bench.smoke`, in processes of their own. All its parts at once, untimed, which check the numbers and the
-  captures and fill the caches; then those that take times, by themselves.
+* smoke, 40 %: the parts of `bench.smoke` side by side, each in a process of its own: they check that all works run by
+  their paths, and fill the caches.
 * tests, 35 %: the tests marked gpu (`bench.gpu_tests`), their tracebacks kept.
-* table, 25 %: `bench.table`, group by group, each in a process of its own. One that dies loses the row it was at, and
-  another goes on with the rest. Every row is kept when it is done, so a run that is cut short leaves what it measured.
+* table, 25 %: `bench.table`, what matters most first. Where its process dies, the row it was at is lost, and another
+  goes on with the rest. Every row is kept when it is done, so a run that is cut short leaves what it measured.
 
 For a GPU that is held for minutes, it goes in two calls, the second at once after the first, while its caches are warm:
 
@@ -26,6 +26,7 @@ reported as skipped, and so is smoke.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import signal
@@ -36,26 +37,20 @@ from pathlib import Path
 
 import torch
 
-from . import gpu_tests, record, report, smoke, table
-from .processes import Command, Ended, run, run_together
+from . import gpu_tests, markdown, record, report, smoke, table
+from .processes import Command, run, run_together
 from .record import Record
 
 #: What it may write into --out beside the report, which is named after the machine, and RESULTS.md.
 FILES = {
     "findings": "gpu-smoke.jsonl",  # of smoke, a line of JSON each
-    "smoke": "gpu-smoke.txt",  # its tracebacks and profiles
+    "smoke": "gpu-smoke.txt",  # its tracebacks
     "junit": "gpu-tests.xml",
     "tests": "gpu-tests.txt",  # pytest's output
     "table": "gpu-table.txt",  # what the table's processes printed
 }
 SHARES = {"smoke": 0.40, "tests": 0.35, "table": 0.25}
-#: Of the table's time, in the order in which the groups are taken.
-GROUP_SHARES = {
-    "step": 0.18, "chains": 0.27, "update": 0.2, "convnet": 0.23, "host": 0.03, "noise": 0.03, "startup": 0.06,
-}  # fmt: skip
-#: Of the smoke's time, for its parts at once.
-_AT_ONCE = 0.5
-#: What each of these many processes may compile with meanwhile.
+#: What each of the smoke's many processes may compile with.
 _FEW_THREADS = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
 _RESERVE = 30.0  #: seconds of the budget that no phase gets: for a process that has to be stopped, and then killed
 _OVER = 15.0  #: seconds that a process of the table has beyond its own budget, for a way that it has begun
@@ -73,108 +68,64 @@ class Clock:
     def left(self) -> float:
         return max(self.deadline - time.monotonic(), 0.0)
 
-    def share(self, name: str, shares: dict[str, float], to_come: Sequence[str]) -> float:
-        """Seconds for ``name``, the first of those to come."""
-        return self.left() * shares[name] / sum(shares[each] for each in to_come)
+    def share(self, shares: dict[str, float], to_come: Sequence[str]) -> float:
+        """Seconds for the first of those to come."""
+        return self.left() * shares[to_come[0]] / sum(shares[each] for each in to_come)
 
 
 # --------------------------------------------------------------------------------------------------------------- smoke
 
 
 def run_smoke(seconds: float, parts: Sequence[str], findings: Path, errors: Path) -> dict:
-    """The parts at once, untimed; then those that take times, one after the other."""
+    """The parts side by side."""
     for path in (findings, errors):
         path.unlink(missing_ok=True)
-
-    def command(part: str, *options: str, **environment: str) -> Command:
-        return Command([*_PYTHON, "bench.smoke", part, *options], findings, errors, environment)
-
-    clock = Clock(seconds)
-    at_once = run_together([command(part, "--untimed", **_FEW_THREADS) for part in parts], _AT_ONCE * seconds)
-    ended = dict(zip(parts, at_once, strict=True))
-    printed = show(findings, 0)
-    timed = [part for part in parts if part in smoke.TIMED]
-    for i, part in enumerate(timed):
-        ended[part] = run(command(part), clock.left() / (len(timed) - i))
-        printed = show(findings, printed)
-    told = {part: dict(outcome=outcome(each), seconds=round(each.seconds, 1)) for part, each in ended.items()}
+    commands = [Command([*_PYTHON, "bench.smoke", part], findings, errors, _FEW_THREADS) for part in parts]
+    ended = dict(zip(parts, run_together(commands, seconds), strict=True))
+    print(findings.read_text(encoding="utf-8", errors="replace"), end="", flush=True)
+    told = {part: dict(outcome=str(each), seconds=round(each.seconds, 1)) for part, each in ended.items()}
     failed = [part for part, each in told.items() if each["outcome"] != "passed"]
     return {"outcome": "failed" if failed else "passed", "failed": failed, "parts": told}
-
-
-def outcome(ended: Ended) -> str:
-    if ended.stopped:
-        return f"stopped after {ended.seconds:.0f} s"
-    return {0: "passed", 1: "failed"}.get(ended.code, f"ended with {ended.code}")
-
-
-def show(path: Path, printed: int) -> int:
-    """Print what has come to a file since it had so many bytes; its bytes now."""
-    with path.open("rb") as file:
-        file.seek(printed)
-        new = file.read()
-    print(new.decode(errors="replace"), end="", flush=True)
-    return printed + len(new)
 
 
 # --------------------------------------------------------------------------------------------------------------- table
 
 
-def run_table(clock: Clock, arguments: argparse.Namespace, kept: Record, output: Path) -> bool:
-    """The groups, each in a process of its own; whether all their ways succeeded."""
-    output.unlink(missing_ok=True)
-    groups = [group for group in GROUP_SHARES if group in arguments.rows]
-    codes = []
-    for i, group in enumerate(groups):
-        seconds = clock.share(group, GROUP_SHARES, groups[i:])
-        codes += run_group(group, seconds, group_argv(group, arguments, kept), kept, output)
-    return all(code == 0 for code in codes)
-
-
-def group_argv(group: str, arguments: argparse.Namespace, kept: Record) -> list[str]:
-    quick = ["--quick"] if arguments.quick else []
-    return [
-        *_PYTHON, "bench.table", "--device", arguments.device, "--seconds", str(arguments.seconds), *quick,
-        "--json", str(kept.json), "--write", str(kept.results), "--rows", group,
-    ]  # fmt: skip
-
-
-def run_group(group: str, seconds: float, argv: Sequence[str], kept: Record, output: Path) -> list[int]:
-    """A group's rows, for about so many seconds: by one process, or as many as it takes, where one dies.
+def run_table(seconds: float, argv: Sequence[str], groups: Sequence[str], kept: Record, output: Path) -> bool:
+    """The groups' rows, for about so many seconds, by one process, or as many as it takes, where one dies; whether all
+    their ways succeeded. ``argv``: the command of such a process, which writes the record.
 
     A row is marked ahead of being timed, and stays marked as failed if its process dies in it; the next process takes
-    those that were not come to. The exit codes.
+    those that were not come to.
     """
-    clock, works, codes = Clock(seconds), [], []
+    output.unlink(missing_ok=True)
+    clock, works, good = Clock(seconds), [], True
     while True:
-        only = ["--works", *works] if works else []
         left = clock.left()
-        budget = max(left - _TO_START, 0.0)
-        ended = run(Command([*argv, "--budget", f"{budget:.1f}", *only], output), left + _OVER)
-        codes.append(1 if ended.stopped else ended.code)
-        print(f"table, {group}: {outcome(ended)}, {ended.seconds:.0f} s", flush=True)
+        budget = ["--budget", f"{max(left - _TO_START, 0.0):.1f}"]
+        ended = run(Command([*argv, *budget, *(["--works", *works] if works else [])], output), left + _OVER)
+        good &= str(ended) == "passed"
+        print(f"table: {ended}, {ended.seconds:.0f} s", flush=True)
+        before, works = works, not_reached(kept, groups)
         if ended.stopped:
-            renote(kept, group, {table.RUNNING: "failed: stopped, for it went on when its time was over"})
-        before, works = works, left_over(kept, group)
-        if ended.stopped or not works:
-            return codes
-        if works == before or not clock.left():
-            renote(kept, group, {table.NOT_REACHED: f"failed: the process ahead of it ended with {ended.code}"})
-            return codes
+            renote(kept, table.RUNNING, "failed: stopped, for it went on when its time was over")
+        elif works and (works == before or not clock.left()):
+            renote(kept, table.NOT_REACHED, f"failed: the process ahead of it ended with {ended.code}")
+        elif works:
+            continue
+        return good
 
 
-def left_over(kept: Record, group: str) -> list[str]:
-    """The works of the group that no process has come to."""
-    mark = (group, kept.device_type, table.NOT_REACHED)
-    return list(dict.fromkeys(line.work for line in kept.lines() if (line.group, line.device, line.note) == mark))
+def not_reached(kept: Record, groups: Sequence[str]) -> list[str]:
+    """The groups' works that no process has come to."""
+    mark = (kept.device_type, table.NOT_REACHED)
+    found = [line for line in kept.lines() if (line.device, line.note) == mark and line.group in groups]
+    return list(dict.fromkeys(line.work for line in found))
 
 
-def renote(kept: Record, group: str, notes: dict[str, str]) -> None:
-    lines = [
-        line if line.group != group else report.with_note(line, notes.get(line.note, line.note))
-        for line in kept.lines()
-    ]
-    kept.update(**report.as_json(lines, kept.on))
+def renote(kept: Record, note: str, other: str) -> None:
+    """Replace that note of lines by the other."""
+    kept.keep([dataclasses.replace(line, note=other) if line.note == note else line for line in kept.lines()])
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -185,8 +136,8 @@ def begun(results: Path, device_type: str) -> None:
     this table."""
     results.parent.mkdir(parents=True, exist_ok=True)
     if not results.exists():
-        shutil.copy(report.RESULTS, results)
-    report.check(device_type, results)
+        shutil.copy(markdown.RESULTS, results)
+    markdown.markers(device_type, results)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,10 +156,10 @@ def main(argv: list[str] | None = None) -> int:
     phases = [phase for phase in SHARES if not getattr(arguments, f"no_{phase}")]
     good = True
     for i, phase in enumerate(phases):
-        began, seconds = time.monotonic(), clock.share(phase, SHARES, phases[i:])
+        began, seconds = time.monotonic(), clock.share(SHARES, phases[i:])
         good &= run_phase(phase, seconds, arguments, kept, files)
         print(f"{phase}: {time.monotonic() - began:.0f} of {seconds:.0f} s", flush=True)
-    late = skipped(kept.lines()) if "table" in phases else []
+    late = sorted({line.work for line in kept.lines() if line.note.startswith("skipped")}) if "table" in phases else []
     print(f"{path}; skipped, out of time: {', '.join(late)}" if late else path)
     return int(not good)
 
@@ -218,8 +169,12 @@ def run_phase(
 ) -> bool:  # fmt: skip
     """Run it, keep what it finds, and print that; whether nothing failed."""
     if phase == "table":
-        good = run_table(Clock(seconds), arguments, kept, files["table"])
-        print(f"{report.markdown(kept.lines(), kept.on)}\n\n{record.summary(kept.read())}")
+        argv = [
+            *_PYTHON, "bench.table", "--device", arguments.device, "--seconds", str(arguments.seconds), "--json",
+            str(kept.json), "--write", str(kept.results), "--rows", *arguments.rows,
+        ]  # fmt: skip
+        good = run_table(seconds, argv, arguments.rows, kept, files["table"])
+        print(record.text(kept.read()))
         return good
     if phase == "tests":
         found = gpu_tests.run_tests(seconds, files["junit"], files["tests"])
@@ -227,7 +182,7 @@ def run_phase(
         found = run_smoke(seconds, arguments.parts, files["findings"], files["smoke"])
     else:
         found = {"outcome": "skipped"}
-    kept.update(**{phase: found})
+    kept.keep(**{phase: found})
     print(f"{phase}: {json.dumps(found)}", flush=True)
     return found["outcome"] in ("passed", "skipped")
 
@@ -242,14 +197,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", type=Path, default=_RESULTS, help="folder of all that it writes")
     made.add_argument("--earlier", type=Path, default=_RESULTS, help="folder of an earlier call's JSON")
-    made.add_argument("--results", type=Path, default=report.RESULTS, help="file whose table is replaced")
+    made.add_argument("--results", type=Path, default=markdown.RESULTS, help="file whose table is replaced")
     made.set_defaults(seconds=2.0)
     return made
-
-
-def skipped(lines: Sequence[report.Line]) -> list[str]:
-    """The works that were not timed, or not in every way, for want of time."""
-    return sorted({line.work for line in lines if line.note.startswith("skipped")})
 
 
 def _ended_by_a_signal(number: int, frame) -> None:

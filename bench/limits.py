@@ -26,10 +26,7 @@ RUN = 150e-6
 INSTRUCTIONS_A_PRODUCT = 1.7
 #: The share of a copy's speed that the step has to reach.
 OF_A_COPY = 0.92
-
-# ----------------------------------------------------------------------------------------------------------- the step
-
-#: Tensors of z's size that a way reads and writes. The fused step: z, score; z'.
+#: Tensors of z's size that the fused step reads and writes: z, score; z'.
 OUR_PASSES = 3
 #: `rivals.eager_step`, kernel by kernel: abs, mul_, clamp_, rsqrt_ and clamp read one and write one, add reads two and
 #: writes one, randn_like writes one, addcmul_ reads three and writes one.
@@ -42,24 +39,7 @@ def eager_over_step() -> float:
     return EAGER_PASSES / OUR_PASSES * OF_A_COPY
 
 
-# ------------------------------------------------------------------------------------------------------- whole chains
-
-
-class Kernels(NamedTuple):
-    """What a transition of an MLP's chain takes beside its four products, two forward and two back."""
-
-    hidden: int  #: that pass over a hidden layer: activations, their derivatives, the head
-    small: int  #: over states and energies
-
-    @property
-    def nodes(self) -> int:
-        return 4 + self.hidden + self.small
-
-
-COMPILED = Kernels(hidden=5, small=3)  #: by torch.compile
-OURS = Kernels(hidden=3, small=1)  #: where the step is one of them and takes the gradient as it is
-#: Of the mixture by torch.compile, all of them small.
-MIXTURE_NODES = 3
+# ------------------------------------------------------------------------------------------------------------- chains
 
 
 class Least(NamedTuple):
@@ -70,15 +50,36 @@ class Least(NamedTuple):
     captured: float  #: torch.compile, all transitions captured as one CUDA graph
 
 
-def mlp_products(dim: int, width: int, depth: int = 2) -> int:
-    """Multiplications of an MLP's energy and its gradient in the input, for one state."""
-    return 2 * (dim * width + (depth - 1) * width * width + width)
+class Kernels(NamedTuple):
+    """What a transition of an MLP's chain takes beside its four products, two forward and two back."""
+
+    hidden: int  #: that pass over a hidden layer: activations, their derivatives, the head
+    small: int  #: over states and energies
+
+
+COMPILED = Kernels(hidden=5, small=3)  #: by torch.compile
+OURS = Kernels(hidden=3, small=1)  #: where the step is one of them and takes the gradient as it is
+MIXTURE_NODES = 3  #: of the mixture by torch.compile, all of them small
+
+
+def over_mixture(steps: int) -> Least:
+    """Of a mixture all kernels are small, and our one launch is bound by the host."""
+    return Least(*(steps * each / RUN for each in (EAGER, MIXTURE_NODES * LAUNCH, MIXTURE_NODES * NODE)))
+
+
+def over_mlp(chains: int, dim: int, width: int, steps: int, *, whole: bool) -> Least:
+    """``whole``: our time is that of the whole-chain kernel, else of transitions captured as one CUDA graph."""
+    sizes = (chains, dim, width, steps)
+    ours = whole_mlp_run(*sizes) if whole else captured_mlp_run(OURS, *sizes)
+    captured = captured_mlp_run(COMPILED, *sizes)
+    launched = max(captured, steps * (4 + sum(COMPILED)) * LAUNCH)
+    return Least(max(captured, steps * EAGER) / ours, launched / ours, captured / ours)
 
 
 def whole_mlp_run(chains: int, dim: int, width: int, steps: int) -> float:
     """Seconds of one run on the whole-chain kernel: what issuing its instructions takes, or the host, the longer."""
-    issue = chains * mlp_products(dim, width) * INSTRUCTIONS_A_PRODUCT / LANES
-    return max(RUN, steps * issue)
+    products = 2 * (dim * width + width * width + width)  # of an energy and its gradient
+    return max(RUN, steps * (chains * products * INSTRUCTIONS_A_PRODUCT / LANES))
 
 
 def captured_mlp_run(kernels: Kernels, chains: int, dim: int, width: int, steps: int) -> float:
@@ -96,50 +97,14 @@ def captured_mlp_run(kernels: Kernels, chains: int, dim: int, width: int, steps:
     return steps * (2 * outer + 2 * inner + kernels.hidden * node(2 * hidden) + kernels.small * node(3 * state))
 
 
-def least_over(ours: float, chains: int, dim: int, width: int, steps: int) -> Least:
-    """Of an MLP's chain, whose run takes us that many seconds."""
-    captured = captured_mlp_run(COMPILED, chains, dim, width, steps)
-    launched = max(captured, steps * COMPILED.nodes * LAUNCH)
-    return Least(max(captured, steps * EAGER) / ours, launched / ours, captured / ours)
-
-
-def over_whole_mlp(chains: int, dim: int, width: int, steps: int) -> Least:
-    return least_over(whole_mlp_run(chains, dim, width, steps), chains, dim, width, steps)
-
-
-def over_captured_mlp(chains: int, dim: int, width: int, steps: int) -> Least:
-    return least_over(captured_mlp_run(OURS, chains, dim, width, steps), chains, dim, width, steps)
-
-
-def over_whole_mixture(steps: int) -> Least:
-    """Of the mixture all kernels are small, and our one launch is bound by the host."""
-    return Least(*(steps * each / RUN for each in (EAGER, MIXTURE_NODES * LAUNCH, MIXTURE_NODES * NODE)))
-
-
-# ------------------------------------------------------------------------------------------------------------ ConvNet
-
-
-def activation_shapes(shape: Sequence[int], width: int) -> list[tuple[int, ...]]:
-    """What the four convolutions of `energies.ConvNet` put out, for images of that shape (B, C, size, size)."""
-    batch, _, size, _ = shape
-    return [(batch, width << i, size >> i, size >> i) for i in range(4)]
-
-
 def pointwise_bytes(shape: Sequence[int], width: int, itemsize: int) -> list[int]:
-    """Bytes that one transition of a ConvNet's chain has to move besides its convolutions, kernel by kernel.
+    """Bytes that one transition of a ConvNet's chain has to move besides its convolutions, kernel by kernel; for images
+    of that shape (B, C, size, size).
 
     For each convolution but the head, a kernel forward (what it put out, read; the activation, written) and one back
     (the gradient and the activation, read; the gradient through it, written); then the step (z and score, read; z',
     written), in float32 always. The head, which is a sum, and the bias are part of the last kernel forward.
     """
-    activations = [itemsize * math.prod(a) for a in activation_shapes(shape, width)]
+    batch, _, size, _ = shape
+    activations = [itemsize * batch * (width << i) * (size >> i) ** 2 for i in range(4)]
     return [2 * a for a in activations] + [3 * a for a in activations] + [OUR_PASSES * 4 * math.prod(shape)]
-
-
-def convolution_products(shape: Sequence[int], width: int) -> int:
-    """Multiplications of the four convolutions forward and back, for all images of the shape (B, C, size, size)."""
-    (batch, channels, *_), found = shape, 0
-    for i, (_, out, *spatial) in enumerate(activation_shapes(shape, width)):
-        taps = channels * 9 if i == 0 else out // 2 * 16
-        found += batch * out * math.prod(spatial) * taps
-    return 2 * found

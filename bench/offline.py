@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import tempfile
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import triton
+import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -32,34 +34,12 @@ def compile_step(
 
     ``pointers``: threshold, step size, noise scale, seed and step come as 0-dim tensors, as a sampler passes them.
     """
-    kernel = step.anisotropic_step_kernel
-    constants = dict(
-        **{name: pointers for name in ("THRESHOLD_PTR", "STEP_SIZE_PTR", "NOISE_SCALE_PTR", "SEED_PTR", "STEP_PTR")},
-        LANE=lane, HAS_GAMMA=gamma, HAS_MASK=mask, HAS_BOUNDS=bounds,
-        FAST=TARGETS[target].backend == "cuda", BLOCK=step.CONFIGURATION.block,
-    )  # fmt: skip
-    number = "*fp32" if pointers else "fp32"
-    word = "*i64" if pointers else "i64"
-    types = dict(
-        z_ptr=f"*{dtype}", score_ptr=f"*{dtype}", out_ptr=f"*{dtype}", n="i64", first_quad="i64",
-        threshold=number, step_size=number, noise_scale=number, seed=word, step=word, low="fp32", high="fp32",
-    )  # fmt: skip
-    if gamma:
-        types["gamma_ptr"] = "*fp32"
-    if mask:
-        types["mask_ptr"] = "*i1"
-    constants |= {name: None for name in ("gamma_ptr", "mask_ptr") if name not in types}
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") and name != "mask_ptr"  # as the kernel's decorator says
-    }
-    return triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=TARGETS[target],
-        options={"num_warps": step.CONFIGURATION.warps, "enable_fp_fusion": True},
-    )
+    block, warps = step.CONFIGURATION
+    types, switches = _numbers(pointers)
+    types |= _state_types(dtype, gamma, mask) | dict(n="i64", first_quad="i64", low="fp32", high="fp32")
+    constants = switches | dict(LANE=lane, HAS_GAMMA=gamma, HAS_MASK=mask, HAS_BOUNDS=bounds, BLOCK=block)
+    unaligned = ("mask_ptr",)  # as the kernel's decorator says
+    return _compiled(step.anisotropic_step_kernel, target, types, constants, unaligned, num_warps=warps)
 
 
 def compile_rows(
@@ -70,114 +50,99 @@ def compile_rows(
 
     norm: "channel"; or "element", "chain" with channels 1. ``aligned``: the tensors start at multiples of 16 bytes.
     """
-    kernel = step_rows.rows_kernel
-    tile = step_rows.tile_of(channels, size, norm)
-    constants = dict(
-        **{name: pointers for name in ("THRESHOLD_PTR", "STEP_SIZE_PTR", "NOISE_SCALE_PTR", "SEED_PTR", "STEP_PTR")},
-        HAS_GAMMA=gamma, HAS_MASK=mask, HAS_BOUNDS=bounds, STATISTICS=statistics,
-        FAST=TARGETS[target].backend == "cuda", **step_rows.constants(tile, size, norm),
-    )  # fmt: skip
-    number, word = ("*fp32", "*i64") if pointers else ("fp32", "i64")
-    types = dict(
-        z_ptr=f"*{dtype}", score_ptr=f"*{dtype}", out_ptr=f"*{dtype}", gamma_ptr="*fp32" if gamma else None,
-        mask_ptr="*i1" if mask else None, chains="i64", channels="i64", units="i64", first="i64",
-        threshold=number, step_size=number, noise_scale=number, seed=word, step=word, low="fp32", high="fp32",
-    )  # fmt: skip
+    kernel, tile = step_rows.rows_kernel, step_rows.tile_of(channels, size, norm)
+    types, switches = _numbers(pointers)
+    types |= _state_types(dtype, gamma, mask)
+    types |= dict(chains="i64", channels="i64", units="i64", first="i64", low="fp32", high="fp32")
     types |= {f"{name}_ptr": "*fp32" if statistics else None for name in ("gamma_mean", "score_rms", "clip_fraction")}
-    constants |= {name: None for name, kind in types.items() if kind is None}
-    signature = {name: types.get(name) or "constexpr" for name in kernel.arg_names}
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") and (aligned or name in ("threshold", "step_size", "noise_scale"))
-    }
-    return triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=TARGETS[target],
-        options={"num_warps": tile.num_warps, "enable_fp_fusion": True},
-    )
+    constants = switches | step_rows.constants(tile, size, norm)
+    constants |= dict(HAS_GAMMA=gamma, HAS_MASK=mask, HAS_BOUNDS=bounds, STATISTICS=statistics)
+    return _compiled(kernel, target, types, constants, () if aligned else types, num_warps=tile.num_warps)
 
 
 def compile_metropolis(
     target: str, dtype: str = "fp32", *, norm="element", channels=1, size=3072, mask=False, pointers=True, aligned=True
 ) -> CompiledKernel:
     """Accept or reject and propose, for chains of (channels, size), as `metropolis.launch` launches it."""
-    kernel = metropolis.metropolis_kernel
-    tile = metropolis.tile_of(channels, size, norm)
-    constants = dict(
-        **{name: pointers for name in ("THRESHOLD_PTR", "STEP_SIZE_PTR", "SEED_PTR", "STEP_PTR")},
-        HAS_MASK=mask, FAST=TARGETS[target].backend == "cuda", **step_rows.constants(tile, size, norm),
-    )  # fmt: skip
-    number, word = ("*fp32", "*i64") if pointers else ("fp32", "i64")
+    kernel, tile = metropolis.metropolis_kernel, metropolis.tile_of(channels, size, norm)
+    types, switches = _numbers(pointers, noise_scale=False)
     states = ("z", "score", "proposal", "proposal_score", "z_out", "score_out", "next")
-    types = {f"{name}_ptr": f"*{dtype}" for name in states}
+    types |= {f"{name}_ptr": f"*{dtype}" for name in states}
     types |= {f"{name}_ptr": "*fp32" for name in ("energy", "proposal_energy", "energy_out", "acceptance")}
-    types |= dict(
-        mask_ptr="*i1" if mask else None, chains="i64", channels="i64", units="i64", offset="i64",
-        threshold=number, step_size=number, seed=word, step=word,
-    )  # fmt: skip
-    constants |= {name: None for name, kind in types.items() if kind is None}
-    signature = {name: types.get(name) or "constexpr" for name in kernel.arg_names}
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") and (aligned or name in ("threshold", "step_size"))
-    }
-    return triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=TARGETS[target],
-        options={"num_warps": tile.num_warps, "enable_fp_fusion": True},
-    )
+    types |= dict(mask_ptr="*i1" if mask else None, chains="i64", channels="i64", units="i64", offset="i64")
+    constants = switches | step_rows.constants(tile, size, norm) | dict(HAS_MASK=mask)
+    return _compiled(kernel, target, types, constants, () if aligned else types, num_warps=tile.num_warps)
 
 
-def compile_mixture_trajectory(
-    target: str, *, dim=2, components=8, adjusted=False, chain_norm=False, frozen=False, bounds=False, pointers=True
-) -> CompiledKernel:
-    """The whole-chain kernel of a Gaussian mixture, seed and step and numbers on the device where ``pointers``."""
-    constants = mixture.mixture_constants(dim, components, adjusted)
-    return _compile_trajectory(
-        mixture.mixture_kernel, target, constants, 1, adjusted, chain_norm, frozen, bounds, pointers,
-        components_="i32",
-    )  # fmt: skip
+def compile_mixture_trajectory(target: str, *, dim=2, components=8, adjusted=False, **options) -> CompiledKernel:
+    """The whole-chain kernel of a Gaussian mixture. ``options``: those of `_compile_trajectory`."""
+    kernel, constants = mixture.mixture_kernel, mixture.mixture_constants(dim, components, adjusted)
+    return _compile_trajectory(kernel, target, dict(components_="i32"), constants, 1, adjusted, **options)
 
 
 def compile_mlp_trajectory(
-    target: str, *, dim=2, width=64, depth=2, features=0, chains=1024, silu=True, adjusted=False,
-    chain_norm=False, frozen=False, bounds=False, pointers=True, shared=None,
-) -> CompiledKernel:  # fmt: skip
+    target: str, *, dim=2, width=64, depth=2, features=0, chains=1024, silu=True, adjusted=False, shared=None, **options
+) -> CompiledKernel:
     """The whole-chain kernel of an MLP energy as launched for that many chains on that target, given ``shared`` bytes
-    of shared memory, or all of the target's."""
+    of shared memory, or all of the target's. ``options``: those of `_compile_trajectory`."""
     constants, warps = mlp.mlp_constants(dim, width, depth, features, chains, shared or SHARED_MEMORY[target])
-    absent = [f"{kind}{layer}_ptr" for layer in range(depth, 3) for kind in "wb"]
-    constants |= dict(SILU=silu, **{name: None for name in absent})
+    types = dict(confinement="fp32", leak="fp32")
+    types |= {f"{kind}{layer}_ptr": None for layer in range(depth, 3) for kind in "wb"}
     if not features:
-        constants["projections_ptr"] = None
+        types["projections_ptr"] = None
     return _compile_trajectory(
-        mlp.mlp_kernel, target, constants, warps, adjusted, chain_norm, frozen, bounds, pointers,
-        confinement="fp32", leak="fp32",
+        mlp.mlp_kernel, target, types, constants | dict(SILU=silu), warps, adjusted, **options
     )  # fmt: skip
 
 
-def _compile_trajectory(kernel, target, constants, warps, adjusted, chain_norm, frozen, bounds, pointers, **types):
-    number, word = ("*fp32", "*i64") if pointers else ("fp32", "i64")
-    scale = "fp32" if adjusted else number  # always the number 1
-    types |= dict(
-        threshold=number, step_size=number, noise_scale=scale, seed=word, step=word,
-        chains="i64", steps="i32", offset="i64", low="fp32", high="fp32",
-    )  # fmt: skip
-    constants = constants | dict(ADJUSTED=adjusted, CHAIN_NORM=chain_norm, FROZEN=frozen, HAS_BOUNDS=bounds)
-    constants |= {name: pointers for name in ("THRESHOLD_PTR", "STEP_SIZE_PTR", "SEED_PTR", "STEP_PTR")}
-    constants |= dict(NOISE_SCALE_PTR=pointers and not adjusted, FAST=TARGETS[target].backend == "cuda")
+def _compile_trajectory(
+    kernel, target, types, constants, warps, adjusted, chain_norm=False, frozen=False, bounds=False, pointers=True
+) -> CompiledKernel:
+    """``pointers``: seed, step and numbers are on the device."""
+    numbers, switches = _numbers(pointers)
+    if adjusted:  # its noise scale is the number 1
+        numbers["noise_scale"], switches["NOISE_SCALE_PTR"] = "fp32", False
     pointed = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-    types = {name: kind for name, kind in (pointed | types).items() if name not in constants}
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    types = pointed | numbers | dict(chains="i64", steps="i32", offset="i64", low="fp32", high="fp32") | types
+    constants = constants | switches | dict(ADJUSTED=adjusted, CHAIN_NORM=chain_norm, FROZEN=frozen, HAS_BOUNDS=bounds)
+    return _compiled(kernel, target, types, constants, num_warps=warps, num_stages=1)
+
+
+def _numbers(pointers: bool, noise_scale: bool = True) -> tuple[dict[str, str], dict[str, bool]]:
+    """The types of a launch's numbers, and the kernels' switches that say where they are."""
+    kinds = dict(threshold="fp32", step_size="fp32", noise_scale="fp32", seed="i64", step="i64")
+    if not noise_scale:
+        del kinds["noise_scale"]
+    return (
+        {name: f"*{kind}" if pointers else kind for name, kind in kinds.items()},
+        {f"{name.upper()}_PTR": pointers for name in kinds},
+    )
+
+
+def _state_types(dtype: str, gamma: bool, mask: bool) -> dict[str, str | None]:
+    """Of the step's tensors."""
+    types: dict[str, str | None] = {f"{name}_ptr": f"*{dtype}" for name in ("z", "score", "out")}
+    return types | dict(gamma_ptr="*fp32" if gamma else None, mask_ptr="*i1" if mask else None)
+
+
+def _compiled(
+    kernel, target: str, types: Mapping[str, str | None], constants: Mapping[str, Any],
+    unaligned: Collection[str] = (), **options: int,
+) -> CompiledKernel:  # fmt: skip
+    """``types``: of the kernel's arguments; None where there is none. Those without a type are constants.
+    ``unaligned``: tensors that need not start at multiples of 16 bytes; numbers always do."""
+    constants = {"FAST": TARGETS[target].backend == "cuda", **constants}
+    constants |= {name: None for name, kind in types.items() if kind is None}
+    signature = {name: types.get(name) or "constexpr" for name in kernel.arg_names}
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") and not (name.endswith("_ptr") and name in unaligned)
     }
     return triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=TARGETS[target],
-        options={"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True},
+        options={"enable_fp_fusion": True, **options},
     )
 
 
@@ -200,8 +165,6 @@ def resources(kernel: CompiledKernel) -> Resources:
 
 
 def _inspect(kernel: CompiledKernel, tool: str, flag: str) -> str:
-    import triton.backends.nvidia
-
     path = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", tool)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .checkout import ROOT
+from . import ROOT
 
 _GRACE = 15.0  #: seconds that a process has, once it is asked to stop, before it is killed
 
@@ -28,6 +28,11 @@ class Ended(NamedTuple):
     seconds: float
     stopped: bool  #: its time was over
 
+    def __str__(self) -> str:
+        if self.stopped:
+            return f"stopped after {self.seconds:.0f} s"
+        return {0: "passed", 1: "failed"}.get(self.code, f"ended with {self.code}")
+
 
 def run(command: Command, seconds: float) -> Ended:
     return run_together([command], seconds)[0]
@@ -38,24 +43,30 @@ def run_together(commands: Sequence[Command], seconds: float) -> list[Ended]:
     on; of each, all the processes that it started end with it."""
     began = time.monotonic()
     processes: list[subprocess.Popen] = []
+    ended: dict[int, Ended] = {}
+
+    def wait(limit: float, stopped: bool) -> None:
+        for i, process in enumerate(processes):
+            if i not in ended:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(max(limit - time.monotonic(), 0.0))
+                    ended[i] = Ended(code, time.monotonic() - began, stopped)
+
     try:
         for command in commands:
             processes.append(_started(command))
-        ended = [_ended(process, began, seconds) for process in processes]
-        late = [process for process, found in zip(processes, ended, strict=True) if found is None]
-        for process in late:
-            process.send_signal(signal.SIGINT)
-        limit = time.monotonic() + _GRACE
-        for process in late:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(limit - time.monotonic(), 0.0))
+        wait(began + seconds, stopped=False)
+        for i, process in enumerate(processes):
+            if i not in ended:
+                process.send_signal(signal.SIGINT)
+        wait(time.monotonic() + _GRACE, stopped=True)
     finally:
-        for process in processes:
-            _end_all_of(process)
-    return [
-        found or Ended(process.wait(), time.monotonic() - began, True)
-        for process, found in zip(processes, ended, strict=True)
-    ]
+        for process in processes:  # what is left of its session: compilers' workers outlive a process that is killed
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    killed = time.monotonic() - began
+    return [ended.get(i) or Ended(process.returncode, killed, True) for i, process in enumerate(processes)]
 
 
 def _started(command: Command) -> subprocess.Popen:
@@ -66,19 +77,3 @@ def _started(command: Command) -> subprocess.Popen:
             command.argv, cwd=ROOT, env=os.environ | command.environment, stdin=subprocess.DEVNULL, stdout=output,
             stderr=errors, start_new_session=True,
         )  # fmt: skip
-
-
-def _ended(process: subprocess.Popen, began: float, seconds: float) -> Ended | None:
-    """How it ended, None if it has not in that time since it began."""
-    try:
-        code = process.wait(max(began + seconds - time.monotonic(), 0.0))
-    except subprocess.TimeoutExpired:
-        return None
-    return Ended(code, time.monotonic() - began, False)
-
-
-def _end_all_of(process: subprocess.Popen) -> None:
-    """Kill what is left of its session, which is its own: compilers' workers outlive a process that is killed."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

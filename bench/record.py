@@ -9,8 +9,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import report
-from .report import Line
+from fastanila.files import write_text
+
+from . import markdown, report
+from .report import Goal, Line
 from .row import GROUPS
 
 NOT_RUN = {"outcome": "not run"}
@@ -33,41 +35,40 @@ class Record:
         return empty | found if found.get("machine") == self.on else empty
 
     def lines(self) -> list[Line]:
-        return report.lines_of_json(self.read()["lines"])
+        return [of_json(fields) for fields in self.read()["lines"]]
 
-    def update(self, **changes) -> None:
-        """Replace fields of the report, and write both files."""
-        found = self.read() | changes
+    def keep(self, lines: Sequence[Line] | None = None, **phases: dict) -> None:
+        """Replace the lines, or what smoke or tests have found, and write both files."""
+        found = self.read() | phases
+        if lines is not None:
+            by_group = sorted(lines, key=lambda line: GROUPS.index(line.group))
+            found["lines"] = [dataclasses.asdict(line) | {"met": line.met} for line in by_group]
         if self.json is not None:
-            report.replace(self.json, report.dumped(found))
+            write_text(self.json, json.dumps(found, indent=1) + "\n")
         if self.results is not None:
-            parts = [report.markdown(report.lines_of_json(found["lines"]), self.on)]
-            if found["smoke"] != NOT_RUN or found["tests"] != NOT_RUN:
-                parts.append(summary(found))
-            report.write("\n\n".join(parts), self.device_type, self.results)
+            markdown.write(text(found), self.device_type, self.results)
 
-    def keep(self, kept: Sequence[Line], lines: Sequence[Line]) -> None:
-        self.update(**report.as_json(joined(kept, lines), self.on))
+
+def of_json(fields: dict) -> Line:
+    goals = tuple(Goal(**goal) for goal in fields["goals"])
+    own = {name: x for name, x in fields.items() if name != "met"}
+    return Line(**own | {"shape": tuple(fields["shape"]), "goals": goals})
+
+
+def text(found: dict) -> str:
+    """What `Record.read` gives, as Markdown: the table, and one line on the other phases if there were any."""
+    tests, smoke = found["tests"], found["smoke"]
+    table = report.text([of_json(fields) for fields in found["lines"]], found["machine"])
+    if tests == smoke == NOT_RUN:
+        return table
+    counts = ", ".join(f"{tests[k]} {k}" for k in ("tests", "failures", "errors", "skipped") if tests.get(k))
+    failed = ", ".join(smoke.get("failed", ()))
+    return (
+        f"{table}\n\nbench.smoke: {smoke['outcome']}{f' ({failed})' if failed else ''}. "
+        f"Tests marked gpu: {tests['outcome']}{f': {counts}' if counts else ''}."
+    )
 
 
 def name_of(device_type: str, on: dict) -> str:
     """The JSON's name, after the machine."""
     return re.sub(r"[^a-z0-9]+", "-", f"{device_type} {on['device']}".lower()).strip("-") + ".json"
-
-
-def joined(kept: Sequence[Line], lines: Sequence[Line]) -> list[Line]:
-    """The lines, and those kept of works that they do not touch, by groups in the table's order."""
-    touched = {(line.device, line.work) for line in lines}
-    both = [*[line for line in kept if (line.device, line.work) not in touched], *lines]
-    return sorted(both, key=lambda line: GROUPS.index(line.group))
-
-
-def summary(found: dict) -> str:
-    """One line on what else the report has."""
-    tests, smoke = found["tests"], found["smoke"]
-    counts = ", ".join(f"{tests[k]} {k}" for k in ("tests", "failures", "errors", "skipped") if tests.get(k))
-    failed = ", ".join(smoke.get("failed", ()))
-    return (
-        f"bench.smoke: {smoke['outcome']}{f' ({failed})' if failed else ''}. "
-        f"Tests marked gpu: {tests['outcome']}{f': {counts}' if counts else ''}."
-    )

@@ -1,21 +1,19 @@
-"""What a run leaves: a line for every way of every row, printed as a table, as JSON, and kept in bench/RESULTS.md."""
+"""What a run leaves: a line for every way of every row, as a table in Markdown, and the machine it was measured on."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
+import importlib.util
 import platform
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
+from . import markdown
 from .row import OURS
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
 #: how the notes of works begin that this run did not time
 ABSENT = ("not measured", "skipped")
 
@@ -60,49 +58,43 @@ class Line:
         limits = () if self.at_most is None else (None if self.median is None else self.median <= self.at_most,)
         return (*(goal.met for goal in self.goals), *limits)
 
-
-def with_note(line: Line, note: str) -> Line:
-    return dataclasses.replace(line, note=note)
+    @property
+    def is_absent(self) -> bool:
+        return self.note.startswith(ABSENT)
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
 
 
-def markdown(lines: Sequence[Line], on: dict) -> str:
+def text(lines: Sequence[Line], on: dict) -> str:
+    """The lines as Markdown: works that were timed, then those that were not with their goals. ``on``: `machine`."""
     head = ", ".join(f"{k} {v}" if k != "device" else str(v) for k, v in on.items() if v is not None)
-    timed = {(line.device, line.work) for line in lines if not line.note.startswith(ABSENT)}
-    parts = [
+    about = (
         f"{head}. Medians over rounds in which all ways of a row take turns, with their quartiles. Chains are named "
-        f"by their number x dimension x transitions. A goal is for the ratio to {OURS} unless it names another way.",
-        "",
-        "| work | way | median | quartiles | rounds | times ours | goal | met | note |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
-        *[f"| {' | '.join(cells(line))} |" for line in lines if (line.device, line.work) in timed],
-    ]
+        f"by their number x dimension x transitions. A goal is for the ratio to {OURS} unless it names another way."
+    )
+    timed = {(line.device, line.work) for line in lines if not line.is_absent}
+    columns = ["work", "way", "median", "quartiles", "rounds", "times ours", "goal", "met", "note"]
+    rows = [cells(line) for line in lines if (line.device, line.work) in timed]
     absent: dict[tuple[str, str], list[str]] = {}
     for line in lines:
         if (line.device, line.work) not in timed:
             goals = absent.setdefault((line.work, line.note), [])
-            goals += [f"{line.way} {text}" for text in goal_texts(line)]
+            goals += [f"{line.way} {goal}" for goal in goal_texts(line)]
+    tables = [markdown.table(columns, "llrrrrrll", rows)]
     if absent:
-        parts += ["", "| work | state | goals, in times ours |", "| --- | --- | --- |"]
-        parts += [f"| {work} | {state} | {'; '.join(goals)} |" for (work, state), goals in absent.items()]
-    return "\n".join(parts)
+        rest = [[work, state, "; ".join(goals)] for (work, state), goals in absent.items()]
+        tables.append(markdown.table(["work", "state", "goals, in times ours"], "lll", rest))
+    return "\n\n".join([about, *tables])
 
 
 def cells(line: Line) -> list[str]:
-    timed = line.median is not None
-    return [
-        line.work,
-        line.way,
-        duration(line.median) if timed else "-",
-        f"{duration(line.low)} to {duration(line.high)}" if timed else "-",
-        str(line.rounds) if timed else "-",
-        f"{line.ratio:.2f}" if line.ratio is not None else "-",
-        "; ".join(goal_texts(line)),
-        "; ".join(met_texts(line)),
-        line.note or speed(line),
-    ]
+    times = ["-", "-", "-"]
+    if line.median is not None:
+        times = [duration(line.median), f"{duration(line.low)} to {duration(line.high)}", str(line.rounds)]
+    ratio = "-" if line.ratio is None else f"{line.ratio:.2f}"
+    goals = ["; ".join(goal_texts(line)), "; ".join(met_texts(line))]
+    return [line.work, line.way, *times, ratio, *goals, line.note or speed(line)]
 
 
 def goal_texts(line: Line) -> list[str]:
@@ -124,54 +116,8 @@ def speed(line: Line) -> str:
 
 
 def duration(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} us"
-
-
-def write(text: str, name: str, path: Path = RESULTS) -> None:
-    """Replace what stands between the markers of the block ``name``. Raises ValueError if the file has none."""
-    begin, end = check(name, path)
-    head, rest = path.read_text(encoding="utf-8").split(begin, 1)
-    _, tail = rest.split(end, 1)
-    replace(path, f"{head}{begin}\n{text}\n\n{end}{tail}")
-
-
-def check(name: str, path: Path) -> tuple[str, str]:
-    """The markers of the block ``name``. Raises ValueError if the file does not hold them."""
-    begin, end = f"<!-- bench.table {name} -->\n", f"<!-- end of bench.table {name} -->"
-    whole = path.read_text(encoding="utf-8")
-    if begin not in whole or end not in whole:
-        raise ValueError(f"{path} must hold the markers {begin.strip()} and {end}")
-    return begin, end
-
-
-def replace(path: Path, text: str) -> None:
-    """Write the file in one stroke: who reads it, or ends this process, finds the old text or the new."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-# ------------------------------------------------------------------------------------------------------------- as JSON
-
-
-def as_json(lines: Sequence[Line], on: dict) -> dict:
-    return {"machine": on, "lines": [dataclasses.asdict(line) | {"met": line.met} for line in lines]}
-
-
-def lines_of_json(found: Sequence[dict]) -> list[Line]:
-    def line(fields: dict) -> Line:
-        goals = tuple(Goal(**goal) for goal in fields["goals"])
-        own = {name: x for name, x in fields.items() if name != "met"}
-        return Line(**own | {"shape": tuple(fields["shape"]), "goals": goals})
-
-    return [line(fields) for fields in found]
-
-
-def dumped(report: dict) -> str:
-    return json.dumps(report, indent=1) + "\n"
+    unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if seconds >= s), ("us", 1e-6))
+    return f"{seconds / scale:.3g} {unit}"
 
 
 # --------------------------------------------------------------------------------------------------------- the machine
@@ -179,29 +125,25 @@ def dumped(report: dict) -> str:
 
 def machine(device: torch.device) -> dict[str, str | int | None]:
     """What the numbers were measured on."""
-    try:
+    cuda, triton = device.type == "cuda", None
+    if importlib.util.find_spec("triton") is not None:
         import triton
-
-        version = triton.__version__
-    except ModuleNotFoundError:
-        version = None
-    found: dict[str, str | int | None] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "driver": driver() if device.type == "cuda" else None,
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
+        "driver": driver() if cuda else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": version,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "triton": triton and triton.__version__,
+        "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
     }
-    return found
 
 
 def processor() -> str:
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        for text in file:
-            if text.startswith("model name"):
-                return text.split(":", 1)[1].strip()
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 

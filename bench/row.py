@@ -17,6 +17,12 @@ GROUPS = tuple(SECONDS)
 
 OURS = "fastanila"
 CAPTURED = "fastanila, captured"  #: transitions captured as a CUDA graph, where OURS makes them all in one kernel
+UNADJUSTED = "fastanila, unadjusted"
+PLAIN = "fastanila, --no-fused"  #: the plain definition, eagerly
+MALA_BY_HAND = "eager, MALA"  #: the exact sampler that is nearest, by hand at its best
+COPY = "copy of the same bytes"
+COMPILED = "torch.compile"
+AUTHORS = "the authors' form"
 
 Builders = dict[str, Callable[[], Way]]
 

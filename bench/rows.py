@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from fastanila.graphs import compiled
 
-from . import limits, rivals, workloads
-from .chain_rows import IMAGES, MIXTURE, MLPS, chain_rows, update_rows
-from .rivals import NotInstalled
-from .row import GROUPS, OURS, Builders, Row
+from . import limits, workloads
+from .chain_rows import IMAGES, MIXTURE, MLPS, chain_rows
+from .compiled_rivals import fresh_compile, plain_step
+from .rivals import NotInstalled, eager_step
+from .row import COMPILED, COPY, GROUPS, OURS, Builders, Row
+from .update_rows import update_rows
 from .workloads import Way
 
 
-def rows(device_type: str, quick: bool = False) -> list[Row]:
-    """The table's rows on "cuda" or "cpu". ``quick``: small ones without rival compilers, for testing the table."""
+def rows(device_type: str) -> list[Row]:
+    """The table's rows on "cuda" or "cpu"."""
     found = [
-        *step_rows(device_type, quick),
-        *noise_rows(device_type, quick),
-        *chain_rows(device_type, quick),
-        *update_rows(device_type, quick),
-        host_row(device_type),
-        startup_row(device_type, quick),
+        *step_rows(device_type),
+        *noise_rows(device_type),
+        *chain_rows(device_type),
+        *update_rows(device_type),
+        host_row(),
+        startup_row(device_type),
     ]
-    if quick:  # at such sizes a goal says nothing
-        found = [dataclasses.replace(row, at_least={}, at_most={}) for row in found]
     return sorted(found, key=lambda row: GROUPS.index(row.group))
 
 
@@ -62,62 +61,55 @@ def in_order_of_interest(found: Sequence[Row]) -> list[Row]:
 # ------------------------------------------------------------------------------------------------- step and noise
 
 
-def step_rows(device_type: str, quick: bool) -> list[Row]:
+def on_arguments(elements: int, dtype: str, device: torch.device) -> Callable[..., Way]:
+    """(function, names of its arguments; default all) -> a call of it on the step's arguments, which are made once."""
+
+    @functools.cache
+    def arguments() -> dict:
+        return workloads.step_arguments(elements, dtype, device)
+
+    return lambda function, *names: functools.partial(function, *(arguments()[name] for name in names or arguments()))
+
+
+def step_rows(device_type: str) -> list[Row]:
     exponents = (12, 16, 20, 22, 24, 26, 28) if device_type == "cuda" else (12, 16, 20, 24)
-    if quick:
-        return [step_row(device_type, 1 << 12, "float32", quick)]
-    return [step_row(device_type, 1 << e, dtype, quick) for dtype in workloads.DTYPES for e in exponents]
+    return [step_row(device_type, exponent, dtype) for dtype in workloads.DTYPES for exponent in exponents]
 
 
-def step_row(device_type: str, elements: int, dtype: str, quick: bool) -> Row:
-    cuda = device_type == "cuda"
-    # on CUDA four sizes show the curve, and each compiles anew
-    compare_compiled = () if quick else (1 << 16, 1 << 24, 1 << 26, 1 << 28) if cuda else (elements,)
+def step_row(device_type: str, exponent: int, dtype: str) -> Row:
+    cuda, elements = device_type == "cuda", 1 << exponent
+    is_compiled = not cuda or exponent in (16, 24, 26, 28)  # on CUDA four sizes show the curve
 
     def build(device, closing) -> Builders:
-        @functools.cache
-        def arguments() -> dict:
-            return workloads.step_arguments(elements, dtype, device)
-
-        def by_hand(function) -> Way:
-            return functools.partial(function, arguments()["z"], arguments()["score"])
-
-        step = workloads.anisotropic_step
+        of, step = on_arguments(elements, dtype, device), workloads.anisotropic_step
         ways: Builders = {
-            OURS: lambda: functools.partial(step if cuda else compiled(step), **arguments()),
-            "copy of the same bytes": lambda: workloads.device_copy(elements, dtype, device),
-            "eager": lambda: by_hand(rivals.eager_step),
+            OURS: lambda: of(step if cuda else compiled(step)),
+            COPY: lambda: workloads.device_copy(elements, dtype, device),
+            "eager": lambda: of(eager_step, "z", "score"),
         }
-        if not cuda and elements <= 1 << 20:  # on CUDA the operator as it stands is the first way
-            ways["fastanila, not compiled"] = lambda: functools.partial(step, **arguments())
-        if elements in compare_compiled:
-            ways["torch.compile"] = lambda: by_hand(rivals.fresh_compile(rivals.plain_step))
-        if cuda and elements == 1 << 26:
-            ways["torch.compile, rand4x"] = lambda: by_hand(rivals.fresh_compile(rivals.plain_step, rand4x=True))
+        if not cuda and exponent <= 20:  # on CUDA the operator as it stands is the first way
+            ways["fastanila, not compiled"] = lambda: of(step)
+        if is_compiled:
+            ways[COMPILED] = lambda: of(fresh_compile(plain_step), "z", "score")
+        if cuda and exponent == 26:
+            ways["torch.compile, rand4x"] = lambda: of(fresh_compile(plain_step, rand4x=True), "z", "score")
         return ways
 
-    if cuda and elements >= 1 << 24:
-        goals = {
-            "copy of the same bytes": limits.OF_A_COPY,
-            "torch.compile": {"float32": 1.4, "bfloat16": 2.5}[dtype],
-            "eager": limits.eager_over_step(),
-        }
+    if cuda and exponent >= 24:
+        of_compiled = {"float32": 1.4, "bfloat16": 2.5}[dtype]
+        goals = {COPY: limits.OF_A_COPY, COMPILED: of_compiled, "eager": limits.eager_over_step()}
     else:
-        goals = {"eager": 1.0} if cuda else {"eager": 4.0, "torch.compile": 2.0}
-    exponent = elements.bit_length() - 1
+        goals = {"eager": 1.0} if cuda else {"eager": 4.0, COMPILED: 2.0}
     return Row(
         "step", f"step, 2^{exponent}, {dtype}", (elements,), dtype, build, {OURS: goals},
         bytes_moved=workloads.step_bytes(elements, dtype), queued=True,
     )  # fmt: skip
 
 
-def noise_rows(device_type: str, quick: bool) -> list[Row]:
+def noise_rows(device_type: str) -> list[Row]:
     def row(exponent: int) -> Row:
         def build(device, closing) -> Builders:
-            def of(function, *names: str) -> Way:
-                arguments = workloads.step_arguments(1 << exponent, "float32", device)
-                return functools.partial(function, *(arguments[name] for name in names))
-
+            of = on_arguments(1 << exponent, "float32", device)
             return {
                 OURS: lambda: of(compiled(workloads.normals), "z", "seed", "step"),
                 "torch.randn": lambda: of(torch.randn_like, "z"),
@@ -127,26 +119,19 @@ def noise_rows(device_type: str, quick: bool) -> list[Row]:
         return Row("noise", f"normals, 2^{exponent}", (1 << exponent,), "float32", build, goals, queued=True)
 
     exponents = (24,) if device_type == "cuda" else (16, 20, 24)
-    return [row(exponent) for exponent in ((12,) if quick else exponents)]
+    return [row(exponent) for exponent in exponents]
 
 
 # ---------------------------------------------------------------------------------------------- host and start-up
 
 
-def host_row(device_type: str) -> Row:
+def host_row() -> Row:
     def build(device, closing) -> Builders:
-        @functools.cache
-        def arguments() -> dict:
-            return workloads.step_arguments(64, "float32", device)
-
-        def of(function, *names: str) -> Way:
-            return functools.partial(function, *(arguments()[name] for name in names))
-
-        step = workloads.anisotropic_step
+        of, step = on_arguments(64, "float32", device), workloads.anisotropic_step
         return {
-            OURS: lambda: functools.partial(step, **arguments()),
-            "fastanila, compiled": lambda: functools.partial(compiled(step), **arguments()),
-            "eager step": lambda: of(rivals.eager_step, "z", "score"),
+            OURS: lambda: of(step),
+            "fastanila, compiled": lambda: of(compiled(step)),
+            "eager step": lambda: of(eager_step, "z", "score"),
             "torch.add": lambda: of(torch.add, "z", "score"),
         }
 
@@ -165,16 +150,9 @@ compiled(step)(z, z, one, word, word)
 """
 
 
-def startup_row(device_type: str, quick: bool) -> Row:
+def startup_row(device_type: str) -> Row:
     def build(device, closing) -> Builders:
         warm = closing.enter_context(tempfile.TemporaryDirectory())
-
-        def python(*arguments: str, cache: str | None = None) -> None:
-            caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-            environment = os.environ | ({name: cache for name in caches} if cache else {})
-            done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message")
 
         def cold() -> None:
             with tempfile.TemporaryDirectory() as folder:
@@ -185,18 +163,26 @@ def startup_row(device_type: str, quick: bool) -> Row:
                 raise NotInstalled("tyro is not installed")
             return functools.partial(python, "-m", "fastanila.train", "--help")
 
-        ways: Builders = {"import torch": lambda: functools.partial(python, "-c", "import torch")}
-        if quick:
-            return ways
-        ways["from fastanila import AniLA"] = lambda: functools.partial(python, "-c", "from fastanila import AniLA")
+        ways: Builders = {
+            line: functools.partial(functools.partial, python, "-c", line)
+            for line in ("import torch", "from fastanila import AniLA")
+        }
         ways["train --help"] = train_help
         if device.type == "cpu":  # not on a GPU, whose time is dearer
             ways["first compiled step, empty caches"] = lambda: cold
             ways["first compiled step, full caches"] = lambda: functools.partial(python, "-c", _FIRST_STEP, cache=warm)
         return ways
 
-    limits = {"train --help": 2.0}
     return Row(
-        "startup", "start-up, a process each", (), "", build, at_most=limits, host=True, once=True,
+        "startup", "start-up, a process each", (), "", build, at_most={"train --help": 2.0}, host=True, once=True,
         rounds=1 if device_type == "cuda" else 3,
     )  # fmt: skip
+
+
+def python(*arguments: str, cache: str | None = None) -> None:
+    """Run it, with the compilers' caches in that folder. Raises RuntimeError with its last line if it fails."""
+    caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    environment = os.environ | ({name: cache for name in caches} if cache else {})
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or "no message").splitlines()[-1])

@@ -18,14 +18,18 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
 
 import triton
 from triton.compiler import CompiledKernel
 
 from fastanila.kernels import metropolis, mixture, mlp, step, step_rows
 
-from . import disassembly, offline
+from . import disassembly, markdown, offline
 from .disassembly import CLASSES, Instruction
+
+Compile = Callable[..., CompiledKernel]
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -46,7 +50,7 @@ class Kernel:
     """An entry of KERNELS: a kernel in one configuration."""
 
     name: str  #: of the Triton function
-    compile: Callable[[str, str], CompiledKernel]  #: (architecture, dtype)
+    compile: Compile  #: (architecture, dtype)
     elements: float  #: that a thread makes on the path counted; below 1 where threads share an element's work
     reads: Sequence[int | None] = (None, None)  #: bytes an element of each tensor read; None is the dtype's
     writes: Sequence[int | None] = (None,)
@@ -57,63 +61,49 @@ class Kernel:
 
 def _step(reads: Sequence[int | None] = (None, None), **variant) -> Kernel:
     block, warps = step.CONFIGURATION
+    compile = partial(offline.compile_step, **variant)
+    return Kernel("anisotropic_step_kernel", compile, elements=block / (32 * warps), reads=reads)
+
+
+def _tiled(name: str, module: ModuleType, compile: Compile, norm: str, channels: int, size: int, **tensors) -> Kernel:
+    """A kernel in the tiles of its module, of chains of (channels, size): it makes one at once, or loops over it."""
+    tile = module.tile_of(channels, size, norm)
     return Kernel(
-        name="anisotropic_step_kernel",
-        compile=lambda architecture, dtype: offline.compile_step(architecture, dtype, **variant),
-        elements=block / (32 * warps),
-        reads=reads,
+        name,
+        partial(compile, norm=norm, channels=channels, size=size),
+        elements=tile.rows * channels * min(size, tile.cols) / (32 * tile.num_warps),
+        counted="kernel" if size <= tile.cols else "loops",
+        **tensors,
     )
 
 
 def _rows(norm: str, channels: int, size: int, **variant) -> Kernel:
-    tile = step_rows.tile_of(channels, size, norm)
-    single = size <= tile.cols
-    return Kernel(
-        name="rows_kernel",
-        compile=lambda architecture, dtype: offline.compile_rows(
-            architecture, dtype, norm=norm, channels=channels, size=size, **variant
-        ),
-        elements=tile.rows * channels * (size if single else tile.cols) / (32 * tile.num_warps),
-        counted="kernel" if single else "loops",
-    )
+    return _tiled("rows_kernel", step_rows, partial(offline.compile_rows, **variant), norm, channels, size)
 
 
-def _metropolis(norm: str, channels: int, size: int, **variant) -> Kernel:
-    tile = metropolis.tile_of(channels, size, norm)
-    single = size <= tile.cols
-    return Kernel(
-        name="metropolis_kernel",
-        compile=lambda architecture, dtype: offline.compile_metropolis(
-            architecture, dtype, norm=norm, channels=channels, size=size, **variant
-        ),
-        elements=tile.rows * channels * (size if single else tile.cols) / (32 * tile.num_warps),
-        reads=(None,) * 4,
-        writes=(None,) * 3,
-        counted="kernel" if single else "loops",
-    )
+def _metropolis(norm: str, channels: int, size: int) -> Kernel:
+    tensors = dict(reads=(None,) * 4, writes=(None,) * 3)
+    return _tiled("metropolis_kernel", metropolis, offline.compile_metropolis, norm, channels, size, **tensors)
 
 
-def _mixture(**sizes) -> Kernel:
-    constants = mixture.mixture_constants(sizes["dim"], sizes["components"], sizes.get("adjusted", False))
-    return Kernel(
-        name="mixture_kernel",
-        compile=lambda architecture, dtype: offline.compile_mixture_trajectory(architecture, **sizes),
-        elements=constants["ROWS"] * sizes["dim"] / 32,
-        dtypes=("fp32",),
-        counted="transition",
-    )
+def _whole_chain(name: str, compile: Compile, elements: float) -> Kernel:
+    def of_fp32(architecture: str, dtype: str) -> CompiledKernel:
+        return compile(architecture)
+
+    return Kernel(name, of_fp32, elements, dtypes=("fp32",), counted="transition")
 
 
-def _mlp(*, dim: int, width: int, depth: int = 2, features: int = 0, chains: int, adjusted: bool = False) -> Kernel:
-    sizes = dict(dim=dim, width=width, depth=depth, features=features, chains=chains)
+def _mixture(dim: int, adjusted: bool = False, components: int = 8) -> Kernel:
+    sizes = dict(dim=dim, components=components, adjusted=adjusted)
+    chains = mixture.mixture_constants(**sizes)["ROWS"]
+    return _whole_chain("mixture_kernel", partial(offline.compile_mixture_trajectory, **sizes), chains * dim / 32)
+
+
+def _mlp(dim: int, width: int, chains: int, features: int = 0, adjusted: bool = False) -> Kernel:
+    sizes = dict(dim=dim, width=width, depth=2, features=features, chains=chains)
     constants, warps = mlp.mlp_constants(*sizes.values(), offline.SHARED_MEMORY["sm_90"])
-    return Kernel(
-        name="mlp_kernel",
-        compile=lambda architecture, dtype: offline.compile_mlp_trajectory(architecture, **sizes, adjusted=adjusted),
-        elements=constants["ROWS"] * dim / (32 * warps),
-        dtypes=("fp32",),
-        counted="transition",
-    )
+    compile = partial(offline.compile_mlp_trajectory, **sizes, adjusted=adjusted)
+    return _whole_chain("mlp_kernel", compile, constants["ROWS"] * dim / (32 * warps))
 
 
 #: Every kernel that an operator launches, by the configurations that matter. b = inf takes the kernel of a finite b.
@@ -135,14 +125,14 @@ KERNELS: dict[str, Kernel] = {
     "metropolis-chain-65536": _metropolis("chain", 1, 65536),
     "metropolis-channel-3x1024": _metropolis("channel", 3, 1024),
     "metropolis-element-2": _metropolis("element", 1, 2),
-    "mixture-8-2d": _mixture(dim=2, components=8),
-    "mixture-8-8d": _mixture(dim=8, components=8),
+    "mixture-8-2d": _mixture(dim=2),
+    "mixture-8-8d": _mixture(dim=8),
     "mlp-64-2d-1024": _mlp(dim=2, width=64, chains=1024),
     "mlp-64-8d-64": _mlp(dim=8, width=64, chains=64),
     "mlp-64-2d-16384": _mlp(dim=2, width=64, chains=16384),
     "mlp-128-2d-1024": _mlp(dim=2, width=128, chains=1024),
     "mlp-64-features-64-2d-512": _mlp(dim=2, width=64, features=64, chains=512),
-    "mixture-8-2d-adjusted": _mixture(dim=2, components=8, adjusted=True),
+    "mixture-8-2d-adjusted": _mixture(dim=2, adjusted=True),
     "mlp-64-2d-1024-adjusted": _mlp(dim=2, width=64, chains=1024, adjusted=True),
     "mlp-64-features-64-2d-512-adjusted": _mlp(dim=2, width=64, features=64, chains=512, adjusted=True),  # the default
 }
@@ -235,25 +225,22 @@ def arithmetic_ceiling(classes: dict[str, float]) -> tuple[float, str]:
 
 def table(counts: Sequence[Count]) -> str:
     """The counts as Markdown."""
-    columns = [
-        "kernel", "dtype", "arch", "inst/thread", "inst/el", *CLASSES, "registers", "spill B", "shared B", "barriers",
-        "access bits", "B/el", "ceiling Gel/s", "roof Gel/s",
-    ]  # fmt: skip
-    lines = [
+    about = (
         f"triton {triton.__version__}; ceiling by arithmetic and roof by memory of an H200 (see the head of "
-        "bench/sass.py for the model)",
-        "",
-        f"| {' | '.join(columns)} |",
-        f"|{' --- |' * len(columns)}",
-    ]
+        "bench/sass.py for the model)"
+    )
+    rows = []
     for c in counts:
         cells = [c.kernel, c.dtype, c.arch, c.instructions, f"{c.instructions_per_element:,.1f}"]
         cells += [f"{c.classes[name]:,.1f}" for name in CLASSES]
         cells += [c.registers, c.spill_bytes, c.shared_bytes, c.barriers, c.access_bits or "-"]
         cells += [f"{c.bytes_per_element:g}", f"{c.ceiling_gel_s:,.4g} ({c.bound_by})"]
-        cells += ["on chip" if c.roof_gel_s is None else f"{c.roof_gel_s:,.0f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        rows.append([*cells, "on chip" if c.roof_gel_s is None else f"{c.roof_gel_s:,.0f}"])
+    columns = [
+        "kernel", "dtype", "arch", "inst/thread", "inst/el", *CLASSES, "registers", "spill B", "shared B", "barriers",
+        "access bits", "B/el", "ceiling Gel/s", "roof Gel/s",
+    ]  # fmt: skip
+    return f"{about}\n\n" + markdown.table(columns, "l" * len(columns), rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -271,9 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     print(json.dumps([dataclasses.asdict(c) for c in counts], indent=1) if chosen.json else table(counts))
     if chosen.write:
-        from .report import write  # which imports torch
-
-        write(table(counts), "sass")
+        markdown.write(table(counts), "sass")
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import gc
 import math
 import sys
@@ -23,15 +22,14 @@ from pathlib import Path
 import torch
 import torch._inductor.config
 
-from . import report, rows
+from . import markdown, report, rows
 from .record import Record
 from .report import Goal, Line
 from .rivals import NotInstalled
-from .row import GROUPS, OURS, Builders, Row
+from .row import COPY, GROUPS, OURS, Builders, Row
 from .timing import Timing, fallbacks_are_errors, measure
 from .workloads import Way
 
-COPY = "copy of the same bytes"
 LOST = 3  #: exit code
 NOT_REACHED = "skipped: the run has not come to it"
 RUNNING = "failed: its process ended"  #: how a row is marked while it runs, so that it stays if that is so
@@ -40,7 +38,7 @@ _OUT_OF_TIME = "skipped: out of time"
 
 def run(
     chosen: Sequence[Row], device: torch.device, *, seconds: float = 10.0, rounds: int = 15, until: float = math.inf,
-    begin: Callable[[Row], None] = lambda row: None, say: Callable[[str], None] = lambda text: None,
+    begin: Callable[[Row], None] = lambda row: None,
 ) -> Iterator[tuple[Row, list[Line]]]:  # fmt: skip
     """The rows with their lines, one after the other; a row that would end after ``until`` of ``time.monotonic()``, by
     what it is taken to need, is skipped, and so is what is left of one that takes longer. Ends early if the device is
@@ -52,9 +50,10 @@ def run(
         began = time.monotonic()
         begin(row)
         yield row, lines_of(row, device, seconds=seconds, rounds=rounds, until=until)
-        say(f"{row.work}: {time.monotonic() - began:.1f} s")
-        if lost(device):
-            say(f"{row.work}: the device is lost to this process")
+        is_lost = lost(device)
+        told = ", and the device is lost to this process" if is_lost else ""
+        print(f"{row.work}: {time.monotonic() - began:.1f} s{told}", file=sys.stderr, flush=True)
+        if is_lost:
             return
         torch._dynamo.reset()
         gc.collect()
@@ -73,8 +72,8 @@ def lines_of(row: Row, device: torch.device, *, seconds: float, rounds: int, unt
         except Exception as error:
             traceback.print_exc()
             timings, notes = {}, notes | dict.fromkeys(ways, _failure(error))
-    lines = [blank(row, way, device, note, timings) for way, note in notes.items()]
-    return [timed(row, way, device, timings) for way in timings] + lines
+    timed = [line_of(row, way, device, timings) for way in timings]
+    return timed + [line_of(row, way, device, timings, note) for way, note in notes.items()]
 
 
 def built(
@@ -118,31 +117,21 @@ def lost(device: torch.device) -> bool:
     return False
 
 
-def timed(row: Row, way: str, device: torch.device, timings: dict[str, Timing]) -> Line:
-    t = timings[way]
-    return dataclasses.replace(
-        blank(row, way, device, "", timings), median=t.median, low=t.low, high=t.high, rounds=t.rounds,
-        ratio=over(way, OURS, timings), of_copy=over(COPY, way, timings),
-        gigabytes_s=row.bytes_moved / t.median / 1e9 if row.bytes_moved is not None else None,
-    )  # fmt: skip
-
-
-def blank(row: Row, way: str, device: torch.device, note: str, timings: dict[str, Timing]) -> Line:
-    """A way's line without its time."""
+def line_of(row: Row, way: str, device: torch.device, timings: dict[str, Timing], note: str = "") -> Line:
+    """A way's line; without its time where the timings do not hold it, and then ``note`` says why."""
+    timing = timings.get(way)
     goals = tuple(
         Goal(ours, rivals[way], over(way, ours, timings)) for ours, rivals in row.at_least.items() if way in rivals
     )
+    times = {}
+    if timing is not None:
+        times = timing._asdict() | dict(ratio=over(way, OURS, timings), of_copy=over(COPY, way, timings))
+        if row.bytes_moved is not None:
+            times["gigabytes_s"] = row.bytes_moved / timing.median / 1e9
     return Line(
-        row.group,
-        row.work,
-        way,
-        device.type,
-        row.shape,
-        row.dtype,
-        note=note,
-        goals=goals,
-        at_most=row.at_most.get(way),
-    )
+        row.group, row.work, way, device.type, row.shape, row.dtype, goals=goals, at_most=row.at_most.get(way),
+        note=note, **times,
+    )  # fmt: skip
 
 
 def over(way: str, base: str, timings: dict[str, Timing]) -> float | None:
@@ -152,7 +141,7 @@ def over(way: str, base: str, timings: dict[str, Timing]) -> float | None:
 def unmeasured(row: Row, device: torch.device, why: str) -> list[Line]:
     """The row's goals as lines without a time."""
     ways = dict.fromkeys([OURS, *[way for rivals in row.at_least.values() for way in rivals], *row.at_most])
-    return [blank(row, way, device, why, {}) for way in ways]
+    return [line_of(row, way, device, {}, why) for way in ways]
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -162,63 +151,47 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--rows", nargs="+", choices=GROUPS, default=GROUPS, help="groups of rows; default all")
-    made.add_argument("--quick", action="store_true", help="small works, two rounds: to test the table itself")
     made.add_argument("--seconds", type=float, default=5.0, help="at most about so long for the rounds of one row")
     return made
 
 
-def table(arguments, until: float = math.inf, keep: Callable[[list[Line]], None] = lambda lines: None) -> list[Line]:
+def table(arguments: argparse.Namespace, device: torch.device, record: Record) -> list[Line]:
     """The chosen rows on the device; on a CPU, the rows that need a GPU follow, marked "not measured".
 
-    ``keep`` is called with all lines ahead of each row and after it, those of rows still to come marked skipped.
+    The record gets all lines ahead of each row and after it, those of rows still to come marked skipped. It keeps what
+    it holds of other works, if there are such works.
     """
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit(f"device is cuda, but torch {torch.__version__} sees no CUDA device here")
-
-    if device.type == "cpu":
-        torch._inductor.config.compile_threads = 1  # a pool would start up beside the first rows, on their cores
+    until = time.monotonic() + arguments.budget
+    there = {kind: rows.rows(kind) for kind in ("cpu", "cuda")}
+    works = {(kind, row.work) for kind, found in there.items() for row in found}
+    kept = [line for line in record.lines() if (line.device, line.work) in works]
 
     def chosen(kind: str) -> list[Row]:
-        of_groups = [row for row in rows.rows(kind, arguments.quick) if row.group in arguments.rows]
+        of_groups = [row for row in there[kind] if row.group in arguments.rows]
         return [row for row in of_groups if arguments.works is None or row.work in arguments.works]
 
     mine = chosen(device.type)
-    found = {row.work: unmeasured(row, device, NOT_REACHED) for row in mine}  # in the table's order
-    elsewhere = [
-        line
-        for row in (chosen("cuda") if device.type == "cpu" else [])
-        for line in unmeasured(row, torch.device("cuda"), "not measured: needs a GPU")
-    ]
+    found = {(device.type, row.work): unmeasured(row, device, NOT_REACHED) for row in mine}  # in the table's order
+    if device.type == "cpu":
+        gpu = torch.device("cuda")
+        found |= {("cuda", row.work): unmeasured(row, gpu, "not measured: needs a GPU") for row in chosen("cuda")}
+    others = [line for line in kept if (line.device, line.work) not in found]
 
-    def lines() -> list[Line]:
-        return [line for of_row in found.values() for line in of_row] + elsewhere
+    def keep(row: Row | None = None, lines: Sequence[Line] = ()) -> list[Line]:
+        if row is not None:
+            found[device.type, row.work] = list(lines)
+        of_chosen = [line for of_row in found.values() for line in of_row]
+        record.keep([*others, *of_chosen])
+        return of_chosen
 
-    def begin(row: Row) -> None:
-        found[row.work] = unmeasured(row, device, RUNNING)
-        keep(lines())
-
-    keep(lines())
+    lines = keep()
     turns = rows.in_order_of_interest(mine) if device.type == "cuda" else mine
-    rounds = 2 if arguments.quick else 15
-    seconds = 1.0 if arguments.quick else arguments.seconds
-    for row, of_row in run(turns, device, seconds=seconds, rounds=rounds, until=until, begin=begin, say=progress):
-        found[row.work] = of_row
-        keep(lines())
-    return lines()
-
-
-def known(kinds: Sequence[str], quick: bool) -> set[tuple[str, str]]:
-    """(device, work) of every row that there is."""
-    return {(kind, row.work) for kind in kinds for row in rows.rows(kind, quick)}
-
-
-def progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def failed(lines: Sequence[Line]) -> bool:
-    return any(line.note.startswith("failed") for line in lines)
+    for row, of_row in run(
+        turns, device, seconds=arguments.seconds, until=until,
+        begin=lambda row: keep(row, unmeasured(row, device, RUNNING)),
+    ):  # fmt: skip
+        lines = keep(row, of_row)
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,17 +200,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--budget", type=float, default=math.inf, help="seconds: rows that would end later are skipped")
     made.add_argument("--json", type=Path, help="report to keep the lines in, beside its other works if it has some")
     made.add_argument(
-        "--write", type=Path, nargs="?", const=report.RESULTS, help="put the table into that file or bench/RESULTS.md"
+        "--write", type=Path, nargs="?", const=markdown.RESULTS, help="put the table into that file or bench/RESULTS.md"
     )
     arguments = made.parse_args(argv)
-    until = time.monotonic() + arguments.budget
     device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"device is cuda, but torch {torch.__version__} sees no CUDA device here")
+    if device.type == "cpu":
+        torch._inductor.config.compile_threads = 1  # a pool would start up beside the first rows, on their cores
     record = Record(arguments.json, arguments.write, device.type, report.machine(device))
-    there = known(("cpu", "cuda"), arguments.quick)
-    kept = [line for line in record.lines() if (line.device, line.work) in there]
-    lines = table(arguments, until, keep=lambda lines: record.keep(kept, lines))
-    print(report.markdown(lines, record.on))
-    return LOST if lost(device) else int(failed(lines))
+    lines = table(arguments, device, record)
+    print(report.text(lines, record.on))
+    return LOST if lost(device) else int(any(line.note.startswith("failed") for line in lines))
 
 
 if __name__ == "__main__":

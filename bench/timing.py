@@ -83,27 +83,35 @@ def _calls_a_sample(seconds: float, most: int) -> int:
 
 
 def _sample(way: Callable[[], object], calls: int, device: torch.device, host: bool, ahead: float = 0.0) -> float:
-    """Seconds a call over so many: on CUDA by events, which the device stamps, unless the host's time is wanted.
+    """Seconds a call over so many: of the device on CUDA, unless the host's time is wanted.
 
-    The device idles for ``ahead`` seconds before its first stamp, while the host makes the calls.
+    The device idles for ``ahead`` seconds first, while the host makes the calls.
     """
-    cuda = device.type == "cuda"
-    if cuda:
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
-    if cuda and not host:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if ahead:
-            torch.cuda._sleep(int(ahead * _cycles_a_second(device)))
-        begin.record()
-        for _ in range(calls):
-            way()
-        end.record()
-        torch.cuda.synchronize(device)
-        return begin.elapsed_time(end) / 1e3 / calls
+    if host or device.type != "cuda":
+        return _host_seconds(way, calls) / calls
+    if ahead:
+        torch.cuda._sleep(int(ahead * _cycles_a_second(device)))
+    return _device_seconds(way, calls, device) / calls
+
+
+def _host_seconds(way: Callable[[], object], calls: int) -> float:
     began = time.perf_counter()
     for _ in range(calls):
         way()
-    return (time.perf_counter() - began) / calls
+    return time.perf_counter() - began
+
+
+def _device_seconds(way: Callable[[], object], calls: int, device: torch.device) -> float:
+    """By events, which the device stamps."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        way()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3
 
 
 def _enqueuing(way: Callable[[], object], calls: int, device: torch.device) -> float:
@@ -111,25 +119,17 @@ def _enqueuing(way: Callable[[], object], calls: int, device: torch.device) -> f
     trials = []
     for _ in range(2):
         torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        for _ in range(calls):
-            way()
-        trials.append(time.perf_counter() - began)
+        trials.append(_host_seconds(way, calls))
     torch.cuda.synchronize(device)
     return max(trials)
 
 
 @functools.cache
 def _cycles_a_second(device: torch.device) -> float:
-    """The clock by which torch.cuda._sleep counts."""
+    """The clock by which torch.cuda._sleep counts: taken twice, because the first time raises it."""
     cycles = 20_000_000
-    for _ in range(2):  # the first raises the clock
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        torch.cuda._sleep(cycles)
-        end.record()
-        torch.cuda.synchronize(device)
-    return cycles / (begin.elapsed_time(end) / 1e3)
+    _, seconds = (_device_seconds(lambda: torch.cuda._sleep(cycles), 1, device) for _ in range(2))
+    return cycles / seconds
 
 
 def _timing(samples: list[float]) -> Timing:

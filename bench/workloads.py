@@ -1,4 +1,4 @@
-"""What is timed: the one definition of each work, which the table and the pytest benchmarks share."""
+"""What is timed: the definition of each work, of ours and of what the rivals are given."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +66,14 @@ def step_bytes(elements: int, dtype: str) -> int:
 
 # --------------------------------------------------------------------------------------------------------- chains
 
-_PLANE = dict(step_size=0.005, threshold=10.0, noise_scale=1.0)
-_IMAGES = dict(step_size=4.0, threshold=0.02, noise_scale=0.005)
+
+class Numbers(NamedTuple):
+    step_size: float
+    threshold: float
+    noise_scale: float
+
+
+_PLANE, _IMAGES = Numbers(0.005, 10.0, 1.0), Numbers(4.0, 0.02, 0.005)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,24 +91,17 @@ class Chains:
         return f"{self.network}, {self.shape[0]:,} x {chain} x {self.steps}, {self.precision}"
 
     @property
-    def step_size(self) -> float:
-        return self._numbers["step_size"]
+    def is_image(self) -> bool:
+        return len(self.shape) == 4
 
     @property
-    def threshold(self) -> float:
-        return self._numbers["threshold"]
-
-    @property
-    def noise_scale(self) -> float:
-        return self._numbers["noise_scale"]
-
-    @property
-    def _numbers(self) -> dict[str, float]:
+    def numbers(self) -> Numbers:
         return _IMAGES if self.is_image else _PLANE
 
     @property
-    def is_image(self) -> bool:
-        return len(self.shape) == 4
+    def width(self) -> int:
+        """Of the network's layers."""
+        return int(self.network.partition("-")[2])
 
     def energy(self, device: torch.device) -> nn.Module:
         """fastanila's module of the energy, always with the same parameters, which are trainable."""
@@ -113,69 +113,58 @@ class Chains:
         return (network if self.network == "mixture" else Ordinary(network, self.precision)).to(device)
 
     def _network(self) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return self._built()
-
-    def _built(self) -> nn.Module:
-        kind, _, width = self.network.partition("-")
-        if kind == "mixture":
+        if self.network == "mixture":
             angles = torch.arange(8) * (2 * math.pi / 8)
             return GaussianMixture(2 * torch.stack((angles.cos(), angles.sin()), dim=-1), sd=0.2)
-        if kind == "mlp":
-            return MLP(self.shape[1], int(width), depth=2)
-        return ConvNet(self.shape[1], self.shape[2], int(width))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return ConvNet(*self.shape[1:3], self.width) if self.is_image else MLP(self.shape[1], self.width, depth=2)
 
     def start(self, device: torch.device) -> Tensor:
         return torch.rand(self.shape, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
 
-    def sampler(self, kind: str) -> AniLA | Langevin:
-        """AniLA or Langevin."""
-        numbers = dict(step_size=self.step_size, noise_scale=self.noise_scale)
-        return AniLA(threshold=self.threshold, **numbers) if kind == "AniLA" else Langevin(**numbers)
+    def sampler(self, kind: str, norm: str = "element") -> Sampler:
+        """``kind``: AniLA; Langevin; or AdjustedAniLA, which is for the same law at the same steps as AniLA: eps and b
+        as `defaults.defaults` turns them."""
+        step_size, threshold, noise_scale = self.numbers
+        if kind == "Langevin":
+            return Langevin(step_size, noise_scale)
+        if kind == "AniLA":
+            return AniLA(threshold, step_size, noise_scale, norm=norm)
+        heat = noise_scale**2
+        return AdjustedAniLA(threshold / heat, step_size * heat, norm=norm)
 
-    def ours(self, kind: str, device: torch.device) -> Way:
-        """The public face, as a user calls it."""
-        sampler, energy, z = self.sampler(kind), self.energy(device), self.start(device)
-        return self.at_precision(lambda: sampler.run(energy, z, steps=self.steps, seed=0))
+    def energy_of(self, sampler: Sampler, device: torch.device) -> nn.Module:
+        """What the sampler is given. An exact one has no noise scale, and gets the energy over the temperature."""
+        energy, heat = self.energy(device), self.numbers.noise_scale**2
+        return Tempered(energy, heat) if sampler.is_exact and heat != 1 else energy
 
-    def ours_captured(self, kind: str, device: torch.device) -> Way:
-        """The same less the whole-chain kernel, which `run` takes by itself where it can: CUDA graphs, on CUDA."""
-        return self._captured(self.sampler(kind), self.energy(device), device)
-
-    def exact(self, device: torch.device, compile: bool = True) -> Way:
-        """The public face of adjusted AniLA, for the law and at the steps of `ours`."""
-        sampler, energy, z = self.with_norm("element", adjusted=True), self.tempered(device), self.start(device)
+    def ours(self, kind: str, device: torch.device, compile: bool = True) -> Way:
+        """The public face, as a user calls it. ``kind``: see `sampler`."""
+        sampler, z = self.sampler(kind), self.start(device)
+        energy = self.energy_of(sampler, device)
         return self.at_precision(lambda: sampler.run(energy, z, steps=self.steps, seed=0, compile=compile))
 
-    def exact_captured(self, device: torch.device) -> Way:
-        """As `ours_captured` is to `ours`."""
-        return self._captured(self.with_norm("element", adjusted=True), self.tempered(device), device)
-
-    def _captured(self, sampler: Sampler, energy: nn.Module, device: torch.device) -> Way:
-        z = self.start(device)
+    def captured(self, kind: str, device: torch.device) -> Way:
+        """The same less the whole-chain kernel, which `run` takes by itself where it can: CUDA graphs, on CUDA."""
+        sampler, z = self.sampler(kind), self.start(device)
+        energy = self.energy_of(sampler, device)
 
         def run():
             with torch.no_grad(), sampling(energy):
-                numbers, state = sampler.numbers_on(device), State(z)
-                seed, step = noise.as_word64(0, device), noise.as_word64(0, device)
                 chain = chain_of(sampler, energy, z=z, compile=True, whole=False)
-                return chain(self.steps, numbers, state, seed, step)[0].z
+                numbers, (seed, step) = sampler.numbers_on(device), (noise.as_word64(0, device) for _ in range(2))
+                return chain(self.steps, numbers, State(z), seed, step)[0].z
 
         return self.at_precision(run)
 
-    def tempered(self, device: torch.device) -> nn.Module:
-        """The energy at the chains' temperature: what an exact sampler is given, which has no noise scale."""
-        energy, heat = self.energy(device), self.noise_scale**2
-        return energy if heat == 1 else Tempered(energy, heat)
-
-    def transitions(self, sampler: Sampler, device: torch.device, compile: bool = True) -> Way:
+    def transitions(self, kind: str, norm: str, device: torch.device, compile: bool = True) -> Way:
         """``steps`` transitions a call, each call from where the last one ended, so that none pays for a start: an
         adjusted chain takes a gradient more there."""
-        energy = self.tempered(device) if sampler.is_exact else self.energy(device)
-        numbers, seed = sampler.numbers_on(device), noise.as_word64(0, device)
-        chain = chain_of(sampler, energy, z=self.start(device), compile=compile)
-        state, step = State(self.start(device)), noise.as_word64(0, device)
+        sampler, state = self.sampler(kind, norm), State(self.start(device))
+        energy = self.energy_of(sampler, device)
+        numbers, (seed, step) = sampler.numbers_on(device), (noise.as_word64(0, device) for _ in range(2))
+        chain = chain_of(sampler, energy, z=state.z, compile=compile)
 
         def run():
             nonlocal state, step
@@ -185,13 +174,6 @@ class Chains:
             return state.z
 
         return self.at_precision(run)
-
-    def with_norm(self, norm: str, adjusted: bool) -> Sampler:
-        """AniLA, or the adjusted one for the same law at the same steps (`defaults` turns eps and b)."""
-        if not adjusted:
-            return AniLA(self.threshold, self.step_size, self.noise_scale, norm=norm)
-        heat = self.noise_scale**2
-        return AdjustedAniLA(self.threshold / heat, self.step_size * heat, norm=norm)
 
     def at_precision(self, way: Way) -> Way:
         return in_precision(way, self.precision)
@@ -241,13 +223,10 @@ def in_precision(way: Way, precision: str) -> Way:
 
 
 @contextlib.contextmanager
-def rings_settings(device: torch.device, steps: int = 60, sampler: str | None = "anila") -> Iterator[Settings]:
-    """The default job with the unadjusted sampler, as most rivals have it, K transitions an update.
-
-    ``sampler``: another by name, or None for the default's own, which is exact.
-    """
+def rings_settings(device: torch.device, **changes) -> Iterator[Settings]:
+    """The default job, but for the changes."""
     with tempfile.TemporaryDirectory() as folder:
-        yield Settings(sampler=sampler, steps=steps, device=str(device), out=f"{folder}/run")
+        yield Settings(**changes, device=str(device), out=f"{folder}/run")
 
 
 @contextlib.contextmanager

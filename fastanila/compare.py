@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -108,6 +108,38 @@ def train(settings: Settings, directory: Path, threads: int) -> bool:
     if result.returncode not in (exits.DONE, exits.DIVERGED):
         raise RuntimeError(f"{directory}: training failed: {(result.stderr or result.stdout).strip()[-2000:]}")
     return result.returncode == 0
+
+
+def train_all(
+    resolved: Mapping[str, Settings], file: Path, jobs: int, measure: Callable[[str, Path, bool], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Make the runs, in folders by their names beside ``file``, and measure each; their lines, in order.
+
+    ``jobs`` at a time share the processor's cores. ``measure`` takes a run's name, its folder and whether it ended well
+    rather than diverged, and is called for one run at a time. The file always holds the lines so far, as JSON. The same
+    call again makes what is missing. Raises what `train` raises, and then no other run begins.
+    """
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    lines: dict[str, dict[str, Any]] = {}
+    turn = threading.Lock()  # a measurement uses torch's own threads, and the table is written by one at a time
+
+    def make(name: str) -> None:
+        directory = file.parent / name
+        finished = train(resolved[name], directory, threads)
+        with turn:
+            lines[name] = measure(name, directory, finished)
+            found = [lines[name] for name in resolved if name in lines]
+            files.write_text(file, json.dumps(found, indent=2) + "\n")
+            exits.say(f"{len(lines)} of {len(resolved)}: {name} {'done' if finished else 'diverged'}")
+
+    torch.set_num_threads(threads)
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        try:
+            for done in [pool.submit(make, name) for name in resolved]:
+                done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # one that fails, or Ctrl-C, ends all
+    return [lines[name] for name in resolved]
 
 
 def progress(directory: Path) -> int | None:
@@ -198,43 +230,26 @@ def compared(arguments: argparse.Namespace) -> int:
         if arguments.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {arguments.jobs}")
         thresholds = arguments.thresholds or [defaults.defaults(arguments.data, "anila").get("threshold", 1.0)]
-        chosen = list(dict.fromkeys(trials(arguments.samplers, thresholds, arguments.seeds)))
-        if arguments.thresholds and all(trial.threshold is None for trial in chosen):
+        by_name = {trial.name: trial for trial in trials(arguments.samplers, thresholds, arguments.seeds)}
+        if arguments.thresholds and all(trial.threshold is None for trial in by_name.values()):
             raise ValueError(f"thresholds has no effect with samplers={' '.join(arguments.samplers)}, which have none")
-        resolved = {trial: settings_of(trial, common) for trial in chosen}
+        resolved = {name: settings_of(trial, common) for name, trial in by_name.items()}
         given = {name for name in ("data_dir",) if getattr(arguments, name) is not None}
         for reason in needs.idle(next(iter(resolved.values())), given).values():
             raise ValueError(reason)
         out.mkdir(parents=True, exist_ok=True)
         run_directory.check_writable(out)
-    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
-    lines: dict[Trial, dict[str, Any]] = {}
-    turn = threading.Lock()  # evaluation uses torch's own threads, and the table is written by one at a time
 
-    def make(trial: Trial) -> None:
-        directory = out / trial.name
-        finished = train(resolved[trial], directory, threads)
-        with turn:
-            lines[trial] = measured(trial, directory, finished, arguments.data_dir)
-            found = [lines[t] for t in chosen if t in lines]
-            files.write_text(out / "compare.json", json.dumps(found, indent=2) + "\n")
-            exits.say(f"{len(lines)} of {len(chosen)}: {trial.name} {'done' if finished else 'diverged'}")
+    def measure(name: str, directory: Path, finished: bool) -> dict[str, Any]:
+        return measured(by_name[name], directory, finished, arguments.data_dir)
 
-    torch.set_num_threads(threads)
     try:
-        with (
-            exits.refusing(RuntimeError, ValueError, checkpoint.CheckpointError),
-            concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool,
-        ):
-            try:
-                for done in [pool.submit(make, trial) for trial in chosen]:
-                    done.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # one that fails, or Ctrl-C, ends all
+        with exits.refusing(RuntimeError, ValueError, checkpoint.CheckpointError):
+            lines = train_all(resolved, out / "compare.json", arguments.jobs, measure)
     except KeyboardInterrupt:
         exits.complain("stopped; the same command goes on")
         return 128 + signal.SIGINT
-    rows = summary([lines[trial] for trial in chosen])
+    rows = summary(lines)
     plots.save_comparison(out / "compare.png", rows)
     exits.say(table(rows))
     exits.say(f"everything is in {out}")

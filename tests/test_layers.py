@@ -69,7 +69,11 @@ def test_imports_go_downwards():
         for target in imports(path, package):
             below = FLOOR.get(room_of(target))
             same = room_of(target) == room or (room, room_of(target)) in AMONG_COMMANDS
-            if room_of(target) not in ("__version__", "__init__") and not same and (below is None or below >= FLOOR[room]):
+            if (
+                room_of(target) not in ("__version__", "__init__")
+                and not same
+                and (below is None or below >= FLOOR[room])
+            ):
                 upwards.append(f"{path.relative_to(PACKAGE)} imports {'.'.join(target)}")
     assert not upwards, upwards
 

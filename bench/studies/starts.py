@@ -1,4 +1,4 @@
-"""Where chains start, at the same number of gradients: `python -m bench.starts --out DIR [--write]`.
+"""Where chains start, at the same number of gradients: `python -m bench.studies.starts --out DIR [--write BLOCK]`.
 
 Trains the same energy with chains that persist, start from noise, or at a VAE's proposals, as many transitions an
 update, and compares the models, and how far chains then have to go. With images (--data digits --inits vae): what the
@@ -8,22 +8,19 @@ transitions make of a VAE's proposals.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import itertools
 import json
 import math
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastanila import data, generate
-from fastanila.compare import train
+from fastanila.compare import train_all
 from fastanila.evaluate import evaluate
 from fastanila.evaluation import plane as plane_evaluation
 from fastanila.evaluation import quadrature
@@ -31,7 +28,9 @@ from fastanila.training import config, defaults
 from fastanila.training import run as run_training
 from fastanila.training import settings as settings_training
 
-from . import report
+from .. import markdown
+
+Line = dict[str, Any]  #: what is known of a run
 
 #: After how many transitions the chains are looked at.
 LOOKS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -40,7 +39,7 @@ _CHAINS = 8192  #: of each start
 _BINS = 24
 
 ABOUT_PLANE = (
-    "{updates} updates of {steps} transitions each, {samplers}; medians of {seeds} seeds, with the least and the most. "
+    "{updates} updates of {steps} transitions each, {sampler}; medians of {seeds} seeds, with the least and the most. "
     "NLL - entropy and TV are the model's to the data, by quadrature. Modes: how many have a quarter of their due in "
     "the model, and in its chains. Transitions: how many {chains:,} chains of that start need on the trained model "
     "until the total variation to its law (24 x 24 cells) is within 0.05 of what exact draws show, as many different "
@@ -53,10 +52,6 @@ ABOUT_IMAGES = (
     "images; moved is the root mean square of how far an element moves, units of data. Margin: proposals less revised, "
     "run by run."
 )
-
-
-def settings_of(data_set: str, init: str, seed: int, common: dict[str, Any]) -> settings_training.Settings:
-    return config.resolve(settings_training.Settings(data=data_set, init=init, seed=seed, sample_every=0, **common))
 
 
 def needed(run: run_training.Run) -> int | None:
@@ -85,11 +80,7 @@ def trace(run: run_training.Run, z: Tensor, truth: Tensor, box: tuple[float, flo
         yield plane_evaluation.histogram_tv(plane_evaluation.histogram(z, box, _BINS), truth)
 
 
-# ---------------------------------------------------------------------------------------------------------- the tables
-
-
-def measured(directory: Path, settings: settings_training.Settings, finished: bool) -> dict[str, Any]:
-    """What is known of a run."""
+def measured(directory: Path, settings: settings_training.Settings, finished: bool) -> Line:
     line = {"data": settings.data, "init": settings.init, "seed": settings.seed, "diverged": not finished}
     if not finished:
         return line
@@ -99,22 +90,24 @@ def measured(directory: Path, settings: settings_training.Settings, finished: bo
     return line | ({"transitions": needed(run)} if settings.data in defaults.PLANES else {})
 
 
-def plane_table(lines: Sequence[dict[str, Any]]) -> str:
-    head = "| data | chains start | NLL - entropy | TV | modes: model | modes: chains | transitions | diverged |"
-    rows = [head, "| --- | --- |" + " ---: |" * 6]
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+def plane_table(lines: Sequence[Line]) -> str:
+    rows = []
     for (data_set, init), group in itertools.groupby(lines, lambda line: (line["data"], line["init"])):
         group = list(group)
         well = [line for line in group if not line["diverged"]]
-        cells = [spread(well, "gap", "{:.3f}"), spread(well, "tv", "{:.3f}")]
-        for where in ("model", "chains"):
-            found = well and f"modes_covered_{where}" in well[0]
-            cells.append(spread(well, f"modes_covered_{where}", "{:.0f}") + f" of {well[0]['modes']}" if found else "-")
-        cells += [spread(well, "transitions", "{:.0f}"), f"{len(group) - len(well)} of {len(group)}"]
-        rows.append(f"| {data_set} | {init} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+        row = [data_set, init, spread(well, "gap", "{:.3f}"), spread(well, "tv", "{:.3f}")]
+        for name in ("modes_covered_model", "modes_covered_chains"):
+            found = well and name in well[0]
+            row.append(f"{spread(well, name, '{:.0f}')} of {well[0]['modes']}" if found else "-")
+        rows.append([*row, spread(well, "transitions", "{:.0f}"), f"{len(group) - len(well)} of {len(group)}"])
+    columns = ["NLL - entropy", "TV", "modes: model", "modes: chains", "transitions", "diverged"]
+    return markdown.table(["data", "chains start", *columns], "ll" + "r" * 6, rows)
 
 
-def spread(lines: Sequence[dict[str, Any]], name: str, form: str) -> str:
+def spread(lines: Sequence[Line], name: str, form: str) -> str:
     """median (least to most) of a number, None being the largest."""
 
     def text(x: float) -> str:
@@ -126,12 +119,11 @@ def spread(lines: Sequence[dict[str, Any]], name: str, form: str) -> str:
     return f"{text(values[len(values) // 2])} ({text(values[0])} to {text(values[-1])})"
 
 
-def image_table(lines: Sequence[dict[str, Any]]) -> str:
-    rows = ["| data | | proposals | revised | margin | floor |", "| --- | --- | ---: | ---: | ---: | ---: |"]
-    for data_set, group in itertools.groupby(lines, lambda line: line["data"]):
-        group = [line for line in group if not line["diverged"]]
-        if not group:
-            continue
+def image_table(lines: Sequence[Line]) -> str:
+    rows = []
+    well = [line for line in lines if not line["diverged"]]
+    for data_set, group in itertools.groupby(well, lambda line: line["data"]):
+        group = list(group)
         for name, before, after, floor in (
             ("mean energy", "energy_proposals", "energy_revised", None),
             ("Frechet distance", "frechet_start", "frechet", "frechet_train"),
@@ -140,23 +132,21 @@ def image_table(lines: Sequence[dict[str, Any]]) -> str:
             a, b = ([line[key] for line in group] for key in (before, after))
             margins = [x - y for x, y in zip(a, b, strict=True)]
             cells = [f"{mean(x):.4f} +- {stdev(x) if len(x) > 1 else math.nan:.4f}" for x in (a, b, margins)]
-            cells.append(f"{mean(line[floor] for line in group):.4f}" if floor else "-")
-            rows.append(f"| {data_set} | {name} | {' | '.join(cells)} |")
-        rows.append(f"| {data_set} | moved | - | {mean(line['moved'] for line in group):.4f} | - | - |")
-    return "\n".join(rows)
+            rows.append([data_set, name, *cells, f"{mean(line[floor] for line in group):.4f}" if floor else "-"])
+        rows.append([data_set, "moved", "-", f"{mean(line['moved'] for line in group):.4f}", "-", "-"])
+    return markdown.table(["data", "", "proposals", "revised", "margin", "floor"], "llrrrr", rows)
 
 
-def markdown(lines: Sequence[dict[str, Any]], seeds: int) -> str:
-    well = [line for line in lines if not line["diverged"]]
-    plane = lines[0]["data"] in defaults.PLANES
-
+def report(lines: Sequence[Line], seeds: int) -> str:
     def of(name: str) -> str:
-        return ", ".join(sorted({f"{line[name]:,}" if name != "sampler" else line[name] for line in well}))
+        found = {line[name] for line in lines if not line["diverged"]}
+        return ", ".join(sorted(x if isinstance(x, str) else f"{x:,}" for x in found))
 
+    numbers = {name: of(name) for name in ("updates", "steps", "sampler")}
+    plane = lines[0]["data"] in defaults.PLANES
     about = (ABOUT_PLANE if plane else ABOUT_IMAGES).format(
-        updates=of("updates"), steps=of("steps"), samplers=of("sampler"), seeds=seeds, chains=_CHAINS,
-        looks=", ".join(map(str, LOOKS)),
-    )  # fmt: skip
+        **numbers, seeds=seeds, chains=_CHAINS, looks=", ".join(map(str, LOOKS))
+    )
     return f"{about}\n\n{plane_table(lines) if plane else image_table(lines)}"
 
 
@@ -171,39 +161,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--iterations", type=int, help="updates; default the data set's")
     parser.add_argument("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="other settings of every run")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and starts.json")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of each training")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, which share the processor's cores")
     parser.add_argument("--write", metavar="BLOCK", help="put the table into that block of bench/RESULTS.md")
     arguments = parser.parse_args(argv)
-    common = {k: v for k in ("data_dir", "steps", "iterations") if (v := getattr(arguments, k)) is not None}
-    common |= {name: json.loads(value) for name, value in (text.split("=", 1) for text in arguments.settings)}
     if len({name in defaults.PLANES for name in arguments.data}) > 1:
         parser.error(f"data must be all in two dimensions or all images, got {' '.join(arguments.data)}")
     if arguments.data[0] not in defaults.PLANES and arguments.inits != ["vae"]:
         parser.error(f"inits must be vae for images, got {' '.join(arguments.inits)}")
-    chosen = list(itertools.product(arguments.data, arguments.inits, arguments.seeds))
-    resolved = {trial: settings_of(*trial, common) for trial in chosen}
+    common = {k: v for k in ("data_dir", "steps", "iterations") if (v := getattr(arguments, k)) is not None}
+    common |= {name: json.loads(value) for name, value in (text.split("=", 1) for text in arguments.settings)}
+    resolved = {
+        f"{data_set}-{init}-{seed}": config.resolve(
+            settings_training.Settings(data=data_set, init=init, seed=seed, sample_every=0, **common)
+        )
+        for data_set, init, seed in itertools.product(arguments.data, arguments.inits, arguments.seeds)
+    }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    lines: dict[tuple, dict[str, Any]] = {}
-    turn = threading.Lock()
-
-    def make(trial: tuple) -> None:
-        directory = arguments.out / "-".join(map(str, trial))
-        finished = train(resolved[trial], directory, arguments.threads)
-        with turn:
-            lines[trial] = measured(directory, resolved[trial], finished)
-            print(json.dumps(lines[trial]), file=sys.stderr, flush=True)
-
-    torch.set_num_threads(arguments.threads)
-    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        for done in [pool.submit(make, trial) for trial in chosen]:
-            done.result()
-    found = [lines[trial] for trial in chosen]
-    report.replace(arguments.out / "starts.json", json.dumps(found, indent=1) + "\n")
-    text = markdown(found, len(arguments.seeds))
+    lines = train_all(
+        resolved, arguments.out / "starts.json", arguments.jobs,
+        lambda name, directory, finished: measured(directory, resolved[name], finished),
+    )  # fmt: skip
+    text = report(lines, len(arguments.seeds))
     print(text)
     if arguments.write:
-        report.write(text, arguments.write)
+        markdown.write(text, arguments.write)
     return 0
 
 

@@ -7,19 +7,18 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import checkout, gpu, gpu_tests, processes, record, report, smoke, table
+import bench
+from bench import ROOT, gpu, gpu_tests, markdown, processes, record, report, smoke, table
 from bench.processes import Command, Ended
 from bench.record import Record
 from bench.report import Line
-from bench.row import GROUPS
-from fastanila import ops
-
-ROOT = Path(__file__).resolve().parent.parent
+from bench.row import OURS, Row
 
 JUNIT = """<testsuites><testsuite tests="{tests}" failures="{failures}" errors="0" skipped="{skipped}">
 <testcase classname="tests.a" name="good"/><testcase classname="tests.a" name="bad">{body}</testcase>
@@ -47,22 +46,11 @@ def test_without_a_whole_report_the_output_tells(tmp_path):
     assert gpu_tests.found(Ended(-9, 2.0, True), junit, output)["outcome"] == "stopped after 2 s"
 
 
-MARKED = re.compile(r"mark\.gpu\b|\bimport .*\bMARKS\b")
-
-
-def files_of_gpu_tests(tests: Path) -> set[str]:
-    return {str(path.relative_to(tests.parent)) for path in tests.rglob("*.py") if MARKED.search(path.read_text())}
-
-
-def test_all_gpu_tests_are_where_bench_gpu_looks_for_them(tmp_path):
-    def outside(tests: Path) -> set[str]:
-        return {file for file in files_of_gpu_tests(tests) if not file.startswith(gpu_tests.FOLDERS)}
-
-    assert len(files_of_gpu_tests(ROOT / "tests")) >= 6 and not outside(ROOT / "tests")
-    assert all((ROOT / folder).exists() for folder in gpu_tests.FOLDERS)
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_elsewhere.py").write_text("@pytest.mark" + ".gpu\ndef test(): pass")
-    assert outside(tmp_path / "tests") == {"tests/test_elsewhere.py"}
+def test_the_files_of_gpu_tests_are_those_that_name_the_marker(tmp_path):
+    assert len(gpu_tests.files()) >= 6
+    for name, text in (("here", "@pytest.mark" + ".gpu\ndef test(): pass"), ("not_here", "def test(): pass")):
+        (tmp_path / f"test_{name}.py").write_text(text)
+    assert gpu_tests.files(tmp_path) == [str(tmp_path / "test_here.py")]
 
 
 SLEEPY = """
@@ -75,15 +63,15 @@ def test_long():
 
 def test_tests_that_take_too_long_are_stopped_and_their_tracebacks_kept(tmp_path, monkeypatch):
     (tmp_path / "test_sleepy.py").write_text(SLEEPY)
-    monkeypatch.setattr(gpu_tests, "FOLDERS", (str(tmp_path), "-m", ""))
+    monkeypatch.setattr(gpu_tests, "files", lambda: [str(tmp_path), "-m", ""])
     monkeypatch.setattr(gpu_tests.importlib.util, "find_spec", lambda name: None)
     found = gpu_tests.run_tests(6.0, tmp_path / "gpu.xml", tmp_path / "gpu.txt")
     assert found["exit"] == 2 and found["outcome"].startswith("stopped") and found["tests"] >= 1, found
-    assert found["broken"] == ["test_sleepy::test_bad"]
+    assert [name.endswith("test_sleepy::test_bad") for name in found["broken"]] == [True]
     assert "'here' == 'there'" in (tmp_path / "gpu.txt").read_text()
 
 
-@pytest.mark.parametrize(("cores", "processes"), [(16, 14), (64, 14), (4, 2), (1, 1), (None, 1)])
+@pytest.mark.parametrize(("cores", "processes"), [(64, 14), (4, 2), (1, 1), (None, 1)])
 def test_as_many_processes_of_tests_as_there_are_cores_for(cores, processes, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setattr(gpu_tests.importlib.util, "find_spec", lambda name: name)
@@ -140,7 +128,7 @@ def bare(tmp_path):
 def test_bench_gpu_runs_from_a_bare_checkout(bare):
     root, environment = bare
     out = root / "out"
-    arguments = ["--device", "cpu", "--quick", "--rows", "startup", "--budget", "150", "--no-tests"]
+    arguments = ["--device", "cpu", "--rows", "host", "--seconds", "0", "--budget", "150", "--no-tests"]
     files = ["--out", str(out), "--earlier", str(out), "--results", str(out / "RESULTS.md")]
     command = [sys.executable, "-m", "bench.gpu", *arguments, *files]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
@@ -153,17 +141,17 @@ def test_bench_gpu_runs_from_a_bare_checkout(bare):
     assert {line["note"] for line in found["lines"] if line["device"] == "cpu"} == {""}
     assert found["smoke"] == {"outcome": "skipped"} and found["tests"] == {"outcome": "not run"}
     text = (out / "RESULTS.md").read_text()
-    assert "| start-up, a process each | import torch |" in text and "bench.smoke: skipped" in text
+    assert "| host time of one eager call, 64 elements | torch.add |" in text and "bench.smoke: skipped" in text
     assert text.splitlines()[0] == (ROOT / "bench" / "RESULTS.md").read_text().splitlines()[0]
 
 
 def test_the_link_is_made_where_there_is_none_and_git_does_not_see_it(tmp_path, monkeypatch):
     (tmp_path / "fastanila").mkdir()
-    monkeypatch.setattr(checkout.importlib.util, "find_spec", lambda name: None)
-    assert checkout.link_kernels(tmp_path) and checkout.link_kernels(tmp_path)  # the second as if another were first
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    assert bench.link_kernels(tmp_path) and bench.link_kernels(tmp_path)  # the second as if another were first
     assert os.readlink(tmp_path / "fastanila" / "kernels") == "../kernels"
     monkeypatch.undo()
-    assert not checkout.link_kernels(tmp_path / "nowhere")  # fastanila.kernels is found here
+    assert not bench.link_kernels(tmp_path / "nowhere")  # fastanila.kernels is found here
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     assert "/fastanila/kernels" in ignored and "/bench/results/gpu-*" in ignored
 
@@ -175,7 +163,6 @@ def test_it_writes_at_most_eight_files_of_plain_names():
     names = [*gpu.FILES.values(), "RESULTS.md", record.name_of("cuda", {"device": "NVIDIA H100 80GB HBM3 (a/b)"})]
     assert len(set(names)) == len(names) <= 8
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
-    assert all(f"{name}" in gpu.__doc__ or name in gpu.FILES.values() or name.endswith(".json") for name in names)
 
 
 def test_a_results_file_without_a_place_for_the_table_is_refused_at_the_start(tmp_path):
@@ -184,7 +171,7 @@ def test_a_results_file_without_a_place_for_the_table_is_refused_at_the_start(tm
     with pytest.raises(ValueError, match="markers"):
         gpu.begun(results, "cuda")
     gpu.begun(tmp_path / "new" / "RESULTS.md", "cuda")
-    assert (tmp_path / "new" / "RESULTS.md").read_text() == report.RESULTS.read_text()
+    assert (tmp_path / "new" / "RESULTS.md").read_text() == markdown.RESULTS.read_text()
 
 
 @pytest.fixture
@@ -227,44 +214,33 @@ def child(kept: Record, dies: str, after: str) -> list[str]:
     return [sys.executable, "-S", "-c", CHILD, str(kept.json), dies, after, table.NOT_REACHED, table.RUNNING]
 
 
-def group_with_a_process_that(dies: str, after: str, kept: Record, tmp_path, seconds: float = 30.0):
-    kept.update(**report.as_json([line(work, "skipped: earlier") for work in "abcd"], kept.on))
-    codes = gpu.run_group("chains", seconds, child(kept, dies, after), kept, tmp_path / "output")
-    return codes, {line.work: line.note for line in kept.lines()}
+def table_by_a_process_that(dies: str, after: str, kept: Record, tmp_path, seconds: float = 30.0):
+    kept.keep([line(work, "skipped: earlier") for work in "abcd"])
+    good = gpu.run_table(seconds, child(kept, dies, after), ["chains"], kept, tmp_path / "output")
+    return good, {line.work: line.note for line in kept.lines()}
 
 
-@pytest.mark.parametrize("code", [3, 1, 139, 0])
-def test_a_process_that_dies_loses_only_the_row_it_was_at(code, kept, tmp_path):
-    codes, notes = group_with_a_process_that("b,c", str(code), kept, tmp_path)
-    assert codes == [code, code, 0] and notes == {"a": "", "b": table.RUNNING, "c": table.RUNNING, "d": ""}
+@pytest.mark.parametrize("code", [3, 139])
+def test_a_process_that_dies_loses_only_the_row_it_was_at(code, kept, tmp_path, capsys):
+    good, notes = table_by_a_process_that("b,c", str(code), kept, tmp_path)
+    assert not good and notes == {"a": "", "b": table.RUNNING, "c": table.RUNNING, "d": ""}
+    assert capsys.readouterr().out.count(f"ended with {code}") == 2
+    good, notes = table_by_a_process_that("none", str(code), kept, tmp_path)
+    assert good and set(notes.values()) == {""}
 
 
-def test_one_that_dies_ahead_of_any_row_is_not_started_for_ever(kept, tmp_path):
-    kept.update(**report.as_json([line("a", table.NOT_REACHED)], kept.on))
-    codes = gpu.run_group("chains", 30.0, child(kept, "start", "5"), kept, tmp_path / "output")
-    assert codes == [5, 5] and kept.lines()[0].note == "failed: the process ahead of it ended with 5"
+def test_one_that_dies_ahead_of_any_row_is_not_started_for_ever(kept, tmp_path, capsys):
+    kept.keep([line("a", table.NOT_REACHED), line("b", table.NOT_REACHED, "noise")])
+    assert not gpu.run_table(30.0, child(kept, "start", "5"), ["chains"], kept, tmp_path / "output")
+    assert capsys.readouterr().out.count("ended with 5") == 2
+    assert kept.lines()[1].note == "failed: the process ahead of it ended with 5"
 
 
 def test_one_that_hangs_is_stopped_and_its_row_has_failed(kept, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_OVER", 1.0)
-    codes, notes = group_with_a_process_that("b", "hangs", kept, tmp_path, seconds=1.0)
-    assert codes == [1] and notes["a"] == "" and notes["b"].startswith("failed: stopped")
+    good, notes = table_by_a_process_that("b", "hangs", kept, tmp_path, seconds=1.0)
+    assert not good and notes["a"] == "" and notes["b"].startswith("failed: stopped")
     assert notes["c"] == notes["d"] == table.NOT_REACHED
-
-
-def test_groups_of_rows_take_processes_of_their_own_and_what_is_left_of_the_time(kept, tmp_path, monkeypatch):
-    asked = []
-
-    def run_group(group, seconds, argv, kept, output):
-        asked.append((group, round(seconds), argv[argv.index("--rows") + 1]))
-        return [139] if group == "chains" else [0]
-
-    monkeypatch.setattr(gpu, "run_group", run_group)
-    arguments = gpu.parser().parse_args(["--rows", "noise", "chains", "step", "--device", "cpu"])
-    assert not gpu.run_table(gpu.Clock(480.0), arguments, kept, tmp_path / "output")
-    assert asked == [("step", 180, "step"), ("chains", 432, "chains"), ("noise", 480, "noise")]
-    assert set(gpu.GROUP_SHARES) == set(GROUPS) and sum(gpu.GROUP_SHARES.values()) == pytest.approx(1.0)
-    assert sum(gpu.SHARES.values()) == pytest.approx(1.0) and [*gpu.SHARES] == ["smoke", "tests", "table"]
 
 
 @pytest.fixture
@@ -273,8 +249,8 @@ def phases(tmp_path, monkeypatch):
     given = {}
 
     def phase(name, result):
-        def run(first, *others):
-            given[name] = first.left() if isinstance(first, gpu.Clock) else first
+        def run(seconds, *others):
+            given[name] = seconds
             return result
 
         return run
@@ -289,7 +265,7 @@ def phases(tmp_path, monkeypatch):
 
 def test_the_two_calls_are_told_alike_and_leave_time_to_start_a_machine():
     told = re.findall(r"python -m bench\.gpu --no-.*--budget \d+ --out \$OUT --results \$OUT/RESULTS\.md", gpu.__doc__)
-    text = report.RESULTS.read_text()
+    text = markdown.RESULTS.read_text()
     assert len(told) == 2 and all(command in text for command in told)
     calls = [gpu.parser().parse_args(command.split()[3:]) for command in told]
     assert sum(call.budget for call in calls) <= 720 and all(call.budget <= 540 for call in calls)
@@ -323,106 +299,83 @@ def test_a_later_call_goes_on_from_the_earlier_ones_report(phases):
 # --------------------------------------------------------------------------------------------------------------- smoke
 
 
-def test_smoke_checks_all_at_once_and_then_takes_times_one_by_one(tmp_path, monkeypatch):
-    batches = []
-
+def test_smoke_runs_its_parts_side_by_side(tmp_path, monkeypatch, capsys):
     def run_together(commands, seconds):
-        batches.append(([(c.argv[3], "--untimed" in c.argv) for c in commands], round(seconds)))
+        assert [c.argv[3] for c in commands] == [*smoke.PARTS] and seconds == 100
         for command in commands:
             with command.output.open("a") as file:
                 file.write(f"a finding of {command.argv[3]}\n")
-        return [Ended({"numbers": 1, "chains": 139}.get(c.argv[3], 0), 1.0, c.argv[3] == "step") for c in commands]
+        return [Ended({"capture": 1, "chains": 139}.get(c.argv[3], 0), 1.0, c.argv[3] == "train") for c in commands]
 
     monkeypatch.setattr(gpu, "run_together", run_together)
-    monkeypatch.setattr(gpu, "run", lambda command, seconds: run_together([command], seconds)[0])
     found = gpu.run_smoke(100.0, [*smoke.PARTS], tmp_path / "findings", tmp_path / "errors")
-    assert batches[0] == ([(part, True) for part in smoke.PARTS], 50)
-    assert [batch for batch, _ in batches[1:]] == [[(part, False)] for part in smoke.TIMED]
-    assert all(seconds <= 100 for _, seconds in batches) and batches[1][1] == 20
-    assert found["failed"] == ["numbers", "step", "chains"] and found["outcome"] == "failed"
+    assert found["failed"] == ["capture", "chains", "train"] and found["outcome"] == "failed"
     outcomes = {part: each["outcome"] for part, each in found["parts"].items()}
-    assert outcomes["chains"] == "ended with 139" and outcomes["step"].startswith("stopped")
-    assert outcomes["numbers"] == "failed" and outcomes["capture"] == "passed"
-    assert len((tmp_path / "findings").read_text().splitlines()) == len(smoke.PARTS) + len(smoke.TIMED)
+    assert outcomes == dict.fromkeys(smoke.PARTS, "passed") | {
+        "capture": "failed", "chains": "ended with 139", "train": "stopped after 1 s",
+    }  # fmt: skip
+    assert capsys.readouterr().out.count("a finding of") == len(smoke.PARTS)
 
 
-def test_a_check_that_breaks_is_a_finding_and_the_next_goes_on(monkeypatch, capsys):
-    def breaks(run):
-        yield dict(check="first", ok=True, value=0.123456789)
+def row_of(work: str, group: str, ours) -> Row:
+    def rival():
+        raise AssertionError("a rival was built")
+
+    return Row(group, work, (1,), "float32", lambda device, closing: {OURS: lambda: ours, "eager": rival})
+
+
+def test_a_work_that_breaks_or_falls_back_is_a_finding_and_the_next_goes_on(monkeypatch, capsys):
+    def breaks():
         raise RuntimeError("no such kernel")
 
-    def warns(run):
-        import warnings
-
+    def warns():
         warnings.warn("the chain runs uncaptured: why", stacklevel=1)
-        yield dict(check="never")
 
-    def fine(run):
-        yield dict(check="fine", ok=True, worst=float("nan"))
-
-    monkeypatch.setitem(smoke.PARTS, "numbers", (breaks, warns, fine))
-    assert smoke.main(["numbers", "--device", "cpu"]) == 1
+    found = [row_of("fine", "noise", list), row_of("breaks", "noise", breaks), row_of("other", "host", breaks)]
+    monkeypatch.setattr(smoke.rows, "rows", lambda kind: [*found, row_of("warns", "noise", warns)])
+    assert smoke.main(["noise", "--device", "cpu"]) == 1
     captured = capsys.readouterr()
-    found = [json.loads(text) for text in captured.out.splitlines()]
-    assert [(f["check"], f.get("ok")) for f in found] == [
-        ("first", True), ("breaks", False), ("warns", False), ("fine", True), ("fine", None),
-    ]  # fmt: skip
-    assert found[0]["value"] == 0.1235 and found[3]["worst"] == "nan"
-    assert found[1]["error"] == "RuntimeError: no such kernel" and "uncaptured" in found[2]["error"]
-    assert "no such kernel" in captured.err and all("part" in f for f in found)
-    monkeypatch.setitem(smoke.PARTS, "numbers", (fine,))
-    assert smoke.main(["numbers", "--device", "cpu"]) == 0
+    told = {line["check"]: line for line in map(json.loads, captured.out.splitlines())}
+    assert {work: one.get("ok") for work, one in told.items()} == {
+        "fine": True, "breaks": False, "warns": False, "noise": None,
+    }  # fmt: skip
+    assert told["breaks"]["error"] == "failed: RuntimeError: no such kernel" and "uncaptured" in told["warns"]["error"]
+    assert "no such kernel" in captured.err
+    del found[1:]
+    monkeypatch.setattr(smoke.rows, "rows", lambda kind: found)
+    assert smoke.main(["noise", "--device", "cpu"]) == 0
 
 
-def test_agreement_tells_seldom_misses_from_wrong_numbers():
-    want = torch.zeros(1000)
-    got = want.clone()
-    got[0] = 1.0
-    assert smoke.agreement(got, want, 1e-3, 1e-2)["ok"] and not smoke.agreement(got, want, 1e-3, 1e-4)["ok"]
-    assert smoke.agreement(1001 * torch.ones(5), 1000 * torch.ones(5), 2e-3, 0.0)["ok"]
-    got[0] = float("nan")
-    assert not smoke.agreement(got, want, 1e-3, 1.0)["ok"]
+def test_a_check_that_breaks_is_a_finding(monkeypatch, capsys):
+    def breaks(device):
+        yield dict(check="first", ok=True, value=0.25)
+        raise RuntimeError("no such kernel")
 
-
-@pytest.mark.skipif(ops.INTERPRETED, reason="the interpreter has tests of its own")
-def test_the_smokes_numbers_see_a_wrong_step(monkeypatch):
-    run = smoke.Run(torch.device("cpu"))
-    monkeypatch.setattr(smoke, "_ROUNDING", {torch.float32: smoke._ROUNDING[torch.float32]})
-    assert all(found["ok"] for found in smoke.step_numbers(run))
-    step = ops.anisotropic_step
-    monkeypatch.setattr(ops, "anisotropic_step", lambda *a, **k: step(*a, **k | {"step_size": 0.301}))
-    assert not any(found["ok"] for found in smoke.step_numbers(run))
+    monkeypatch.setitem(smoke.PARTS, "capture", breaks)
+    assert smoke.main(["capture", "--device", "cpu"]) == 1
+    first, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first == dict(check="first", ok=True, value=0.25)
+    assert (last["check"], last["ok"], last["error"]) == ("capture", False, "RuntimeError: no such kernel")
 
 
 def test_the_sizes_of_a_launch_are_put_back(monkeypatch):
     pytest.importorskip("triton")
+    from bench.studies import launch_sizes
     from fastanila.kernels import mlp, step
 
     chosen, sizes = mlp.mlp_constants, (2, 64, 2, 0, 1024, 232448)
-    with smoke.mlp_size((4, 8)):
+    with launch_sizes.mlp_size((4, 8)):
         constants, warps = mlp.mlp_constants(*sizes)
         assert (constants["ROWS"], warps) == (4, 8)
     assert mlp.mlp_constants is chosen and chosen(*sizes)[0]["ROWS"] != 4
-    with smoke.mlp_size(None):
+    with launch_sizes.mlp_size(None):
         assert mlp.mlp_constants(*sizes) == chosen(*sizes)
 
     seen = []
-
-    class Untimed:
-        device = torch.device("cpu")
-
-        def times(self, ways):
-            for name, way in ways.items():
-                if name != "copy":
-                    way()
-            return {name: {} for name in ways}
-
-    def untimed(**arguments):
-        seen.append(step.CONFIGURATION)
-
-    monkeypatch.setattr(smoke.workloads, "anisotropic_step", untimed)
-    monkeypatch.setattr(smoke.workloads, "step_arguments", lambda *arguments: {})
-    monkeypatch.setattr(smoke.workloads, "device_copy", lambda *arguments: None)
+    monkeypatch.setattr(launch_sizes.workloads, "anisotropic_step", lambda: seen.append(step.CONFIGURATION))
+    monkeypatch.setattr(launch_sizes.workloads, "step_arguments", lambda *arguments: {})
+    monkeypatch.setattr(launch_sizes.workloads, "device_copy", lambda *arguments: None)
+    monkeypatch.setattr(launch_sizes, "times", lambda work, ways, device: [ways[name]() for name in [*ways][1:]])
     before = step.CONFIGURATION
-    assert len(list(smoke.step_times(Untimed()))) == 4 * (1 + len(smoke.STEP_SIZES))
-    assert seen == 4 * [*smoke.STEP_SIZES] and before == step.CONFIGURATION
+    assert len(list(launch_sizes.of_step(torch.device("cpu")))) == 4 * len(launch_sizes.STEP_SIZES)
+    assert seen == 4 * [*launch_sizes.STEP_SIZES] and before == step.CONFIGURATION

@@ -1,4 +1,4 @@
-"""Acceptance against step size on a trained image energy: `python -m bench.acceptance RUN [--out PNG]`.
+"""Acceptance against step size on a trained image energy: `python -m bench.studies.acceptance RUN [--out FILE]`.
 
 On a product Gaussian of dimension D the step size that keeps a Metropolis-adjusted sampler's acceptance falls as
 D**(-1/3) with one gain a chain, as MALA's does, but as 1/D with one an element. Whether a network does so too is seen
@@ -30,10 +30,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastanila import MALA, AdjustedAniLA, data, files
+from fastanila import MALA, AdjustedAniLA, data
 from fastanila.evaluation import plots
+from fastanila.files import write_text
 from fastanila.samplers.sampler import Sampler
 from fastanila.training import run as run_training
+
+from .. import markdown
 
 WALL = 0.02  #: standard deviation of the wall's normal, units of data; a training transition's noise has 0.01
 TARGET = MALA.target_acceptance
@@ -150,60 +153,57 @@ def measured(run: run_training.Run, chains: int, settling: int, transitions: int
 # ------------------------------------------------------------------------------------------------------- what it shows
 
 
-def markdown(found: dict) -> str:
+def report(found: dict) -> str:
     """The step sizes at TARGET, and over MALA's on the same energy."""
-    mine = {(c["on"], c["sampler"], c["fraction"]): c for c in found["curves"]}
+    mine = {(c["on"], c["sampler"], c["fraction"]): c["at_target"] for c in found["curves"]}
 
     def cells(on: str, sampler: str, fraction: float | None) -> list[str]:
-        at, mala = mine[on, sampler, fraction]["at_target"], mine[on, "mala", None]["at_target"]
+        at, mala = mine[on, sampler, fraction], mine[on, "mala", None]
         return [f"{at:.3g}" if at else "-", f"{at / mala:.3g}" if at and mala else "-"]
 
-    chains, *shape = found["shape"]
-    names = [(sampler, fraction) for on, sampler, fraction in mine if on == "network"]
     rows = [
-        [sampler, f"{fraction:.0%}" if fraction else "-", *cells("network", *name), *cells("Gaussian", *name)]
-        for name in names
-        for sampler, fraction in [name]
+        [name, f"{fraction:.0%}" if fraction else "-", *cells(on, name, fraction), *cells("Gaussian", name, fraction)]
+        for on, name, fraction in mine
+        if on == "network"
     ]
+    chains, *shape = found["shape"]
     start, half, end = found["mean_energy"]
-    return "\n".join(
-        [
-            f"Step size at {TARGET:.1%} acceptance: {found['data']}, {found['updates']:,} updates, temperature "
-            f"{found['temperature']:g}, D = {math.prod(shape):,}; {chains} chains x {found['transitions']} transitions "
-            f"a point. Settled by {found['settling']} transitions of MALA: mean U / T {start:.1f}, half way "
-            f"{half:.1f}, then {end:.1f}; {found['outside']:.1%} of the elements are outside [-1, 1], "
-            + (f"where a wall of {found['wall']:g} holds them." if found["wall"] else "and there is no wall."),
-            "",
-            "| gain | clipped | network | over MALA's | product Gaussian | over MALA's |",
-            "| --- | ---: | ---: | ---: | ---: | ---: |",
-            *[f"| {' | '.join(row)} |" for row in rows],
-        ]
+    about = (
+        f"Step size at {TARGET:.1%} acceptance: {found['data']}, {found['updates']:,} updates, temperature "
+        f"{found['temperature']:g}, D = {math.prod(shape):,}; {chains} chains x {found['transitions']} transitions "
+        f"a point. Settled by {found['settling']} transitions of MALA: mean U / T {start:.1f}, half way "
+        f"{half:.1f}, then {end:.1f}; {found['outside']:.1%} of the elements are outside [-1, 1], "
+        + (f"where a wall of {found['wall']:g} holds them." if found["wall"] else "and there is no wall.")
     )
+    columns = ["gain", "clipped", "network", "over MALA's", "product Gaussian", "over MALA's"]
+    return f"{about}\n\n" + markdown.table(columns, "llrrrr", rows)
 
 
 def save(path: Path, found: dict) -> None:
+    """The figure, and the JSON beside it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
     colors = dict(zip(("mala", *NORMS), ("black", "C3", "C1", "C0"), strict=True))
-    for axis, on in zip(panels, ("network", "Gaussian"), strict=True):
-        for c in [c for c in found["curves"] if c["on"] == on]:
-            label = c["sampler"] + (f", {c['fraction']:.0%} clipped" if c["fraction"] else "")
-            style = "--" if c["fraction"] == FRACTIONS[1] else "-"
-            axis.plot(c["step_sizes"], c["acceptance"], style, color=colors[c["sampler"]], label=label)
+    titles = {"network": f"energy of {found['data']}", "Gaussian": "Gaussian"}
+    panels = dict(zip(titles, figure.subplots(1, 2, sharey=True), strict=True))
+    for c in found["curves"]:
+        label = c["sampler"] + (f", {c['fraction']:.0%} clipped" if c["fraction"] else "")
+        style = "--" if c["fraction"] == FRACTIONS[1] else "-"
+        panels[c["on"]].plot(c["step_sizes"], c["acceptance"], style, color=colors[c["sampler"]], label=label)
+    for on, axis in panels.items():
         axis.axhline(TARGET, color="grey", linewidth=0.5)
-        axis.set(xscale="log", xlabel="step size", title=f"{on}, D = {math.prod(found['shape'][1:]):,}")
-    panels[0].set(ylabel="acceptance", title=f"energy of {found['data']}, D = {math.prod(found['shape'][1:]):,}")
-    panels[0].legend(fontsize="small")
+        axis.set(xscale="log", xlabel="step size", title=f"{titles[on]}, D = {math.prod(found['shape'][1:]):,}")
+    panels["network"].set_ylabel("acceptance")
+    panels["network"].legend(fontsize="small")
     plots.save_figure(path, figure)
-    files.write_text(path.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
+    write_text(path.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a trained run on images")
-    parser.add_argument("--out", type=Path, default=Path("docs/images/acceptance.png"))
+    parser.add_argument("--out", type=Path, default=Path("docs/acceptance.png"))
     parser.add_argument("--chains", type=int, default=64)
     parser.add_argument("--settling", type=int, default=1000, help="transitions of MALA ahead of the measurement")
     parser.add_argument("--transitions", type=int, default=4, help="for each step size")
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"RUN must be one on images, got chains of shape {tuple(run.chains.shape)}")
     found = measured(run, arguments.chains, arguments.settling, arguments.transitions, arguments.per_decade)
     save(arguments.out, found)
-    print(markdown(found))
+    print(report(found))
     return 0
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import rival_updates, rivals, workloads
-from fastanila import AdjustedAniLA, ops
+from bench import compiled_rivals, rival_updates, rivals, workloads
+from bench.workloads import Numbers
+from fastanila import ops
 from fastanila.models import MLP, ConvNet
 from fastanila.ops import reference
+from fastanila.training.settings import Settings
 
 CPU = torch.device("cpu")
 
@@ -26,19 +28,12 @@ def mean_energy(way) -> float:
 
 
 def plain_chain() -> float:
-    sampler = CHAINS.sampler("Langevin")
-    return mean_energy(lambda: sampler.run(CHAINS.energy(CPU), CHAINS.start(CPU), steps=10, seed=0, compile=False))
-
-
-@pytest.mark.parametrize("kind", ["AniLA", "Langevin"])
-def test_our_captured_way_makes_the_public_faces_chain(kind):
-    chains = workloads.Chains("mlp-64", (20, 2), 4)
-    torch.testing.assert_close(chains.ours_captured(kind, CPU)(), chains.ours(kind, CPU)())
+    return mean_energy(CHAINS.ours("Langevin", CPU, compile=False))
 
 
 def test_frozen_weights_are_cast_once_and_change_no_number():
     chains = workloads.Chains("convnet-32", (2, 3, 8, 8), 1, "bf16")
-    energy, z = rivals.frozen(chains, CPU, False), chains.start(CPU)
+    energy, z = rivals.frozen(chains, CPU)
     assert {p.dtype for p in energy.parameters()} == {torch.bfloat16}
     assert torch.equal(energy(z), chains.ordinary_energy(CPU)(z))
 
@@ -74,7 +69,7 @@ def test_the_rivals_network_is_the_same_function(network):
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0])
-@pytest.mark.parametrize("step", [rivals.eager_step, rivals.plain_step])
+@pytest.mark.parametrize("step", [rivals.eager_step, compiled_rivals.plain_step])
 def test_the_steps_by_hand_are_the_definition(step, noise, monkeypatch):
     monkeypatch.setattr(torch, "randn_like", lambda z: torch.full_like(z, noise))
     arguments = workloads.step_arguments(4096, "float32", CPU)
@@ -94,25 +89,28 @@ def test_a_loop_by_hand_makes_the_definitions_transitions(kind, noise, monkeypat
     z, energy = chains.start(CPU), chains.energy(CPU)
     for _ in range(3):
         score = -torch.func.grad(lambda x: energy(x).sum())(z)
-        threshold = chains.threshold if kind == "AniLA" else math.inf
-        z = reference.anisotropic_step(z, score, threshold, step_size=chains.step_size, noise=torch.full_like(z, noise))
+        threshold = chains.numbers.threshold if kind == "AniLA" else math.inf
+        step_size, xi = chains.numbers.step_size, torch.full_like(z, noise)
+        z = reference.anisotropic_step(z, score, threshold, step_size=step_size, noise=xi)
     torch.testing.assert_close(final, z)
 
 
 def test_the_authors_form_scales_by_the_norm_over_dim_1(monkeypatch):
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
-    x = torch.tensor([[3.0, 4.0], [0.3, 0.4]], requires_grad=True)
-    rivals.authors_transition(lambda x: 0.5 * x.square().sum(1), x, threshold=1.0, noise_scale=0.1)
-    gamma = torch.tensor([[0.2], [1.0]])
-    expected = torch.tensor([[3.0, 4.0], [0.3, 0.4]]) * (1 - gamma) + 0.1 * gamma
-    torch.testing.assert_close(x.detach(), expected)
+    x, gamma = torch.tensor([[3.0, 4.0], [0.3, 0.4]]), torch.tensor([[0.2], [1.0]])
+    numbers = Numbers(step_size=0.04, threshold=1.0, noise_scale=0.5)
+    got = rivals.authors_chain(lambda x: 0.5 * x.square().sum(1), x, 1, numbers)
+    torch.testing.assert_close(got, x * (1 - gamma) + 0.1 * gamma)
+
+
+SETTINGS = Settings(steps=2, lr=1e-3, threshold=1.0, step_size=0.01, noise_scale=1.0, batch_size=16, chains=32)
 
 
 def test_the_eager_update_samples_with_the_weights_of_the_update_before():
     """In bf16 its chains run on a copy of the network."""
     torch.manual_seed(0)
     energy = workloads.Ordinary(ConvNet(3, 8, 4), "bf16")
-    settings = workloads.Settings(steps=2, lr=0.1, threshold=1.0, step_size=0.01, noise_scale=1.0, precision="bf16")
+    settings = dataclasses.replace(SETTINGS, lr=0.1, precision="bf16", batch_size=4, chains=8)
     seen, first = [], next(energy.parameters())
     forward = workloads.Ordinary.forward
 
@@ -122,7 +120,7 @@ def test_the_eager_update_samples_with_the_weights_of_the_update_before():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workloads.Ordinary, "forward", noted)
-        update = rival_updates.eager_update(energy, torch.rand(16, 3, 8, 8), 4, 8, settings)
+        update = rival_updates.eager_update(energy, torch.rand(16, 3, 8, 8), settings)
         for _ in range(2):
             update()
     assert [own for own, *_ in seen] == [False, False, True] * 2
@@ -131,15 +129,13 @@ def test_the_eager_update_samples_with_the_weights_of_the_update_before():
     assert not torch.allclose(seen[0][1], seen[3][1], rtol=0.01)
 
 
-FORMS = [rival_updates.authors_update, rival_updates.eager_update, rival_updates.eager_mala_update]
-
-
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [rival_updates.authors_update, rival_updates.eager_update, rival_updates.eager_mala_update]
+)
 def test_an_update_by_hand_moves_the_parameters_and_leaves_them_trainable(form):
     energy, pool = MLP(2, 16), torch.randn(64, 2)
     before = [p.detach().clone() for p in energy.parameters()]
-    settings = workloads.Settings(steps=2, lr=1e-3, threshold=1.0, step_size=0.01, noise_scale=1.0)
-    update = form(energy, pool, 16, 32, settings)
+    update = form(energy, pool, SETTINGS)
     assert torch.isfinite(update())
     assert all(p.requires_grad for p in energy.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(before, energy.parameters(), strict=True))
@@ -160,7 +156,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_the_convolutions_alone_are_the_networks_and_nothing_else(precision):
     chains = workloads.Chains("convnet-32", (2, 3, 16, 16), 3, precision)
-    run = rivals.convolutions_alone(chains, CPU)
+    run = compiled_rivals.convolutions_alone(chains, CPU)
     with Calls() as calls:
         run()
     forward, back = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
@@ -177,7 +173,7 @@ def test_the_convolutions_alone_are_the_networks_and_nothing_else(precision):
 
 def test_passes_beside_the_convolutions_move_the_bytes_that_they_are_to():
     chains = workloads.Chains("convnet-32", (2, 3, 16, 16), 1)
-    run = rivals.convolutions_alone(chains, CPU, beside=(800, 4096))
+    run = compiled_rivals.convolutions_alone(chains, CPU, beside=(800, 4096))
     with Calls() as calls:
         run()
     passes = [tensors for function, tensors in calls.seen if function is torch.ops.aten.neg.out]
@@ -231,25 +227,7 @@ def test_mala_by_hand_leaves_its_law_as_it_is(monkeypatch):
     assert mean_after(20) > 1.3
 
 
-def test_our_exact_chains_are_the_public_faces():
-    chains = dataclasses.replace(CHAINS, steps=3)
-    sampler = AdjustedAniLA(threshold=chains.threshold, step_size=chains.step_size)
-    want = sampler.run(chains.energy(CPU), chains.start(CPU), steps=3, seed=0, compile=False)
-    assert torch.equal(chains.exact(CPU, compile=False)(), want)
+def test_mala_runs_at_a_noise_scale_of_one_only():
     with pytest.raises(ValueError, match="noise_scale"):
         rivals.mala_loop(workloads.Chains("convnet-32", (2, 3, 8, 8), 1), CPU)
-    assert mean_energy(rivals.mala_loop(chains, CPU)) < chains.energy(CPU)(chains.start(CPU)).mean()
-
-
-@pytest.mark.slow
-def test_our_captured_exact_way_makes_the_public_faces_chain():
-    chains = workloads.Chains("mlp-64", (20, 2), 4)
-    plain = chains.exact(CPU, compile=False)()
-    torch.testing.assert_close(chains.exact_captured(CPU)(), plain, rtol=1e-4, atol=1e-4)
-
-
-def test_an_exact_sampler_is_given_the_energy_at_the_chains_temperature():
-    assert type(CHAINS.tempered(CPU)) is type(CHAINS.energy(CPU))  # at 1 as it is: whole-chain kernels take it then
-    images = workloads.Chains("convnet-32", (2, 3, 8, 8), 1)
-    z = images.start(CPU)
-    torch.testing.assert_close(images.tempered(CPU)(z), images.energy(CPU)(z) / images.noise_scale**2)
+    assert mean_energy(rivals.mala_loop(CHAINS, CPU)) < CHAINS.energy(CPU)(CHAINS.start(CPU)).mean()

@@ -1,4 +1,4 @@
-"""Effective samples per gradient, beside the error of the law they are of: `python -m bench.efficiency [--write]`.
+"""Effective samples per gradient, beside the error of their law: `python -m bench.studies.efficiency [--write]`.
 
 An effective sample size is of the chain's own law. An unadjusted sampler's law is not the target's, so its number means
 little without the error next to it. How each is measured is in `ABOUT`, which stands above the table.
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from fastanila.training import loop
 from fastanila.training.run import Run, load
 from fastanila.training.settings import Settings
 
-from . import report
+from .. import markdown
 
 CLIPPED = 0.1  #: fraction of exact draws' scores beyond the threshold
 STABILITIES = (0.1, 0.01)  #: of `calibrate`, for the unadjusted samplers
@@ -197,36 +198,26 @@ def variance_error(rows: Tensor, variance: Tensor) -> float:
 
 
 def ks(rows: Tensor, reference: Tensor) -> float:
-    """The largest two-sample distance of a column; NaN where a row is not finite."""
+    """The largest two-sample distance sup |F - G| of a column; NaN where a row is not finite."""
     if not rows.isfinite().all():
         return math.nan
-    columns = zip(rows.T.contiguous(), reference.T.contiguous(), strict=True)
-    return max(_distance(a.sort().values, b.sort().values) for a, b in columns)
+    columns = zip(rows.T.numpy(), reference.T.numpy(), strict=True)
+    return max(scipy.stats.ks_2samp(a, b, method="asymp").statistic for a, b in columns)
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    """sup |F_a - F_b| of sorted columns: taken at a point of a, or just before one."""
-    upto = torch.searchsorted(b, a, right=True).double() / len(b)
-    before = torch.searchsorted(b, a).double() / len(b)
-    count = torch.arange(len(a) + 1, dtype=torch.float64) / len(a)
-    ends = torch.searchsorted(a, a, right=True)  # equal points rise together
-    begins = torch.searchsorted(a, a)
-    return max((count[ends] - upto).abs().max().item(), (before - count[begins]).abs().max().item())
-
-
-def row(r: Result) -> str:
+def cells(r: Result) -> list[str]:
     def number(x: float, form: str) -> str:
         return format(x, form) if math.isfinite(x) else "-"
 
-    cells = [r.target, r.sampler, f"{r.step_size:.3g}", number(r.threshold, ".3g"), number(r.acceptance, ".2f")]
     found = [f"{r.ess:.3g}", f"{r.variance:.1%}", f"{r.ks:.3f}"] if math.isfinite(r.ess) else ["diverged", "-", "-"]
-    return f"| {' | '.join(cells + found)} |"
+    settings = [f"{r.step_size:.3g}", number(r.threshold, ".3g"), number(r.acceptance, ".2f")]
+    return [r.target, r.sampler, *settings, *found]
 
 
-def markdown(results: Sequence[Result], chains: int, gradients: int) -> str:
+def report(results: Sequence[Result], chains: int, gradients: int) -> str:
     about = ABOUT.format(chains=chains, gradients=gradients, floor=1000 / (0.8 * gradients))
-    head = "| target | sampler | step size | threshold | acceptance | ESS / 1,000 gradients | variance | KS |"
-    return "\n".join([about, "", head, f"| --- | --- |{' ---: |' * 6}", *map(row, results)])
+    columns = ["step size", "threshold", "acceptance", "ESS / 1,000 gradients", "variance", "KS"]
+    return f"{about}\n\n" + markdown.table(["target", "sampler", *columns], "ll" + "r" * 6, map(cells, results))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -244,12 +235,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         began = time.monotonic()
         for name, sampler in samplers(target, arguments.chains, adapting=150):
             results.append(result(target, name, sampler, arguments.chains, arguments.gradients))
-            print(row(results[-1]), file=sys.stderr, flush=True)
+            print(*cells(results[-1]), sep=", ", file=sys.stderr, flush=True)
         print(f"{target.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    text = markdown(results, arguments.chains, arguments.gradients)
+    text = report(results, arguments.chains, arguments.gradients)
     print(text)
     if arguments.write:
-        report.write(text, "efficiency")
+        markdown.write(text, "efficiency")
     return 0
 
 
