@@ -1,25 +1,58 @@
-"""Whether a Triton kernel runs here, or the plain definition does."""
+"""Whether a Triton kernel runs here, or the plain definition does; and operators that are registered by it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from .schemas import schema
+
 try:
-    from ..kernels import step_rows
+    from .. import kernels
+    from ..kernels import metropolis, mixture, mlp, step, step_rows  # noqa: F401 (read as kernels.step and so on)
 except ModuleNotFoundError as error:  # no triton on macOS and Windows: the CPU path needs none
     if error.name is None or error.name.split(".")[0] != "triton":
         raise
-    step_rows = None
+    kernels = None
 
-TRITON = step_rows is not None  #: whether there are kernels at all
+TRITON = kernels is not None  #: whether there are kernels at all
 #: Triton's interpreter runs kernels on CPU tensors, slowly; with it on, CPU tensors take the kernel too.
 INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+_library = torch.library.Library("fastanila", "DEF")
+
+
+def register(
+    name: str, first: tuple[str, ...], arguments: type, returns: str, *,
+    kernel: Callable, plain: Callable | None, fake: Callable,
+) -> torch._ops.OpOverloadPacket:  # fmt: skip
+    """Define torch.ops.fastanila.``name``, and return it.
+
+    first: what it takes ahead of the fields of ``arguments``, a NamedTuple of `schemas`, in the words of torch's
+        schemas, as is ``returns``.
+    kernel, plain: what runs on CUDA, and on a CPU, which takes the kernel where Triton's interpreter is on. Without
+        ``plain`` there is no operator where there is no kernel.
+    fake: the result's shapes, for tracing.
+
+    All three take those first ones, and then one ``arguments``.
+    """
+    count = len(first)
+
+    def registered(function: Callable) -> Callable:
+        return lambda *given: function(*given[:count], arguments(*given[count:]))
+
+    _library.define(f"{name}({', '.join(first)}, {schema(arguments)}) -> {returns}")
+    for device, has_kernel in (("CUDA", TRITON), ("CPU", INTERPRETED)):
+        function = kernel if has_kernel else plain
+        if function is not None:
+            _library.impl(name, registered(function), device)
+    torch.library.register_fake(f"fastanila::{name}", registered(fake), lib=_library)
+    return getattr(torch.ops.fastanila, name)
 
 
 def direct(*tensors: Tensor) -> bool:
@@ -53,7 +86,7 @@ def fused(where: Tensor | torch.device, norm: str = "element") -> bool:
     device = where.device if isinstance(where, Tensor) else where
     if not TRITON or _plain or not (device.type == "cuda" or INTERPRETED):
         return False
-    return isinstance(where, torch.device) or step_rows.fits(where.shape, norm)
+    return isinstance(where, torch.device) or kernels.step_rows.fits(where.shape, norm)
 
 
 @contextlib.contextmanager

@@ -25,18 +25,7 @@ from .arguments import (
     check_tensor,
 )
 from .reference import Metropolis
-
-if dispatch.TRITON:
-    from ..kernels import metropolis as _kernel
-    from ..kernels import step_rows as _rows
-
-_library = torch.library.Library("fastanila", "FRAGMENT")
-_library.define(
-    "metropolis_step(Tensor z, Tensor score, Tensor energy, Tensor proposal, Tensor proposal_score, "
-    "Tensor proposal_energy, float threshold, Tensor? threshold_t, float step_size, Tensor? step_size_t, str norm, "
-    "SymInt seed, Tensor? seed_t, SymInt step, Tensor? step_t, SymInt offset, Tensor? mask) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+from .schemas import MetropolisArguments
 
 
 def metropolis_step(
@@ -98,21 +87,22 @@ def metropolis_step(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what was expected.
     """
-    tensors, rest = _prepare(
+    tensors, arguments = prepare(
         z, score, energy, proposal, proposal_score, proposal_energy, threshold, step_size, norm, seed, step, offset,
         mask,
     )  # fmt: skip
     if not dispatch.fused(z, norm):
-        return Metropolis(*_reference(*tensors, *rest))  # not the operator, so that Inductor fuses it
+        return Metropolis(*_plain(*tensors, arguments))  # not the operator, so that Inductor fuses it
+    past_dispatcher = dispatch.direct(*tensors)
     # ahead of the operator, where a compiler fuses the conversion of a channels_last score with what made it
-    step = _triton if dispatch.direct(*tensors) else torch.ops.fastanila.metropolis_step
-    return Metropolis(*step(*(t.contiguous() for t in tensors), *rest))
+    tensors = [t.contiguous() for t in tensors]
+    return Metropolis(*(_kernel(*tensors, arguments) if past_dispatcher else _OPERATOR(*tensors, *arguments)))
 
 
-def _prepare(
+def prepare(
     z, score, energy, proposal, proposal_score, proposal_energy, threshold, step_size, norm, seed, step, offset, mask
-):
-    """Check every argument and lay them out as the operator takes them: (the six tensors, detached; the rest)."""
+) -> tuple[tuple[Tensor, ...], MetropolisArguments]:
+    """(the six tensors, the rest) as the operator takes them: every argument checked, tensors detached."""
     check_chains(z)
     states = dict(score=score, proposal=proposal, proposal_score=proposal_score)
     for name, value in states.items():
@@ -128,7 +118,7 @@ def _prepare(
     check_mask(mask, z)
     check_offset(offset)
     tensors = (z, score, energy, proposal, proposal_score, proposal_energy)
-    return tuple(t.detach() for t in tensors), (
+    return tuple(t.detach() for t in tensors), MetropolisArguments(
         *as_threshold(threshold, z), *as_step_size(step_size, z), norm,
         *as_seed(seed, z), *as_step(step, z, steps=2), offset, mask,
     )  # fmt: skip
@@ -137,12 +127,10 @@ def _prepare(
 # ----------------------------------------------------------------------------------------------------- implementations
 
 
-def _reference(
-    z, score, energy, proposal, proposal_score, proposal_energy, threshold, threshold_t, step_size, step_size_t, norm,
-    seed, seed_t, step, step_t, offset, mask,
-):  # fmt: skip
-    seed, step = seed if seed_t is None else seed_t, step if step_t is None else step_t
-    place = dict(seed=seed, offset=offset, device=z.device)
+def _plain(z, score, energy, proposal, proposal_score, proposal_energy, arguments: MetropolisArguments) -> tuple:
+    numbers = arguments.numbers()
+    step = numbers.pop("step")
+    place = dict(seed=numbers.pop("seed"), offset=arguments.offset, device=z.device)
     made = reference.metropolis_step(
         z,
         score,
@@ -150,35 +138,32 @@ def _reference(
         proposal,
         proposal_score,
         proposal_energy,
-        threshold if threshold_t is None else threshold_t,
-        step_size=step_size if step_size_t is None else step_size_t,
-        norm=norm,
-        mask=mask,
+        norm=arguments.norm,
+        mask=arguments.mask,
         uniform=noise.uniform(energy.shape, step=step, stream=noise.Stream.ACCEPTANCE, **place),
         noise=noise.normal(z.shape, step=step + 1, stream=noise.Stream.LANGEVIN, **place),
+        **numbers,
     )
     return tuple(t.contiguous() for t in made)
 
 
-def _triton(z, score, energy, proposal, proposal_score, proposal_energy, *rest):
+def _kernel(z, score, energy, proposal, proposal_score, proposal_energy, arguments: MetropolisArguments) -> tuple:
     tensors = (z, score, energy, proposal, proposal_score, proposal_energy)
-    (threshold, threshold_t, step_size, step_size_t, norm, seed, seed_t, step, step_t, offset, mask) = rest
-    if z.numel() == 0 or not _rows.fits(z.shape, norm):
-        return _reference(*tensors, *rest)
+    rows = dispatch.kernels.step_rows
+    norm, mask = arguments.norm, arguments.mask
+    if z.numel() == 0 or not rows.fits(z.shape, norm):
+        return _plain(*tensors, arguments)
     out = _outputs(z, energy)
     with dispatch.launching_on(z.device):
-        _kernel.launch(
+        dispatch.kernels.metropolis.launch(
             *(dispatch.aligned(t.contiguous()) for t in tensors),
             out,
             chains=len(z),
-            **_rows.view(z.shape, norm)._asdict(),
+            **rows.view(z.shape, norm)._asdict(),
             mask=None if mask is None else dispatch.aligned(mask.expand_as(z).contiguous()),
-            threshold=threshold if threshold_t is None else threshold_t,
-            step_size=step_size if step_size_t is None else step_size_t,
-            seed=seed if seed_t is None else seed_t,
-            step=step if step_t is None else step_t,
-            offset=offset,
+            offset=arguments.offset,
             fast=z.is_cuda and torch.version.hip is None,
+            **arguments.numbers(),
         )
     return tuple(out)
 
@@ -191,10 +176,12 @@ def _outputs(z: Tensor, energy: Tensor) -> Metropolis:
     return Metropolis(state[0], state[1], one_a_chain[0], state[2], one_a_chain[1])
 
 
-_library.impl("metropolis_step", _triton if dispatch.INTERPRETED else _reference, "CPU")
-_library.impl("metropolis_step", _triton if dispatch.TRITON else _reference, "CUDA")
-
-
-@torch.library.register_fake("fastanila::metropolis_step")
-def _(z, score, energy, *rest):
-    return tuple(_outputs(z, energy))
+_OPERATOR = dispatch.register(
+    "metropolis_step",
+    tuple(f"Tensor {name}" for name in ("z", "score", "energy", "proposal", "proposal_score", "proposal_energy")),
+    MetropolisArguments,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernel=_kernel,
+    plain=_plain,
+    fake=lambda z, score, energy, *rest: tuple(_outputs(z, energy)),
+)

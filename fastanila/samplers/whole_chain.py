@@ -17,13 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import checks
 from ..models.energies import MLP, GaussianMixture
-from ..ops import dispatch, reference
-from ..ops.whole_chain import _check_adjusted, _mixture_triton, _mlp_triton, _numbers, _shared_memory
-
-if dispatch.TRITON:
-    from ..kernels import mlp as _mlp
+from ..ops import dispatch
+from ..ops import whole_chain as operators
 
 #: Limits of the kernels: elements of a state, units of a layer, hidden layers, Fourier features.
 MAX_DIM, MAX_WIDTH, MAX_DEPTH, MAX_FEATURES = 8, 128, 3, 128
@@ -114,23 +110,14 @@ def attempt(
     parts = _fitting(energy, z, mask)
     if isinstance(parts, str):
         return parts
-    if norm not in reference.NORMS:
-        raise ValueError(f"norm must be one of {', '.join(reference.NORMS)}, got {norm!r}")
-    if refresh not in reference.REFRESHES:
-        raise ValueError(f"refresh must be one of {', '.join(reference.REFRESHES)}, got {refresh!r}")
-    if bounds is not None:
-        bounds = checks.bounds("bounds", bounds)
-    if adjusted:
-        _check_adjusted(noise_scale, bounds, refresh)
-    numbers = _numbers(z, threshold, step_size, noise_scale, seed, step, steps, offset)
-    arguments = (*numbers, norm != "element", refresh == "update", bounds, bool(adjusted))
+    arguments = operators.prepare(
+        z, threshold=threshold, step_size=step_size, noise_scale=noise_scale, norm=norm, refresh=refresh,
+        bounds=bounds, adjusted=adjusted, seed=seed, step=step, steps=steps, offset=offset,
+    )  # fmt: skip
     z = z.detach().contiguous()
-    straight = dispatch.direct(z)
     if isinstance(energy, GaussianMixture):
-        operator = _mixture_triton if straight else torch.ops.fastanila.mixture_trajectory
-        return operator(z, *parts.tensors, *arguments)
-    operator = _mlp_triton if straight else torch.ops.fastanila.mlp_trajectory
-    return operator(z, *parts.tensors, float(energy.confinement), parts.leak, *arguments)
+        return operators.mixture(z, *parts.tensors, arguments)
+    return operators.mlp(z, *parts.tensors, float(energy.confinement), parts.leak, arguments)
 
 
 def _fitting(energy, z: Tensor, mask: Tensor | None) -> _Parts | str:
@@ -158,8 +145,7 @@ def _fitting(energy, z: Tensor, mask: Tensor | None) -> _Parts | str:
         return f"the energy is of {parts.dim} elements, and z has {z.shape[1]}"
     if isinstance(energy, MLP):
         weights, *_, projections = parts.tensors
-        sizes = z.shape[1], len(weights[0]), len(weights), len(projections), len(z)
-        if _mlp.mlp_constants(*sizes, _shared_memory(z)) is None:
+        if not operators.mlp_fits(z, weights, projections):
             return "a layer of the energy exceeds the device's shared memory"
     return parts
 

@@ -10,8 +10,7 @@ import torch
 import oracle
 from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES
 from fastanila import noise, ops
-from fastanila.ops import Metropolis, metropolis, metropolis_step, reference
-from fastanila.ops import step as step_ops
+from fastanila.ops import Metropolis, dispatch, metropolis, metropolis_step, reference
 from fastanila.ops.reference import NORMS
 from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, counting, draw
 
@@ -23,7 +22,7 @@ NAMED = dict(seed=(1 << 63) + 5, step=(1 << 33) + 7)
 def small_tiles(monkeypatch):
     """Tiles that short chains outgrow."""
     for name, elements in SMALL_TILES.items():
-        monkeypatch.setattr(step_ops._rows, name, elements)
+        monkeypatch.setattr(dispatch.kernels.step_rows, name, elements)
 
 
 class Case(NamedTuple):
@@ -125,8 +124,8 @@ def test_it_equals_the_formula(poisoned, dtype, shape, norm):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", OUTGROWN, ids=str)
 def test_chains_larger_than_a_tile(poisoned, small_tiles, shape, norm):
-    view = step_ops._rows.view(shape, norm)
-    tile = metropolis._kernel.tile_of(view.channels, view.size, view.norm)
+    view = dispatch.kernels.step_rows.view(shape, norm)
+    tile = dispatch.kernels.metropolis.tile_of(view.channels, view.size, view.norm)
     assert view.size > tile.cols
     moved = [*check_made(shape, norm=norm), *check_made(shape, torch.bfloat16, norm=norm, offset=40)]
     assert shape == (1, 16, 6) or len(set(moved)) == 2  # both are seen
@@ -276,7 +275,7 @@ def test_channels_beyond_a_tile_run_the_definition(channels, monkeypatch):
 
 
 def count_launches(monkeypatch) -> list[str]:
-    return counting(monkeypatch, (metropolis._kernel, "_launch_metropolis"))
+    return counting(monkeypatch, (dispatch.kernels.metropolis, "_launch_metropolis"))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -343,7 +342,7 @@ def test_opcheck(norm):
     mask = torch.rand(3, 1, device=DEVICE) < 0.5
     for given in ((1, 2, None), (torch.tensor(1, device=DEVICE), torch.tensor(2, device=DEVICE), mask)):
         seed, step, mask = given
-        tensors, rest = metropolis._prepare(*case, 0.3, norm, seed, step, 0, mask)
+        tensors, rest = metropolis.prepare(*case, 0.3, norm, seed, step, 0, mask)
         torch.library.opcheck(torch.ops.fastanila.metropolis_step.default, (*tensors, *rest))
 
 

@@ -9,7 +9,7 @@ import torch
 import oracle
 from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES
 from fastanila import ops
-from fastanila.ops import Statistics
+from fastanila.ops import Statistics, dispatch
 from fastanila.ops import step as step_ops
 from fastanila.ops.reference import NORMS
 from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, counting, draw, expected
@@ -23,7 +23,7 @@ NAMED = dict(seed=(1 << 63) + 5, step=(1 << 33) + 7)
 def small_tiles(monkeypatch):
     """Tiles that short chains outgrow."""
     for name, elements in SMALL_TILES.items():
-        monkeypatch.setattr(step_ops._rows, name, elements)
+        monkeypatch.setattr(dispatch.kernels.step_rows, name, elements)
 
 
 def assert_statistics(seen, score, threshold, norm, gamma=None):
@@ -77,8 +77,8 @@ def test_options(poisoned, norm, options, in_place):
 @pytest.mark.parametrize("shape", OUTGROWN, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chains_larger_than_a_tile(poisoned, small_tiles, dtype, shape, norm):
-    view = step_ops._rows.view(shape, norm)
-    tile = step_ops._rows.tile_of(view.channels, view.size, view.norm)
+    view = dispatch.kernels.step_rows.view(shape, norm)
+    tile = dispatch.kernels.step_rows.tile_of(view.channels, view.size, view.norm)
     assert view.size > tile.cols
     check(shape, dtype, norm, {})
     check(shape, dtype, norm, {}, statistics=False, in_place=True)
@@ -228,7 +228,7 @@ KERNELS = ("anisotropic_step_kernel", "rows_kernel")
 
 
 def count_launches(monkeypatch) -> list[str]:
-    return counting(monkeypatch, (step_ops._kernel, "_launch_step"), (step_ops._rows, "_launch_rows"))
+    return counting(monkeypatch, (dispatch.kernels.step, "_launch_step"), (dispatch.kernels.step_rows, "_launch_rows"))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -271,14 +271,14 @@ def test_compiled_with_the_kernel_inside(norm):
 @pytest.mark.parametrize("norm", NORMS)
 def test_opcheck(norm):
     z, score = draw((5, 3, 2), torch.float32)
-    z, arguments = step_ops._prepare(z, score, 1.5, 0.3, 1.0, norm, 1, 2, 0, None, None, None)
+    z, score, arguments = step_ops.prepare(z, score, 1.5, 0.3, 1.0, norm, 1, 2, 0, None, None, None)
     for name in (
         "anisotropic_step",
         "anisotropic_step_",
         "anisotropic_step_statistics",
         "anisotropic_step_statistics_",
     ):
-        torch.library.opcheck(getattr(torch.ops.fastanila, name).default, (z, *arguments))
+        torch.library.opcheck(getattr(torch.ops.fastanila, name).default, (z, score, *arguments))
 
 
 def test_a_score_is_laid_out_ahead_of_the_operator():

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from fastanila import ops
-from fastanila.ops import metropolis
-from fastanila.ops import step as step_ops
-from fastanila.ops import whole_chain as whole_chain_ops
+from fastanila.ops import dispatch
 from fastanila.samplers import whole_chain
 from fastanila.training import update
 from fastanila.training.loop import train
@@ -77,8 +75,8 @@ def count_launches(monkeypatch) -> list[str]:
         launch = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, **k: (seen.append(name), launch(*a, **k)))
 
-    counted(step_ops._kernel, "launch")
-    counted(metropolis._kernel, "launch")
-    counted(step_ops._rows, "launch")
-    counted(whole_chain_ops._mlp, "launch_mlp")
+    counted(dispatch.kernels.step, "launch")
+    counted(dispatch.kernels.metropolis, "launch")
+    counted(dispatch.kernels.step_rows, "launch")
+    counted(dispatch.kernels.mlp, "launch_mlp")
     return seen

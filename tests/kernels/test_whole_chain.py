@@ -208,14 +208,12 @@ def test_matrices_that_do_not_fit_are_read_at_every_transition(monkeypatch):
 
     held, want = set(), whole_chain.run(energy, z, **SETTINGS, steps=3)
     for shared in SHARED_MEMORIES:
-        for module in (whole_chain_ops, whole_chain):
-            monkeypatch.setattr(module, "_shared_memory", lambda z, shared=shared: shared)
+        monkeypatch.setattr(whole_chain_ops, "shared_memory", lambda z, shared=shared: shared)
         held.add(mlp_constants(*SQUEEZED, len(z), shared)[0]["HELD"])
         got = whole_chain.run(energy, z, **SETTINGS, steps=3)
         torch.testing.assert_close(got.z, want.z, rtol=1e-5, atol=1e-5)
     assert held == {0, 1, 2, 3, 4, 5, 6, 8}  # seven and room for the eighth hold eight
-    for module in (whole_chain_ops, whole_chain):
-        monkeypatch.setattr(module, "_shared_memory", lambda z: 9000)
+    monkeypatch.setattr(whole_chain_ops, "shared_memory", lambda z: 9000)
     assert "shared memory" in whole_chain.refusal(energy, z)
     with pytest.raises(ValueError, match="a layer of the energy exceeds"):
         whole_chain.run(energy, z, **SETTINGS, steps=3)
@@ -508,7 +506,7 @@ def test_what_is_not_finite_is_rejected(few_programs, norm):
 
 @pytest.mark.parametrize("kind", ENERGIES)
 def test_adjusted_it_is_one_launch_of_new_tensors(monkeypatch, few_programs, kind):
-    launches = counting(monkeypatch, (whole_chain_ops._mixture, "_launch_mixture"), (whole_chain_ops._mlp, "_launch"))
+    launches = counting(monkeypatch, (dispatch.kernels.mixture, "_launch_mixture"), (dispatch.kernels.mlp, "_launch"))
     energy, z = ENERGIES[kind](2), chains(3, 2).requires_grad_()
     out = whole_chain.run(energy, z, **EXACT, adjusted=True)
     assert len(launches) == 1 and not any(x.requires_grad for x in out) and out.z.data_ptr() != z.data_ptr()
@@ -553,7 +551,7 @@ def test_the_law_of_long_chains():
 
 @pytest.mark.parametrize("kind", ENERGIES)
 def test_one_launch(monkeypatch, few_programs, kind):
-    launches = counting(monkeypatch, (whole_chain_ops._mixture, "_launch_mixture"), (whole_chain_ops._mlp, "_launch"))
+    launches = counting(monkeypatch, (dispatch.kernels.mixture, "_launch_mixture"), (dispatch.kernels.mlp, "_launch"))
     whole_chain.run(ENERGIES[kind](2), chains(33, 2), **SETTINGS, steps=4)
     assert len(launches) == 1
 
@@ -587,17 +585,16 @@ def test_empty(kind):
 @pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
 @pytest.mark.parametrize("kind", ENERGIES)
 def test_opcheck(monkeypatch, few_programs, kind, tensors):
-    caught = {}
+    caught = []
     numbers = SETTINGS | dict(seed=3, bounds=(-2.0, 2.0))
     if tensors:
         numbers |= dict(threshold=torch.tensor(1.0, device=DEVICE), step=torch.tensor(4, device=DEVICE))
-    with monkeypatch.context() as patch:
-        for name in ("mixture_trajectory", "mlp_trajectory"):
-            packet = getattr(torch.ops.fastanila, name)
-            patch.setattr(torch.ops.fastanila, name, lambda *a, p=packet: (caught.update(op=p, a=a), p(*a))[1])
-        patch.setattr(dispatch, "direct", lambda *tensors: False)
-        whole_chain.run(ENERGIES[kind](2), chains(3, 2), **numbers, steps=2)
-    torch.library.opcheck(caught["op"].default, caught["a"])
+    face = getattr(whole_chain_ops, kind)
+    monkeypatch.setattr(dispatch, "direct", lambda *tensors: False)  # through torch's dispatcher
+    monkeypatch.setattr(whole_chain_ops, kind, lambda *given: (caught.append(given), face(*given))[1])
+    whole_chain.run(ENERGIES[kind](2), chains(3, 2), **numbers, steps=2)
+    ((*first, arguments),) = caught
+    torch.library.opcheck(getattr(torch.ops.fastanila, f"{kind}_trajectory").default, (*first, *arguments))
 
 
 @pytest.mark.parametrize("kind", ENERGIES)

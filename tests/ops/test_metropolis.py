@@ -116,7 +116,7 @@ def test_opcheck(norm, named):
     seed, step, step_size, mask = 3, 4, 0.3, None
     if named == "tensors":
         seed, step, step_size, mask = *map(torch.tensor, (seed, step, step_size)), torch.tensor([True, False, True])
-    tensors, rest = metropolis._prepare(*given(), 1.5, step_size, norm, seed, step, 0, mask)
+    tensors, rest = metropolis.prepare(*given(), 1.5, step_size, norm, seed, step, 0, mask)
     torch.library.opcheck(torch.ops.fastanila.metropolis_step.default, (*tensors, *rest))
     out = torch.ops.fastanila.metropolis_step(*tensors, *rest)
     want = metropolis_step(*given(), 1.5, step_size=0.3, norm=norm, seed=3, step=4, mask=mask)

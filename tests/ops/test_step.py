@@ -156,7 +156,8 @@ def test_opcheck(options):
     defaults = dict(step_size=1.0, noise_scale=1.0, norm="element", offset=0, gamma=None, mask=None, bounds=None)
     order = ["threshold", "step_size", "noise_scale", "norm", "seed", "step", "offset", "gamma", "mask", "bounds"]
     chosen = defaults | options
-    z, arguments = step_ops._prepare(z, score, *[chosen[name] for name in order])
+    z, score, rest = step_ops.prepare(z, score, *[chosen[name] for name in order])
+    arguments = (score, *rest)
     torch.library.opcheck(torch.ops.fastanila.anisotropic_step.default, (z, *arguments))
     torch.library.opcheck(torch.ops.fastanila.anisotropic_step_.default, (z, *arguments))
     torch.library.opcheck(torch.ops.fastanila.anisotropic_step_statistics.default, (z, *arguments))
