@@ -1,7 +1,10 @@
 """Samplers: settings, the loop, what they leave behind. Their laws: tests/test_laws.py and tests/test_adjusted.py."""
 
+import copy
 import dataclasses
+import inspect
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -509,8 +512,9 @@ def test_bad_settings(make, message):
 def test_adjusted_samplers_refuse_what_would_break_them_with_the_reason(kind, setting, reason):
     with pytest.raises(ValueError, match=reason.format(kind.__name__)):
         kind(**setting)
-    neutral = {"noise_scale": 1, "bounds": None, "refresh": "transition"}
-    assert kind(**{name: neutral[name] for name in setting}) == kind()
+    assert (kind().noise_scale, kind().bounds, kind().refresh) == (1.0, None, "transition")
+    assert not set(setting) & {*inspect.signature(kind).parameters}
+    assert pickle.loads(pickle.dumps(kind(step_size=0.3))) == copy.copy(kind(step_size=0.3)) == kind(step_size=0.3)
 
 
 @every_sampler
