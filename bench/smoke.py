@@ -275,7 +275,7 @@ def update_times(run: Run) -> Iterator[Finding]:
             made = job.made.item()
             path = job_training.path(job)
             found = run.times({"update": way}, rounds=3)["update"]
-            ok = made == update._WARM_UP + 2 and job.made.item() > made and not job.broken.item()
+            ok = made == update.WARM_UP + 2 and job.made.item() > made and not job.broken.item()
             yield dict(check="one update", job=name, ok=ok, path=path, **found)
             run.profile(f"one update, {name}", way)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..graphs import Reads, cloned, copy, cuda_graph, first_line, leaves, mapped, watching
+from ..graphs import Reads, captured, cuda_graph, on_capture_stream, watching
 from .kept import _GRAPHS, _SHAPES, Replays
-from .state import Info, State
+from .state import Info, State, cloned, copy, form, leaves, mapped
 from .stepwise import CompiledTransition, Stepwise
 
 #: Transitions of one CUDA graph at most: longer runs replay it, and a graph's nodes take memory.
@@ -69,20 +68,18 @@ class Captured:
             held.graphs.clear()
             held.reads = reads
         copy(held.inputs, inputs)
-        made = 0
+        ahead = 0
         for length in _pieces(count, _LONGEST):
-            start = held.after if made else held.state
+            start = held.after if ahead else held.state
             replay = self._graph(held, length, start, offset)
             if replay is None:
-                return self.stepwise(count - made, held.numbers, start, held.seed, held.step, offset, held.mask)
-            info, made = replay(), made + length
+                return self.stepwise(count - ahead, held.numbers, start, held.seed, held.step, offset, held.mask)
+            info, ahead = replay(), ahead + length
         return cloned((held.after, info))
 
     def _held_for(self, inputs, offset: int, alone: bool) -> _Held:
         """The tensors for inputs of these shapes. ``alone``: a single transition, whose graph has the statistics."""
-        tensors = tuple((x.shape, x.dtype, x.device) for x in leaves(inputs))
-        absent = tuple(part is None for part in (*inputs[1], inputs[4]))
-        key = (tensors, absent, alone, offset, *_arithmetic())
+        key = (form(inputs), alone, offset, *_arithmetic())
         held = self.held.pop(key, None)
         if held is None:
             held = _Held(*mapped(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), inputs))
@@ -106,18 +103,14 @@ class Captured:
                 return info
 
             # every variant of the transition that the capture meets, so that nothing is compiled under it
-            after, _ = transitions(min(length, 3))
+            after, _ = on_capture_stream(lambda: transitions(min(length, 3)), held.seed.device)
             if held.after is None:
-                alike = all((a is None) == (b is None) for a, b in zip(after, held.state, strict=True))
-                held.after = held.state if alike else cloned(after)
-            try:
-                held.graphs[key] = self.record(recorded, held.seed.device)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
+                held.after = held.state if form(after) == form(held.state) else cloned(after)
+            replay = captured(recorded, held.seed.device, "the chain", record=self.record)
+            if replay is None:
                 held.works = False
-                warnings.warn(f"the chain runs uncaptured: {first_line(error)}", stacklevel=4)
                 return None
+            held.graphs[key] = replay
             if len(held.graphs) > _GRAPHS:
                 held.graphs.pop(next(iter(held.graphs)))
         return held.graphs[key]

@@ -136,7 +136,7 @@ def test_a_captured_update_equals_the_uncaptured_one(options, captures, monkeypa
     common = dict(sampler="anila", steps=4, batch_size=32, chains=32, width=16, features=8, iterations=50, seed=3)
     ends = []
     for warm_up in (3, math.inf):
-        monkeypatch.setattr(update_training, "_WARM_UP", warm_up)
+        monkeypatch.setattr(update_training, "WARM_UP", warm_up)
         job = prepare(Settings(**common | options, device="cuda"))
         update = update_training.build_update(job)
         with warnings.catch_warnings():

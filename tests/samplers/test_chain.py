@@ -20,7 +20,7 @@ from fastanila.samplers import chain as chain_samplers
 from fastanila.samplers import kept as kept_samplers
 from fastanila.samplers import stepwise as stepwise_samplers
 from fastanila.samplers.captured import Captured
-from fastanila.samplers.state import State
+from fastanila.samplers.state import State, leaves
 from fastanila.samplers.stepwise import Stepwise, compiled_transition
 
 
@@ -50,7 +50,7 @@ def words(seed, step):
 
 
 def assert_same(a, b):
-    for x, y in zip(graphs_.leaves(a), graphs_.leaves(b), strict=True):
+    for x, y in zip(leaves(a), leaves(b), strict=True):
         assert torch.equal(x, y)
 
 

@@ -23,7 +23,6 @@ from fastanila import (
     Langevin,
     TamedLangevin,
     calibrate,
-    graphs,
     noise,
     ops,
 )
@@ -32,7 +31,7 @@ from fastanila.models.score import evaluator
 from fastanila.samplers import SAMPLERS
 from fastanila.samplers import stepwise as stepwise_samplers
 from fastanila.samplers.captured import Captured
-from fastanila.samplers.state import State
+from fastanila.samplers.state import State, leaves
 from fastanila.samplers.stepwise import Stepwise
 
 
@@ -288,7 +287,7 @@ def test_captured_chains_equal_those_made_one_by_one(sampler):
         for step in (5, 14):
             arguments = 9, sampler.numbers_on(None), State(start()), noise.as_word64(3), noise.as_word64(step)
             got, want = captured(*arguments), stepwise(*arguments)
-            for a, b in zip(graphs.leaves(got), graphs.leaves(want), strict=True):
+            for a, b in zip(leaves(got), leaves(want), strict=True):
                 assert torch.equal(a, b)
     assert len(recorded) == 1  # the second call replays the first one's
 
