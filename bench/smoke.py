@@ -139,7 +139,7 @@ def metropolis_numbers(run: Run) -> Iterator[Finding]:
 
 
 def _told(sampler: Sampler, energy, z: Tensor) -> Finding:
-    path = chain.path(sampler, energy, z, fused=True)
+    path = chain.describe(sampler, energy, z, fused=True)
     return dict(sampler=type(sampler).__name__, energy=type(energy).__name__, shape=list(z.shape), path=path)
 
 

@@ -143,7 +143,7 @@ def test_calls_are_replayed_after_a_warm_up_on_the_stream_of_the_capture(refused
     case = refused("calls")
     assert case["adds"] == dict(graphs=1, replays=4, said=0, kinds=["Tensor"] * 6)
     assert case["synchronises"] == dict(graphs=0, replays=0, said=1, kinds=["float"] * 6)
-    assert case["streams"] == 3 and case["one"]  # twice as it is and once captured, all on one stream beside the current
+    assert case["streams"] == 3 and case["one"]  # twice as it is, once captured
 
 
 # ----------------------------------------------------------------------------------------------- after a failed capture

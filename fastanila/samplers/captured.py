@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from ..graphs import Reads, captured, cuda_graph, on_capture_stream, watching
-from .kept import _GRAPHS, _SHAPES, Replays
+from .kept import GRAPHS, Replays
 from .state import Info, State, cloned, copy, form, leaves, mapped
-from .stepwise import CompiledTransition, Stepwise
+from .stepwise import Stepwise
 
 #: Transitions of one CUDA graph at most: longer runs replay it, and a graph's nodes take memory.
 _LONGEST = 128
 
 
 @dataclasses.dataclass
-class _Held:
+class Held:
     """The tensors that the graphs of one set of shapes read and write, and the graphs."""
 
     numbers: tuple[Tensor, ...]
@@ -77,18 +77,12 @@ class Captured:
             info, ahead = replay(), ahead + length
         return cloned((held.after, info))
 
-    def _held_for(self, inputs, offset: int, alone: bool) -> _Held:
+    def _held_for(self, inputs, offset: int, alone: bool) -> Held:
         """The tensors for inputs of these shapes. ``alone``: a single transition, whose graph has the statistics."""
         key = (form(inputs), alone, offset, *_arithmetic())
-        held = self.held.pop(key, None)
-        if held is None:
-            held = _Held(*mapped(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), inputs))
-        self.held[key] = held  # the latest last
-        if len(self.held) > _SHAPES:
-            self.held.pop(next(iter(self.held)))
-        return held
+        return self.held.use(key, lambda: Held(*mapped(_contiguous, inputs)))
 
-    def _graph(self, held: _Held, length: int, start: State, offset: int) -> Callable[[], Info] | None:
+    def _graph(self, held: Held, length: int, start: State, offset: int) -> Callable[[], Info] | None:
         """The replay of that many transitions from ``start``; None, with a warning, if they cannot be captured."""
         key = length, start is not held.state
         if key not in held.graphs:
@@ -111,7 +105,7 @@ class Captured:
                 held.works = False
                 return None
             held.graphs[key] = replay
-            if len(held.graphs) > _GRAPHS:
+            if len(held.graphs) > GRAPHS:
                 held.graphs.pop(next(iter(held.graphs)))
         return held.graphs[key]
 
@@ -122,9 +116,8 @@ def _pieces(count: int, most: int) -> list[int]:
     return [count // parts + (i < count % parts) for i in range(parts)]
 
 
-def _captured(transition: CompiledTransition) -> Captured:
-    """The transition's captured chain, which finds the graphs of earlier runs."""
-    return Captured(transition, replays=transition.replays)
+def _contiguous(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _beside(reads: Reads, arguments) -> Reads:

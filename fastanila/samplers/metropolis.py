@@ -100,7 +100,7 @@ class Adjusted(Sampler):
         found = calibration.dual_averaging(self.step_size, z.device)
         place = self.numbers.index("step_size")
 
-        with self._begun(energy, z, None, mask, seed, step, compile) as (chain, state, seed_t, step_t):
+        with self._chain(energy, z, None, mask, seed, step, compile) as (chain, state, seed_t, step_t):
             numbers = list(self.numbers_on(z.device))
             for t in range(steps):
                 numbers[place] = found.step_size
@@ -124,7 +124,7 @@ class _AdjustedStep(Adjusted):
     def proposal(self, z: Tensor, score: Tensor) -> Proposal:
         return reference.proposal(z, score, self.threshold, step_size=self.step_size, norm=self.norm)
 
-    def begun(self, advance, state, *, seed, step, offset, mask):
+    def init_by(self, advance, state, *, seed, step, offset, mask):
         """By a transition ahead of the first, from an energy above all others to z itself. Since that is accepted, it
         leads to z, its energy, its score and the proposal of ``step``."""
         if state.score is None:
@@ -147,7 +147,7 @@ class _AdjustedStep(Adjusted):
             first = ops.anisotropic_step(state.z, state.score, self.threshold, step=step, **settings)
             state = state._replace(proposal=first)
         proposal_energy, proposal_score = evaluate(state.proposal)
-        made = metropolis_step(
+        moved = metropolis_step(
             state.z,
             state.score,
             state.energy,
@@ -158,11 +158,11 @@ class _AdjustedStep(Adjusted):
             step=step,
             **settings,
         )
-        after = State(made.z, energy=made.energy, score=made.score, proposal=made.proposal)
+        after = State(moved.z, energy=moved.energy, score=moved.score, proposal=moved.proposal)
         if not statistics:
             return after, None
         seen = reference.statistics(state.score, self.threshold, self.norm)
-        return after, Info.of(state.energy, seen, made.acceptance)
+        return after, Info.of(state.energy, seen, moved.acceptance)
 
 
 @dataclasses.dataclass(frozen=True)

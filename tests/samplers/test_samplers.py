@@ -276,7 +276,7 @@ def test_adjusted_samplers_compile_to_what_they_are_uncompiled(sampler):
 def test_captured_chains_equal_those_made_one_by_one(sampler):
     """With a stand-in for the graph, which calls again what it would replay: what it reads and writes is the same."""
     energy = GaussianMixture(torch.eye(2))
-    advance, recorded = stepwise_samplers._plain_transition(sampler, energy), []
+    advance, recorded = stepwise_samplers.plain_transition(sampler, energy), []
 
     def record(function, device):
         recorded.append(function)
