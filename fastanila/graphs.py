@@ -52,7 +52,7 @@ def _inductor(graph, example_inputs) -> Callable:
         # that float32 products could be TF32; whoever wants them says so, see `training.build.matmul_precision`
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         run = torch._dynamo.lookup_backend("inductor")(graph, example_inputs)
-    last = None
+    last = None  # what it returned last, for rehearsals: lives as long as the compiled graph
 
     def call(*inputs):
         nonlocal last
@@ -206,7 +206,7 @@ def capture_stream(device: torch.device | int) -> torch.cuda.Stream:
         return _stream(torch.cuda.current_device())
 
 
-@functools.cache
+@functools.cache  # one a device, for as long as the process lives: the graphs captured on it refer to it
 def _stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
