@@ -28,11 +28,12 @@ from fastanila import (
 )
 from fastanila.models import MLP, GaussianMixture
 from fastanila.models.score import evaluator
-from fastanila.samplers import SAMPLERS
+from fastanila.samplers import EXACT, SAMPLERS
 from fastanila.samplers import stepwise as stepwise_samplers
 from fastanila.samplers.captured import Captured
 from fastanila.samplers.state import State, leaves
 from fastanila.samplers.stepwise import Stepwise
+from fastanila.training import settings
 
 
 def quadratic(x):
@@ -57,9 +58,11 @@ every_sampler = pytest.mark.parametrize("sampler", ALL, ids=str)
 
 def test_all_are_known_by_name():
     assert {type(s) for s in ALL} == set(SAMPLERS.values())
-    assert [*SAMPLERS] == ["langevin", "anila", "tamed", "gd", "mala", "anila-mh", "hmc"]
+    assert set(settings.names_of("sampler")) == set(SAMPLERS)
+    assert {kind.__name__ for kind in SAMPLERS.values()} | {"Sampler", "calibrate", "load"} == set(fastanila.__all__)
     assert all(getattr(fastanila, kind.__name__) is kind for kind in SAMPLERS.values())
-    assert [s.gradients for s in ALL] == [1] * 10 + [3]
+    assert [name for name, kind in SAMPLERS.items() if kind.is_exact] == [*EXACT]
+    assert all(s.gradients == (3 if isinstance(s, HMC) else 1) for s in ALL)
     assert all(s.is_exact == (s in ADJUSTED) for s in ALL)
 
 
