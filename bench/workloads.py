@@ -253,6 +253,6 @@ def our_update(settings: Settings) -> tuple[job_training.Job, Way]:
     job = job_training.prepare(settings)
     update = in_precision(update_training.build_update(job), settings.precision)
     if job.device.type == "cuda":
-        for _ in range(update_training._WARM_UP + 2):
+        for _ in range(update_training.WARM_UP + 2):
             update()
     return job, update

@@ -6,25 +6,26 @@ exact; `load` reads a trained run back; `python -m fastanila.train --fused` trai
 
 from typing import TYPE_CHECKING
 
+from . import samplers
+
 if TYPE_CHECKING:
-    from .samplers import HMC, MALA, AdjustedAniLA, AniLA, GradientDescent, Langevin, TamedLangevin, calibrate
+    from .samplers import *  # noqa: F403
     from .training.run import load
 
-__all__ = [
-    "HMC", "MALA", "AdjustedAniLA", "AniLA", "GradientDescent", "Langevin", "TamedLangevin", "calibrate", "load",
-]  # fmt: skip
+__all__ = ["load"]
+__all__ += samplers.__all__
 __version__ = "0.1.0"
-
-_HOME = {name: "samplers" for name in __all__} | {"load": "training.run"}
 
 
 def __getattr__(name: str):
     # on first use, because torch takes seconds to import, for which `--help` need not wait
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    if name == "load":
+        from .training.run import load
 
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+        return load
+    if name in __all__:
+        return getattr(samplers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

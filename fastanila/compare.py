@@ -33,11 +33,11 @@ import torch
 
 from . import files
 from .cli import exits
+from .data import registry
 from .evaluate import evaluate
 from .evaluation import plots
-from .samplers import SAMPLERS
-from .training import checkpoint, config, defaults, needs, run_directory
-from .training.defaults import EXACT
+from .samplers import EXACT, SAMPLERS
+from .training import build, checkpoint, config, defaults, needs, run_directory
 from .training.metrics import read_rows
 from .training.run import load, read_settings
 from .training.settings import Settings, names_of
@@ -71,9 +71,8 @@ def settings_of(trial: Trial, common: dict[str, Any]) -> Settings:
     settings = config.resolve(Settings(**common, sampler=trial.sampler, seed=trial.seed))
     anila = vars(config.resolve(Settings(data=settings.data, sampler="anila")))
     steps = anila["steps"] - (trial.sampler in EXACT)
-    if trial.sampler == "hmc":
-        steps //= settings.leapfrog_steps
-    own: dict[str, Any] = {"steps": max(steps, 1)}
+    gradients = build.build_sampler(settings, registry.box_of(settings.data)).gradients
+    own: dict[str, Any] = {"steps": max(steps // gradients, 1)}
     if trial.threshold is not None:
         level = anila | {"threshold": trial.threshold, "step_size": settings.step_size}
         own["threshold"] = defaults.translated(level, "anila", trial.sampler)["threshold"]

@@ -30,7 +30,7 @@ from .cli.flags import given, refuse
 from .ops.reference import NORMS
 from .samplers import SAMPLERS
 from .samplers.sampler import Sampler
-from .theory import study, targets
+from .theory import markov, study, targets
 from .theory.study import _TROUBLE, Member, Result, family, save_figure, table
 from .training import checkpoint, config, run_directory
 from .training.run import Run, load, with_sampler
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     target.add_argument("--run", help="run directory: the energy it learned, in two dimensions")
     target.add_argument("--table", action="store_true", help="print the table of biases, and nothing else")
     parser.add_argument("--parameter", type=float, nargs="+", help="of the named target; several make a family")
-    parser.add_argument("--sampler", choices=[n for n in SAMPLERS if n not in ("hmc", "gd")],
+    parser.add_argument("--sampler", choices=markov.SAMPLER_NAMES,
                         help="default: anila, or the run's own")  # fmt: skip
     parser.add_argument("--threshold", type=float, nargs="+", help="the sampler's b; several make a family")
     parser.add_argument("--step-size", type=float, nargs="+", help="the sampler's eps; several make a family")

@@ -14,7 +14,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def _inductor(graph, example_inputs) -> Callable:
         # that float32 products could be TF32; whoever wants them says so, see `training.build.matmul_precision`
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         run = torch._dynamo.lookup_backend("inductor")(graph, example_inputs)
-    last = None
+    last = None  # what it returned last, for rehearsals: lives as long as the compiled graph
 
     def call(*inputs):
         nonlocal last
@@ -138,6 +138,52 @@ def cuda_graph(function: Callable[[], T], device: torch.device) -> Callable[[], 
     return replay
 
 
+def captured(
+    function: Callable[[], T], device: torch.device, name: str, *, record: Callable[..., Callable[[], T]] = cuda_graph
+) -> Callable[[], T] | None:
+    """The replay that ``record`` makes of the function; None, with a warning that ``name`` runs uncaptured, where it
+    cannot be captured. No memory for a capture is an error: torch.OutOfMemoryError.
+
+    Run it `on_capture_stream` before.
+    """
+    try:
+        return record(function, device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        warnings.warn(f"{name} runs uncaptured: {first_line(error)}", stacklevel=3)
+        return None
+
+
+def replayed(function: Callable[[], T], device: torch.device, name: str, *, warm_up: float) -> Callable[[], T]:
+    """The function, whose first ``warm_up`` calls run it as it is. Then it is `captured`, and the
+    others replay it; what cannot be captured goes on as it is."""
+    calls, replay = itertools.count(), None
+
+    def run() -> T:
+        nonlocal replay
+        if next(calls) < warm_up:
+            return on_capture_stream(function, device)
+        if replay is None:
+            replay = captured(function, device, name) or function
+        return replay()
+
+    return run
+
+
+def on_capture_stream(function: Callable[[], T], device: torch.device) -> T:
+    """The function's result, which the current stream may use. Ahead of a capture it must run on the capture's stream:
+    autograd goes on to use the stream of the first backward, and each stream has a cuBLAS workspace of its own."""
+    if device.type != "cuda":
+        return function()
+    side, current = capture_stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        result = function()
+    current.wait_stream(side)
+    return result
+
+
 def _end_capture(device: int, pool: tuple[int, int]) -> None:
     """What torch 2.11 leaves out when the end of a capture raises: else its allocator goes on to record into the pool,
     so that no freed memory is given back, and random numbers on the device raise for good."""
@@ -160,44 +206,9 @@ def capture_stream(device: torch.device | int) -> torch.cuda.Stream:
         return _stream(torch.cuda.current_device())
 
 
-@functools.cache
+@functools.cache  # one a device, for as long as the process lives: the graphs captured on it refer to it
 def _stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def mapped(function: Callable[[Tensor], Any], tree):
-    """The function of every tensor of a tree of tuples and named tuples; whatever else it holds stays."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, tuple):
-        parts = [mapped(function, part) for part in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    return tree
-
-
-def leaves(tree) -> list[Tensor]:
-    found: list[Tensor] = []
-    mapped(found.append, tree)
-    return found
-
-
-def copy(target, source) -> None:
-    """Write the tensors of one tree into those of another of the same form: one launch for each dtype."""
-    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-    for into, value in zip(leaves(target), leaves(source), strict=True):
-        if into is not value:
-            both = groups.setdefault(into.dtype, ([], []))
-            both[0].append(into)
-            both[1].append(value)
-    for into, values in groups.values():
-        torch._foreach_copy_(into, values)
-
-
-def cloned(tree):
-    """A copy of every tensor of a tree, contiguous."""
-    fresh = mapped(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), tree)
-    copy(fresh, tree)
-    return fresh
 
 
 def first_line(error: Exception) -> str:

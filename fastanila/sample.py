@@ -180,7 +180,7 @@ def sampled(arguments: argparse.Namespace, given: set[str]) -> int:
         check_effects(run, arguments, given)
         if changes or arguments.sampler is not None:
             run = with_sampler(run, arguments.sampler or run.settings.sampler, **changes)
-    exits.say(chain.path(run.sampler, run.energy, run.chains, fused=arguments.fused))
+    exits.say(chain.describe(run.sampler, run.energy, run.chains, fused=arguments.fused))
     out.parent.mkdir(parents=True, exist_ok=True)
     run_directory.check_writable(out.parent)
     with exits.refusing(ValueError), build.matmul_precision(run.settings.precision):

@@ -45,5 +45,5 @@ def graphs(monkeypatch):
         return graph
 
     monkeypatch.setattr(graphs_, "_inductor", traced)
-    monkeypatch.setattr(kept, "_kept", type(kept._kept)())
+    monkeypatch.setattr(kept, "energies", type(kept.energies)())
     return made

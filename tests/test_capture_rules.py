@@ -139,6 +139,13 @@ def test_the_device_replays_copies_and_fills(refused):
     assert refused("replayed") == {"captured": [2.0] * 4 + [3.0] * 4, "replayed": [5.0] * 4 + [0.0] * 4}
 
 
+def test_calls_are_replayed_after_a_warm_up_on_the_stream_of_the_capture(refused):
+    case = refused("calls")
+    assert case["adds"] == dict(graphs=1, replays=4, said=0, kinds=["Tensor"] * 6)
+    assert case["synchronises"] == dict(graphs=0, replays=0, said=1, kinds=["float"] * 6)
+    assert case["streams"] == 3 and case["one"]  # twice as it is, once captured
+
+
 # ----------------------------------------------------------------------------------------------- after a failed capture
 
 

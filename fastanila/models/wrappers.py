@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,20 @@ class ConditionalEnergy(nn.Module):
         return self.network(torch.where(free(z), z, z.detach()))
 
 
+class _Twin(NamedTuple):
+    """What an `Autocast` keeps for its chains: one energy, until a parameter or buffer is exchanged or its own end."""
+
+    energy: Autocast | None
+    source: list[Tensor]  #: the parameters and buffers that it was made from
+
+
 class Autocast(nn.Module):
     """An energy evaluated under autocast to ``dtype``; its last layer and its value stay float32."""
 
     def __init__(self, energy: nn.Module, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
         self.energy, self.dtype = energy, dtype
-        self._twin: tuple[Autocast | None, list[Tensor]] = (None, [])  # (see `for_chains`, what it was made from)
+        self._twin = _Twin(None, [])
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, self.dtype):
@@ -51,10 +59,10 @@ class Autocast(nn.Module):
         if not masters:
             return self
         everything = [*self.parameters(), *self.buffers()]
-        twin, source = self._twin
+        source = self._twin.source
         if len(source) != len(everything) or any(a is not b for a, b in zip(source, everything, strict=True)):
-            twin = self._cast(masters)
-            self._twin = twin, everything
+            self._twin = _Twin(self._cast(masters), everything)
+        twin = self._twin.energy
         copies = [p for m in twin.modules() if isinstance(m, (MLP, ConvNet)) for p in m.layers.parameters()]
         torch._foreach_copy_(copies, [p.detach() for p in masters])
         return twin
@@ -62,7 +70,7 @@ class Autocast(nn.Module):
     def _cast(self, masters: list[nn.Parameter]) -> Autocast:
         casts = {id(p): nn.Parameter(p.detach().to(self.dtype), requires_grad=False) for p in masters}
         shared = {id(t): t for t in (*self.parameters(), *self.buffers())} | casts
-        twin = copy.deepcopy(self, shared | {id(self._twin): (None, [])})
+        twin = copy.deepcopy(self, shared | {id(self._twin): _Twin(None, [])})
         return twin.eval()
 
 

@@ -1,25 +1,67 @@
-"""The samplers: frozen dataclasses of one shape (`sampler.Sampler`), each with its law in its docstring."""
+"""The samplers: frozen dataclasses of one shape (`sampler.Sampler`), each with its law in its docstring.
 
-from __future__ import annotations
+Their names need no torch, for which `--help` does not wait: a class is imported at its first use.
+"""
 
-from .calibration import calibrate
-from .hmc import HMC
-from .langevin import AniLA, GradientDescent, Langevin, TamedLangevin
-from .metropolis import MALA, AdjustedAniLA
-from .sampler import Sampler
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-#: By the name that the commands know them by.
-SAMPLERS: dict[str, type[Sampler]] = {
-    "langevin": Langevin,
-    "anila": AniLA,
-    "tamed": TamedLangevin,
-    "gd": GradientDescent,
-    "mala": MALA,
-    "anila-mh": AdjustedAniLA,
-    "hmc": HMC,
-}
+if TYPE_CHECKING:
+    from .calibration import calibrate
+    from .hmc import HMC
+    from .langevin import AniLA, GradientDescent, Langevin, TamedLangevin
+    from .metropolis import MALA, AdjustedAniLA
+    from .sampler import Sampler
+
+    SAMPLERS: dict[str, type[Sampler]]  #: by the name that the commands know them by
 
 __all__ = [
-    "HMC", "MALA", "SAMPLERS", "AdjustedAniLA", "AniLA", "GradientDescent", "Langevin", "Sampler", "TamedLangevin",
+    "HMC",
+    "MALA",
+    "AdjustedAniLA",
+    "AniLA",
+    "GradientDescent",
+    "Langevin",
+    "Sampler",
+    "TamedLangevin",
     "calibrate",
-]  # fmt: skip
+]
+
+#: By the name that the commands know them by: where they are here. First those without a Metropolis correction.
+_UNADJUSTED = {
+    "langevin": "langevin.Langevin",
+    "anila": "langevin.AniLA",
+    "tamed": "langevin.TamedLangevin",
+    "gd": "langevin.GradientDescent",
+}
+_EXACT = {
+    "mala": "metropolis.MALA",
+    "anila-mh": "metropolis.AdjustedAniLA",
+    "hmc": "hmc.HMC",
+}
+_ALL = _UNADJUSTED | _EXACT
+
+#: The names of the samplers whose law is the model's own (`Sampler.is_exact`).
+EXACT = tuple(_EXACT)
+
+_HOMES = {place.partition(".")[2]: place for place in (*_ALL.values(), "sampler.Sampler", "calibration.calibrate")}
+
+
+def __getattr__(name: str):
+    if name == "SAMPLERS":
+        value = {known: _imported(place) for known, place in _ALL.items()}
+    elif name in _HOMES:
+        value = _imported(_HOMES[name])
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "SAMPLERS"})
+
+
+def _imported(place: str):
+    module, _, name = place.partition(".")
+    return getattr(import_module(f".{module}", __name__), name)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..graphs import Reads, cloned, copy, cuda_graph, first_line, leaves, mapped, watching
-from .kept import _GRAPHS, _SHAPES, Replays
-from .state import Info, State
-from .stepwise import CompiledTransition, Stepwise
+from ..graphs import Reads, captured, cuda_graph, on_capture_stream, watching
+from .kept import GRAPHS, Replays
+from .state import Info, State, cloned, copy, form, leaves, mapped
+from .stepwise import Stepwise
 
 #: Transitions of one CUDA graph at most: longer runs replay it, and a graph's nodes take memory.
 _LONGEST = 128
 
 
 @dataclasses.dataclass
-class _Held:
+class Held:
     """The tensors that the graphs of one set of shapes read and write, and the graphs."""
 
     numbers: tuple[Tensor, ...]
@@ -69,29 +68,21 @@ class Captured:
             held.graphs.clear()
             held.reads = reads
         copy(held.inputs, inputs)
-        made = 0
+        ahead = 0
         for length in _pieces(count, _LONGEST):
-            start = held.after if made else held.state
+            start = held.after if ahead else held.state
             replay = self._graph(held, length, start, offset)
             if replay is None:
-                return self.stepwise(count - made, held.numbers, start, held.seed, held.step, offset, held.mask)
-            info, made = replay(), made + length
+                return self.stepwise(count - ahead, held.numbers, start, held.seed, held.step, offset, held.mask)
+            info, ahead = replay(), ahead + length
         return cloned((held.after, info))
 
-    def _held_for(self, inputs, offset: int, alone: bool) -> _Held:
+    def _held_for(self, inputs, offset: int, alone: bool) -> Held:
         """The tensors for inputs of these shapes. ``alone``: a single transition, whose graph has the statistics."""
-        tensors = tuple((x.shape, x.dtype, x.device) for x in leaves(inputs))
-        absent = tuple(part is None for part in (*inputs[1], inputs[4]))
-        key = (tensors, absent, alone, offset, *_arithmetic())
-        held = self.held.pop(key, None)
-        if held is None:
-            held = _Held(*mapped(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), inputs))
-        self.held[key] = held  # the latest last
-        if len(self.held) > _SHAPES:
-            self.held.pop(next(iter(self.held)))
-        return held
+        key = (form(inputs), alone, offset, *_arithmetic())
+        return self.held.use(key, lambda: Held(*mapped(_contiguous, inputs)))
 
-    def _graph(self, held: _Held, length: int, start: State, offset: int) -> Callable[[], Info] | None:
+    def _graph(self, held: Held, length: int, start: State, offset: int) -> Callable[[], Info] | None:
         """The replay of that many transitions from ``start``; None, with a warning, if they cannot be captured."""
         key = length, start is not held.state
         if key not in held.graphs:
@@ -106,19 +97,15 @@ class Captured:
                 return info
 
             # every variant of the transition that the capture meets, so that nothing is compiled under it
-            after, _ = transitions(min(length, 3))
+            after, _ = on_capture_stream(lambda: transitions(min(length, 3)), held.seed.device)
             if held.after is None:
-                alike = all((a is None) == (b is None) for a, b in zip(after, held.state, strict=True))
-                held.after = held.state if alike else cloned(after)
-            try:
-                held.graphs[key] = self.record(recorded, held.seed.device)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
+                held.after = held.state if form(after) == form(held.state) else cloned(after)
+            replay = captured(recorded, held.seed.device, "the chain", record=self.record)
+            if replay is None:
                 held.works = False
-                warnings.warn(f"the chain runs uncaptured: {first_line(error)}", stacklevel=4)
                 return None
-            if len(held.graphs) > _GRAPHS:
+            held.graphs[key] = replay
+            if len(held.graphs) > GRAPHS:
                 held.graphs.pop(next(iter(held.graphs)))
         return held.graphs[key]
 
@@ -129,9 +116,8 @@ def _pieces(count: int, most: int) -> list[int]:
     return [count // parts + (i < count % parts) for i in range(parts)]
 
 
-def _captured(transition: CompiledTransition) -> Captured:
-    """The transition's captured chain, which finds the graphs of earlier runs."""
-    return Captured(transition, replays=transition.replays)
+def _contiguous(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _beside(reads: Reads, arguments) -> Reads:

@@ -20,10 +20,10 @@ from torch import Tensor
 from ..graphs import compiles, first_line
 from ..ops import dispatch
 from . import whole_chain
-from .captured import _captured
-from .kept import _Kept, _kept_of
+from .captured import Captured
+from .kept import Kept, kept_of
 from .state import Chain, Info, State
-from .stepwise import Stepwise, _plain_transition, compiled_transition
+from .stepwise import Stepwise, compiled_transition, plain_transition
 
 
 def chain_of(
@@ -38,17 +38,16 @@ def chain_of(
     """
     if compile and whole and makes_whole_chains(sampler, energy, z, mask):
         return functools.partial(_whole_chain, sampler, energy)
-    plain = Stepwise(_plain_transition(sampler, energy, score), sparing=z.is_cuda)
+    plain = Stepwise(plain_transition(sampler, energy, score), sparing=z.is_cuda)
     if not compile or not compiles():
         return plain
     transition = compiled_transition(sampler, energy, score)
     # one that is several graphs reads what lies between them, at addresses that prove nothing
-    captured = capture and z.is_cuda and sampler.is_one_graph
-    if captured:
-        fused = _captured(transition)
+    if capture and z.is_cuda and sampler.is_one_graph:
+        fused = Captured(transition, replays=transition.replays)
     else:  # on a CPU a graph that only begins the chains would take longer to compile than all that it saves
-        fused = Stepwise(transition, sparing=z.is_cuda, begun=None if z.is_cuda else sampler)
-    return fused if strict else _FallingBack(fused, plain, _kept_of(energy, score))
+        fused = Stepwise(transition, sparing=z.is_cuda, begins=None if z.is_cuda else sampler)
+    return fused if strict else _FallingBack(fused, plain, kept_of(energy, score))
 
 
 def makes_whole_chains(sampler, energy, z: Tensor, mask: Tensor | None = None) -> bool:
@@ -56,7 +55,7 @@ def makes_whole_chains(sampler, energy, z: Tensor, mask: Tensor | None = None) -
     return sampler.whole_chain and energy is not None and whole_chain.supports(energy, z, mask=mask)
 
 
-def path(sampler, energy, z: Tensor, *, fused: bool, update: bool = False) -> str:
+def describe(sampler, energy, z: Tensor, *, fused: bool, update: bool = False) -> str:
     """One line on the device and the implementation that `chain_of` selects; ``update``: within a training update."""
     if not fused:
         return f"{z.device.type}: plain definition, eager"
@@ -82,7 +81,7 @@ class _FallingBack:
     Where the energy traces and the compiler behind it fails, that is no fault of the energy's, and raises.
     """
 
-    def __init__(self, fused: Chain, plain: Chain, kept: _Kept):
+    def __init__(self, fused: Chain, plain: Chain, kept: Kept):
         self.fused, self.plain, self.kept = fused, plain, kept
 
     def __call__(self, *arguments):
@@ -96,15 +95,12 @@ class _FallingBack:
             ) from error
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             reason = first_line(error)
-        made = self.plain(*arguments)  # where the energy itself is at fault, it says so here
+        result = self.plain(*arguments)  # where the energy itself is at fault, it says so here
         self.kept.refusal = reason
         warnings.warn(
             f"the energy does not compile as one graph and runs eagerly ({reason}); compile=False says so", stacklevel=3
         )
-        return made
-
-
-# -------------------------------------------------------------------------------------------- replayed from CUDA graphs
+        return result
 
 
 # ----------------------------------------------------------------------------------------------- all in a single kernel
@@ -122,8 +118,8 @@ def whole_run(sampler, energy, z: Tensor, *, steps: int, seed: int, step: int, o
     if not sampler.whole_chain:
         return None
     numbers = dict(seed=seed, step=step, steps=steps, offset=offset)
-    made = whole_chain.attempt(energy, z, **_settings(sampler), **numbers, mask=mask)
-    return None if isinstance(made, str) else made[0]
+    found = whole_chain.attempt(energy, z, **_settings(sampler), **numbers, mask=mask)
+    return None if isinstance(found, str) else found[0]
 
 
 def _settings(s) -> dict:

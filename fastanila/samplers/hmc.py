@@ -36,8 +36,8 @@ class HMC(Adjusted):
     is_one_graph: ClassVar[bool] = False  # as many copies of the network would take minutes to compile
     numbers: ClassVar[tuple[str, ...]] = ("step_size",)
 
-    def __post_init__(self, noise_scale, bounds, refresh):
-        super().__post_init__(noise_scale, bounds, refresh)
+    def __post_init__(self):
+        super().__post_init__()
         checks.count("leapfrog_steps", self.leapfrog_steps)
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import InitVar
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from . import calibration
 from .sampler import Sampler, check_run, check_settings
 from .state import Info, State
 
-#: Why settings that the unadjusted samplers have are refused.
+#: Settings of the unadjusted samplers that these have not, and why.
 REFUSALS = {
     "noise_scale": "the law is exp(-U) however loud the proposals; for a temperature T give the energy U / T",
     "bounds": "a clamped proposal has no density, and the correction would be wrong; let the energy rise towards them",
@@ -44,25 +43,22 @@ class Adjusted(Sampler):
     chain that starts where the energy is not finite stays there. An energy that depends on the other chains (batch
     normalisation) or on chance (dropout) has no such law.
 
-    The noise scale, bounds and a frozen gain are refused, with the reason.
+    They have no noise scale, bounds or frozen gain. Raises ValueError for one that is given, with the reason.
     """
 
     is_exact: ClassVar[bool] = True
+    noise_scale: ClassVar[float] = 1.0
+    bounds: ClassVar[None] = None
     #: acceptance rate that `adapt` aims at
     target_acceptance: ClassVar[float]
 
-    noise_scale: InitVar[float] = dataclasses.field(default=1.0, kw_only=True)
-    bounds: InitVar[None] = dataclasses.field(default=None, kw_only=True)
-    refresh: InitVar[str] = dataclasses.field(default="transition", kw_only=True)
+    def __new__(cls, *_, **settings):
+        for name, reason in REFUSALS.items():
+            if name in settings:
+                raise ValueError(f"{name} must be left out of {cls.__name__}, got {settings[name]!r}: {reason}")
+        return super().__new__(cls)
 
-    def __post_init__(self, noise_scale, bounds, refresh):
-        for name, value, neutral in (
-            ("noise_scale", noise_scale, 1.0),
-            ("bounds", bounds, None),
-            ("refresh", refresh, "transition"),
-        ):
-            if value is not neutral and value != neutral:
-                raise ValueError(f"{name} must be left out of {type(self).__name__}, got {value!r}: {REFUSALS[name]}")
+    def __post_init__(self):
         check_settings(self)
 
     def init(self, evaluate: Evaluate, z: Tensor) -> State:
@@ -109,7 +105,7 @@ class Adjusted(Sampler):
         found = calibration.dual_averaging(self.step_size, z.device)
         place = self.numbers.index("step_size")
 
-        with self._begun(energy, z, None, mask, seed, step, compile) as (chain, state, seed_t, step_t):
+        with self._chain(energy, z, None, mask, seed, step, compile) as (chain, state, seed_t, step_t):
             numbers = list(self.numbers_on(z.device))
             for t in range(steps):
                 numbers[place] = found.step_size
@@ -133,7 +129,7 @@ class _AdjustedStep(Adjusted):
     def proposal(self, z: Tensor, score: Tensor) -> Proposal:
         return reference.proposal(z, score, self.threshold, step_size=self.step_size, norm=self.norm)
 
-    def begun(self, advance, state, *, seed, step, offset, mask):
+    def init_by(self, advance, state, *, seed, step, offset, mask):
         """By a transition ahead of the first, from an energy above all others to z itself. Since that is accepted, it
         leads to z, its energy, its score and the proposal of ``step``."""
         if state.score is None:
@@ -156,7 +152,7 @@ class _AdjustedStep(Adjusted):
             first = ops.anisotropic_step(state.z, state.score, self.threshold, step=step, **settings)
             state = state._replace(proposal=first)
         proposal_energy, proposal_score = evaluate(state.proposal)
-        made = metropolis_step(
+        moved = metropolis_step(
             state.z,
             state.score,
             state.energy,
@@ -167,11 +163,11 @@ class _AdjustedStep(Adjusted):
             step=step,
             **settings,
         )
-        after = State(made.z, energy=made.energy, score=made.score, proposal=made.proposal)
+        after = State(moved.z, energy=moved.energy, score=moved.score, proposal=moved.proposal)
         if not statistics:
             return after, None
         seen = reference.statistics(state.score, self.threshold, self.norm)
-        return after, Info.of(state.energy, seen, made.acceptance)
+        return after, Info.of(state.energy, seen, moved.acceptance)
 
 
 @dataclasses.dataclass(frozen=True)

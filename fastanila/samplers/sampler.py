@@ -60,9 +60,12 @@ class Sampler:
         """What a chain at z (B, ...) carries into its first transition."""
         return State(z)
 
-    def begun(self, advance: Callable, state: State, *, seed: Tensor, step: Tensor, offset: int, mask) -> State:
-        """``state`` with all that the chain carries from transition to transition, so that its first one, ``step``, is
-        the same graph as the others. advance(state, seed, step, offset, mask) -> State is that graph."""
+    def init_by(self, advance: Callable, state: State, *, seed: Tensor, step: Tensor, offset: int, mask) -> State:
+        """`init` by the transition itself, which is advance(state, seed, step, offset, mask) -> State.
+
+        Returns ``state`` with all that the chain carries, so that its first transition, ``step``, is the same graph as
+        the others.
+        """
         return state
 
     def proposal(self, z: Tensor, score: Tensor) -> Proposal:
@@ -140,13 +143,13 @@ class Sampler:
         if compile and steps and not (callback or keep_every or score):
             # ahead of all that other ways need, which would take the host longer than the launch takes the device
             placed = self.placed_on(z.device)
-            made = whole_run(placed, energy, z, steps=steps, seed=seed, step=step, offset=offset, mask=mask)
-            if made is not None:
-                return made
+            after = whole_run(placed, energy, z, steps=steps, seed=seed, step=step, offset=offset, mask=mask)
+            if after is not None:
+                return after
         watched = [every for every, wanted in ((callback_every, callback), (keep_every, keep_every)) if wanted]
         pieces = _pieces(steps, watched)
         whole = self.refresh == "transition" or len(pieces) <= 1
-        with self._begun(energy, z, score, mask, seed, step, compile, whole) as (chain, state, seed_t, step_t):
+        with self._chain(energy, z, score, mask, seed, step, compile, whole) as (chain, state, seed_t, step_t):
             numbers = self.numbers_on(z.device)
             kept, made = [], 0
             for count in pieces:
@@ -161,7 +164,7 @@ class Sampler:
         return torch.stack(kept) if kept else z.new_empty((0, *z.shape))
 
     @contextlib.contextmanager
-    def _begun(self, energy, z, score, mask, seed, step, compile, whole=True) -> Iterator[tuple]:
+    def _chain(self, energy, z, score, mask, seed, step, compile, whole=True) -> Iterator[tuple]:
         """(chain, its first state, seed and step as tensors), with the energy ready for sampling meanwhile."""
         with torch.no_grad(), sampling(energy if score is None else score):
             z = outside_inference(z.detach())

@@ -1,9 +1,12 @@
-"""What a chain carries from transition to transition, and what a transition tells."""
+"""What a chain carries from transition to transition, and what a transition tells.
+
+States, like all that a chain reads, are trees: tuples and named tuples of tensors, of None, and of trees.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,3 +42,45 @@ class Info(NamedTuple):
 
 
 Chain = Callable[..., tuple[State, Info]]
+
+
+def mapped(function: Callable[[Tensor], Any], tree):
+    """The function of every tensor of a tree of tuples and named tuples; whatever else it holds stays."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, tuple):
+        parts = [mapped(function, part) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return tree
+
+
+def form(tree) -> tuple:
+    """Equal for trees of the same types, whose tensors have the same shapes, dtypes and devices."""
+    if isinstance(tree, Tensor):
+        return tree.shape, tree.dtype, tree.device
+    return (type(tree), *map(form, tree)) if isinstance(tree, tuple) else (type(tree),)
+
+
+def leaves(tree) -> list[Tensor]:
+    found: list[Tensor] = []
+    mapped(found.append, tree)
+    return found
+
+
+def copy(target, source) -> None:
+    """Write the tensors of one tree into those of another of the same form: one launch for each dtype."""
+    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for into, value in zip(leaves(target), leaves(source), strict=True):
+        if into is not value:
+            both = groups.setdefault(into.dtype, ([], []))
+            both[0].append(into)
+            both[1].append(value)
+    for into, values in groups.values():
+        torch._foreach_copy_(into, values)
+
+
+def cloned(tree):
+    """A copy of every tensor of a tree, contiguous."""
+    fresh = mapped(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format), tree)
+    copy(fresh, tree)
+    return fresh

@@ -13,33 +13,33 @@ from torch import Tensor
 from ..graphs import compiled
 from ..models import callables
 from ..models.score import evaluator
-from .kept import _SHAPES, Replays, _kept_of, _Made
+from .kept import SHAPES, Latest, Replays, Transition, kept_of
 from .state import State
 
 
 class Stepwise:
     """A chain that calls ``advance`` for every transition."""
 
-    def __init__(self, advance: Callable, *, sparing: bool, begun=None):
+    def __init__(self, advance: Callable, *, sparing: bool, begins=None):
         # sparing: statistics of the last transition only. On a CPU that would mean to compile the transition twice,
         # which costs more than all the statistics of a run.
-        # begun: the sampler, if it is to make the state complete ahead of the first transition.
-        self.advance, self.sparing, self.begun = advance, sparing, begun
+        # begins: the sampler whose `init_by` makes the state complete ahead of the first transition, if one does.
+        self.advance, self.sparing, self.begins = advance, sparing, begins
 
     def __call__(self, count, numbers, state, seed, step, offset=0, mask=None):
-        if self.begun is not None:
-            state = self._begun(numbers, state, seed, step, offset, mask)
-        for made, t in enumerate(_times(step, count), start=1):
-            state, info = self.advance(numbers, state, seed, t, offset, mask, made == count or not self.sparing)
+        if self.begins is not None:
+            state = self._complete(numbers, state, seed, step, offset, mask)
+        for i, t in enumerate(_times(step, count), start=1):
+            state, info = self.advance(numbers, state, seed, t, offset, mask, i == count or not self.sparing)
         return state, info
 
-    def _begun(self, numbers, state, seed, step, offset, mask) -> State:
+    def _complete(self, numbers, state, seed, step, offset, mask) -> State:
         def advance(state, seed, step, offset, mask):
             (t,) = _times(step, 1)
             return self.advance(numbers, state, seed, t, offset, mask, True)[0]
 
-        sampler = self.begun.with_numbers(numbers)
-        return sampler.begun(advance, state, seed=seed, step=step, offset=offset, mask=mask)
+        sampler = self.begins.with_numbers(numbers)
+        return sampler.init_by(advance, state, seed=seed, step=step, offset=offset, mask=mask)
 
 
 def _times(step: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -48,7 +48,7 @@ def _times(step: Tensor, count: int) -> tuple[Tensor, ...]:
     return times[:, None].expand(-1, 2).contiguous()[:, 0].unbind()
 
 
-def _plain_transition(sampler, energy, score=None) -> Callable:
+def plain_transition(sampler, energy, score=None) -> Callable:
     return _plain_of(sampler, evaluator(energy, score))
 
 
@@ -78,13 +78,11 @@ def compiled_transition(sampler, energy, score=None) -> CompiledTransition:
     """The sampler's transition, with what was compiled and captured of it before."""
     static = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name not in sampler.numbers}
     which = type(sampler), tuple(static.items())
-    who, made = callables.identity((energy, score)), _kept_of(energy, score).transitions
-    if which not in made:
-        made[which] = _Made(_compiled_transition(*which), {})
-    advance, replays = made[which]
-    own = replays[who.tensors] = replays.pop(who.tensors, None) or Replays()  # the latest last
-    if len(replays) > _SHAPES:
-        replays.pop(next(iter(replays)))
+    transitions = kept_of(energy, score).transitions
+    if which not in transitions:
+        transitions[which] = Transition(_compiled_transition(*which), Latest(SHAPES))
+    advance, replays = transitions[which]
+    own = replays.use(callables.identity((energy, score)).tensors, Replays)
     return CompiledTransition(energy, score, advance, own)
 
 

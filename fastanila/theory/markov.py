@@ -34,10 +34,17 @@ from torch import Tensor
 
 from ..models.score import evaluator, sampling
 from ..ops import reference
-from ..samplers.hmc import HMC
+from ..samplers import SAMPLERS
 from ..samplers.langevin import AniLA
 from ..samplers.sampler import Sampler
 from .targets import Box, Target
+
+#: The samplers that `transition_kernel` takes: those that draw a proposal from normals, with noise.
+SAMPLER_NAMES = tuple(
+    name
+    for name, kind in SAMPLERS.items()
+    if kind.proposal is not Sampler.proposal and getattr(kind, "noise_scale", 1.0) != 0
+)
 
 _NEGLIGIBLE = 1e-30  #: a probability that is left out of the matrix: beyond 11 standard deviations
 _PAIRS = 1 << 18  #: moves whose acceptance is computed at a time
@@ -89,8 +96,10 @@ def transition_kernel(sampler: Sampler, target: Target, grid: Cells) -> Kernel:
     Raises ValueError for a sampler whose transition is no draw from normals (HMC, gradient descent), or that remembers
     more than its state (refresh="update"), and for a target whose score is not finite on the grid.
     """
-    if isinstance(sampler, HMC):
-        raise ValueError("sampler must draw its proposals from normals about a mean, which HMC does not")
+    if type(sampler).proposal is Sampler.proposal:
+        raise ValueError(
+            f"sampler must draw its proposals from normals about a mean, which {type(sampler).__name__} does not"
+        )
     if sampler.refresh != "transition":
         raise ValueError("sampler must be a Markov chain in its state alone, which refresh='update' is not")
     z = torch.from_numpy(grid.centres)

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .defaults import DEFAULTS, EXACT, IMAGES, defaults
+from ..samplers import EXACT
+from .defaults import DEFAULTS, IMAGES, defaults
 from .settings import Settings, without_none
 
 try:

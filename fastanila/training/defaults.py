@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..samplers import EXACT
+
 # 2-D: an exact sampler, because a model makes up for the bias of others by being too sharp (README, the numbers).
 # For anila, threshold 10 leaves about 7 % of the elements clipped at the end. At 5 it was half of them: the bias then
 # grows as the model sharpens, and training ended 0.29 nats off in one setting and diverged in another.
@@ -53,9 +55,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     **{name: _IMAGES for name in IMAGES},
     "digits": _DIGITS,
 }
-
-#: Samplers with a Metropolis correction.
-EXACT = ("anila-mh", "mala", "hmc")
 
 
 def defaults(name: str, sampler: str | None = None, init: str | None = None, task: str | None = None) -> dict[str, Any]:

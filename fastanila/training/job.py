@@ -87,7 +87,7 @@ def check_finite(job: Job) -> None:
 def path(job: Job) -> str:
     """One line on the device and the implementation in use."""
     energy = build.at_precision(job.ebm.module, job.settings.precision)
-    return chain.path(job.sampler, energy, job.chains, fused=job.settings.fused, update=True)
+    return chain.describe(job.sampler, energy, job.chains, fused=job.settings.fused, update=True)
 
 
 def save(job: Job) -> None:

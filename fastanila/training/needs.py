@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from ..samplers import SAMPLERS
-from .defaults import EXACT
+from ..samplers import EXACT, SAMPLERS
+from ..samplers.metropolis import REFUSALS
 from .settings import Settings
 
 
@@ -27,10 +27,16 @@ def _one_of(settings: tuple[str, ...], on: str, *values: str, also: tuple[str, .
     return Need(settings, on, lambda value: value in values + also, wanted)
 
 
-def _of_samplers(setting: str, field: str, *, also: tuple[str, ...] = ()) -> Need:
-    """A setting that reaches the samplers that have the field."""
-    having = (name for name, kind in SAMPLERS.items() if field in {f.name for f in dataclasses.fields(kind)})
-    return _one_of((setting,), "sampler", *having, also=also)
+def _of_samplers() -> Iterator[Need]:
+    """Of each setting that reaches some samplers and not all: those that have the field."""
+    fields = {name: {f.name for f in dataclasses.fields(kind)} for name, kind in SAMPLERS.items()}
+    for setting in (f.name for f in dataclasses.fields(Settings)):
+        field = "bounds" if setting == "clamp" else setting
+        having = [name for name, own in fields.items() if field in own]
+        if 0 < len(having) < len(fields):
+            # the exact ones refuse every value but the one that says what they do: see `config.check`
+            also = EXACT if field in REFUSALS else ()
+            yield _one_of((setting,), "sampler", *having, also=also)
 
 
 NEEDS = (
@@ -40,10 +46,7 @@ NEEDS = (
     _one_of(("mask",), "task", "completion"),
     _one_of(("depth", "features", "feature_scale"), "energy", "mlp"),
     Need(("feature_scale",), "features", lambda features: features > 0, "features above 0"),
-    *(_of_samplers(name, name) for name in ("threshold", "leapfrog_steps", "norm")),
-    # the exact ones refuse every value but the one that says what they do: see `config.check`
-    *(_of_samplers(name, field, also=EXACT) for name, field in
-      (("noise_scale", "noise_scale"), ("clamp", "bounds"), ("refresh", "refresh"))),
+    *_of_samplers(),
     _one_of(("reinit",), "init", "persistent"),
     _one_of(("latent", "vae_width", "kl_weight", "vae_warm_up", "vae_lr", "vae_lr_decay"), "init", "vae"),
 )  # fmt: skip

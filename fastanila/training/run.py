@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data import images, registry
 from ..models import vae
 from ..models.wrappers import Tempered
-from ..samplers import SAMPLERS
+from ..samplers import EXACT, SAMPLERS
 from ..samplers.sampler import Sampler
 from . import checkpoint, config, defaults
 from .build import Dataset, at_precision, build_energy, build_sampler, build_vae, device_of, load_data
@@ -78,7 +78,7 @@ def with_sampler(run: Run, sampler: str, **changes: Any) -> Run:
     refresh = before.refresh if "refresh" in known else "transition"
     settings = dataclasses.replace(before, sampler=sampler, refresh=refresh, **own)
     config.check(settings)
-    heated = sampler in defaults.EXACT and before.noise_scale != 1.0
+    heated = sampler in EXACT and before.noise_scale != 1.0
     energy = Tempered(run.energy, before.noise_scale**2).eval() if heated else run.energy
     return run._replace(energy=energy, sampler=build_sampler(settings, registry.box_of(before.data)), settings=settings)
 

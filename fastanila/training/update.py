@@ -10,7 +10,6 @@ one graph, captured once and replayed.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from .. import noise
 from ..data import completion
-from ..graphs import capture_stream, compiled, cuda_graph, first_line
+from ..graphs import compiled, replayed
 from ..models.score import sampling
 from ..models.wrappers import for_chains
 from ..noise import Stream
@@ -35,7 +34,7 @@ _LARGEST_ENERGY = 1e8
 #: By what the VAE's weight of KL is multiplied where its warm-up begins.
 _FIRST_KL = 10.0
 #: Updates that run as they are ahead of the capture: they compile, and give every library its workspace.
-_WARM_UP = 3
+WARM_UP = 3
 
 
 class Teaching(NamedTuple):
@@ -141,7 +140,7 @@ def build_update(job: Job) -> Callable[[], Update]:
                 follow_of(*averaged_parameters(job.learners), decays)
         return Update(result.energy_data, result.energy_chains, totals, info, teaching)
 
-    return _captured(update, device) if s.fused and on_cuda else update
+    return replayed(update, device, "the update", warm_up=WARM_UP) if s.fused and on_cuda else update
 
 
 def compiles_once(device: torch.device) -> bool:
@@ -176,36 +175,6 @@ def _variance(x: Tensor, free: Tensor | None) -> Tensor:
     """The mean over a state's elements, those that may move, of their variance over the batch."""
     variances = x if free is None else torch.where(free, x, 0.0)
     return variances.var(0, unbiased=False).mean()
-
-
-def _captured(update: Callable[[], Update], device: torch.device) -> Callable[[], Update]:
-    """``update``, the first few calls as it is, the others replayed from one CUDA graph."""
-    calls, replay = 0, None
-
-    def run() -> Update:
-        nonlocal calls, replay
-        calls += 1
-        if calls == _WARM_UP + 1:
-            try:
-                replay = cuda_graph(update, device)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                warnings.warn(f"the update runs uncaptured: {first_line(error)}", stacklevel=2)
-        if replay is not None:
-            return replay()
-        if calls > _WARM_UP:
-            return update()
-        # on the capture's stream, because autograd would go on to use the stream of the first backward, and because
-        # every stream has a cuBLAS workspace of its own
-        side = capture_stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            made = update()
-        torch.cuda.current_stream(device).wait_stream(side)
-        return made
-
-    return run
 
 
 def draw_data(

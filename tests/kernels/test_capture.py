@@ -62,7 +62,7 @@ def test_a_captured_run_equals_the_transitions_one_by_one(name, sampler, capture
     captured = sampler.run(energy, z, steps=21, seed=1, step=4)
     again = sampler.run(energy, z, steps=21, seed=1, step=25)
     assert len(captures) == 1  # the second replays the first one's
-    monkeypatch.setattr(chain, "_captured", lambda t: stepwise_samplers.Stepwise(t, sparing=True))
+    monkeypatch.setattr(chain, "Captured", lambda t, **_: stepwise_samplers.Stepwise(t, sparing=True))
     close = dict(rtol=1e-4, atol=1e-4) if name != "bf16" else dict(rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(captured, sampler.run(energy, z, steps=21, seed=1, step=4), **close)
     torch.testing.assert_close(again, sampler.run(energy, z, steps=21, seed=1, step=25), **close)
@@ -136,7 +136,7 @@ def test_a_captured_update_equals_the_uncaptured_one(options, captures, monkeypa
     common = dict(sampler="anila", steps=4, batch_size=32, chains=32, width=16, features=8, iterations=50, seed=3)
     ends = []
     for warm_up in (3, math.inf):
-        monkeypatch.setattr(update_training, "_WARM_UP", warm_up)
+        monkeypatch.setattr(update_training, "WARM_UP", warm_up)
         job = prepare(Settings(**common | options, device="cuda"))
         update = update_training.build_update(job)
         with warnings.catch_warnings():

@@ -55,7 +55,7 @@ def compare(tmp_path, monkeypatch, launches, whole, **settings):
             Settings(**settings, fused=fused, log_every=1, sample_every=0, out=str(tmp_path / str(fused))),
             say=lines.append,
         )
-        updates_run = update._WARM_UP + 1 if torch.cuda.is_available() else settings["iterations"]  # and the capture
+        updates_run = update.WARM_UP + 1 if torch.cuda.is_available() else settings["iterations"]  # and the capture
         assert len(seen) == (launches * updates_run if fused else 0)
         assert ("whole-chain Triton kernel" in lines[0]) == (fused and whole)
         seen.clear()

@@ -20,7 +20,7 @@ from fastanila.samplers import chain as chain_samplers
 from fastanila.samplers import kept as kept_samplers
 from fastanila.samplers import stepwise as stepwise_samplers
 from fastanila.samplers.captured import Captured
-from fastanila.samplers.state import State
+from fastanila.samplers.state import State, leaves
 from fastanila.samplers.stepwise import Stepwise, compiled_transition
 
 
@@ -39,7 +39,7 @@ def start(chains=9, dim=2):
     return torch.randn(chains, dim, generator=torch.Generator().manual_seed(0))
 
 
-def both(sampler, energy, transition=stepwise_samplers._plain_transition):
+def both(sampler, energy, transition=stepwise_samplers.plain_transition):
     """A captured and a stepwise chain; uncompiled, where it does not matter what the energy reads."""
     advance, recorder = transition(sampler, energy), Recorder()
     return Captured(advance, recorder), Stepwise(advance, sparing=True), recorder
@@ -50,7 +50,7 @@ def words(seed, step):
 
 
 def assert_same(a, b):
-    for x, y in zip(graphs_.leaves(a), graphs_.leaves(b), strict=True):
+    for x, y in zip(leaves(a), leaves(b), strict=True):
         assert torch.equal(x, y)
 
 
@@ -158,7 +158,7 @@ def test_no_memory_for_a_capture_is_no_reason_to_run_uncaptured(frozen):
     def refuse(function, device):
         raise torch.OutOfMemoryError("out of memory")
 
-    captured = Captured(stepwise_samplers._plain_transition(AniLA(), GaussianMixture(torch.eye(2))), refuse)
+    captured = Captured(stepwise_samplers.plain_transition(AniLA(), GaussianMixture(torch.eye(2))), refuse)
     with pytest.raises(torch.OutOfMemoryError):
         captured(7, AniLA().numbers_on(None), State(start()), *words(1, 2))
 
@@ -171,7 +171,7 @@ def test_a_shape_that_cannot_be_captured_leaves_the_others_captured(frozen):
         return function
 
     refuse_odd.made = 0
-    captured = Captured(stepwise_samplers._plain_transition(AniLA(), GaussianMixture(torch.eye(2))), refuse_odd)
+    captured = Captured(stepwise_samplers.plain_transition(AniLA(), GaussianMixture(torch.eye(2))), refuse_odd)
     for chains in (3, 5):
         arguments = (7, AniLA().numbers_on(None), State(start(chains)), *words(1, 2))
         with contextlib.nullcontext() if refuse_odd.made else pytest.warns(UserWarning, match="uncaptured"):
@@ -206,10 +206,10 @@ def test_few_shapes_and_lengths_are_held(frozen):
     captured, _, recorder = both(AniLA(), GaussianMixture(torch.eye(2)))
     for chains in range(1, 8):
         captured(3, AniLA().numbers_on(None), State(start(chains)), *words(1, 2))
-    assert len(captured.held) == kept_samplers._SHAPES and recorder.made == 7
+    assert len(captured.held) == kept_samplers.SHAPES and recorder.made == 7
     for count in range(2, 10):
         captured(count, AniLA().numbers_on(None), State(start()), *words(1, 2))
-    assert max(len(held.graphs) for held in captured.held.values()) == kept_samplers._GRAPHS
+    assert max(len(held.graphs) for held in captured.held.values()) == kept_samplers.GRAPHS
 
 
 def test_a_rehearsal_launches_nothing_and_reads_what_a_run_reads(frozen):
@@ -241,10 +241,10 @@ def test_threads_take_turns(frozen):
         assert torch.equal(z, run(stepwise, seed))
 
 
-def test_paths():
+def test_descriptions():
     z, energy = start(), MLP(2, 8)
-    assert chain_samplers.path(AniLA(), energy, z, fused=False) == "cpu: plain definition, eager"
-    assert chain_samplers.path(AniLA(), energy, z, fused=True) == "cpu: compiled reference"
+    assert chain_samplers.describe(AniLA(), energy, z, fused=False) == "cpu: plain definition, eager"
+    assert chain_samplers.describe(AniLA(), energy, z, fused=True) == "cpu: compiled reference"
 
 
 @pytest.mark.parametrize(
@@ -290,12 +290,12 @@ def test_a_chain_begun_by_a_transition_is_the_chain(sampler, step):
         return torch.where(x[:, 0] > 2.5, math.inf, x.square().sum(1) + x.sin().sum(1))
 
     z[2, 0] = 3.0  # no finite energy: that chain stays
-    advance = stepwise_samplers._plain_transition(sampler, energy)
+    advance = stepwise_samplers.plain_transition(sampler, energy)
     mask = torch.tensor([True, True, False])
     for count, kept in ((1, None), (5, None), (5, mask)):
         arguments = (count, sampler.numbers_on(z.device), State(z), torch.tensor(3), torch.tensor(step), 11, kept)
         want, seen = Stepwise(advance, sparing=False)(*arguments)
-        got, info = Stepwise(advance, sparing=False, begun=sampler)(*arguments)
+        got, info = Stepwise(advance, sparing=False, begins=sampler)(*arguments)
         moved = torch.arange(6) != 2
         for one, other in zip(got, want, strict=True):
             assert (one is None) == (other is None)
@@ -309,13 +309,13 @@ def test_a_chain_begun_by_a_transition_is_the_chain(sampler, step):
 def test_a_chain_that_goes_on_begins_with_nothing_new():
     sampler = AdjustedAniLA(1.5, 0.3)
     calls = []
-    plain = stepwise_samplers._plain_transition(sampler, lambda x: x.square().sum(1))
+    plain = stepwise_samplers.plain_transition(sampler, lambda x: x.square().sum(1))
 
     def advance(*arguments):
         calls.append(int(arguments[3]))
         return plain(*arguments)
 
-    chain = Stepwise(advance, sparing=False, begun=sampler)
+    chain = Stepwise(advance, sparing=False, begins=sampler)
     z, numbers, seed = torch.randn(4, 2), sampler.numbers_on(torch.device("cpu")), torch.tensor(1)
     state, _ = chain(2, numbers, State(z), seed, torch.tensor(0))
     state, _ = chain(2, numbers, state, seed, torch.tensor(2))

@@ -1,7 +1,10 @@
 """Samplers: settings, the loop, what they leave behind. Their laws: tests/test_laws.py and tests/test_adjusted.py."""
 
+import copy
 import dataclasses
+import inspect
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -20,17 +23,17 @@ from fastanila import (
     Langevin,
     TamedLangevin,
     calibrate,
-    graphs,
     noise,
     ops,
 )
 from fastanila.models import MLP, GaussianMixture
 from fastanila.models.score import evaluator
-from fastanila.samplers import SAMPLERS
+from fastanila.samplers import EXACT, SAMPLERS
 from fastanila.samplers import stepwise as stepwise_samplers
 from fastanila.samplers.captured import Captured
-from fastanila.samplers.state import State
+from fastanila.samplers.state import State, leaves
 from fastanila.samplers.stepwise import Stepwise
+from fastanila.training import settings
 
 
 def quadratic(x):
@@ -55,9 +58,11 @@ every_sampler = pytest.mark.parametrize("sampler", ALL, ids=str)
 
 def test_all_are_known_by_name():
     assert {type(s) for s in ALL} == set(SAMPLERS.values())
-    assert [*SAMPLERS] == ["langevin", "anila", "tamed", "gd", "mala", "anila-mh", "hmc"]
+    assert set(settings.names_of("sampler")) == set(SAMPLERS)
+    assert {kind.__name__ for kind in SAMPLERS.values()} | {"Sampler", "calibrate", "load"} == set(fastanila.__all__)
     assert all(getattr(fastanila, kind.__name__) is kind for kind in SAMPLERS.values())
-    assert [s.gradients for s in ALL] == [1] * 10 + [3]
+    assert [name for name, kind in SAMPLERS.items() if kind.is_exact] == [*EXACT]
+    assert all(s.gradients == (3 if isinstance(s, HMC) else 1) for s in ALL)
     assert all(s.is_exact == (s in ADJUSTED) for s in ALL)
 
 
@@ -274,7 +279,7 @@ def test_adjusted_samplers_compile_to_what_they_are_uncompiled(sampler):
 def test_captured_chains_equal_those_made_one_by_one(sampler):
     """With a stand-in for the graph, which calls again what it would replay: what it reads and writes is the same."""
     energy = GaussianMixture(torch.eye(2))
-    advance, recorded = stepwise_samplers._plain_transition(sampler, energy), []
+    advance, recorded = stepwise_samplers.plain_transition(sampler, energy), []
 
     def record(function, device):
         recorded.append(function)
@@ -285,7 +290,7 @@ def test_captured_chains_equal_those_made_one_by_one(sampler):
         for step in (5, 14):
             arguments = 9, sampler.numbers_on(None), State(start()), noise.as_word64(3), noise.as_word64(step)
             got, want = captured(*arguments), stepwise(*arguments)
-            for a, b in zip(graphs.leaves(got), graphs.leaves(want), strict=True):
+            for a, b in zip(leaves(got), leaves(want), strict=True):
                 assert torch.equal(a, b)
     assert len(recorded) == 1  # the second call replays the first one's
 
@@ -509,8 +514,9 @@ def test_bad_settings(make, message):
 def test_adjusted_samplers_refuse_what_would_break_them_with_the_reason(kind, setting, reason):
     with pytest.raises(ValueError, match=reason.format(kind.__name__)):
         kind(**setting)
-    neutral = {"noise_scale": 1, "bounds": None, "refresh": "transition"}
-    assert kind(**{name: neutral[name] for name in setting}) == kind()
+    assert (kind().noise_scale, kind().bounds, kind().refresh) == (1.0, None, "transition")
+    assert not set(setting) & {*inspect.signature(kind).parameters}
+    assert pickle.loads(pickle.dumps(kind(step_size=0.3))) == copy.copy(kind(step_size=0.3)) == kind(step_size=0.3)
 
 
 @every_sampler

@@ -102,7 +102,7 @@ def test_what_is_wrong_with_an_energy_is_said_and_nothing_else(energy, error, me
         for _ in range(2):  # and is no reason to run it eagerly
             with pytest.raises(error, match=message):
                 AniLA().run(energy, start(), steps=2, seed=0, compile=compile)
-    assert kept_samplers._kept_of(energy).refusal is None
+    assert kept_samplers.kept_of(energy).refusal is None
 
 
 # -------------------------------------------------------------------------------------- arguments, ahead of compiling
@@ -249,25 +249,25 @@ def test_what_is_kept_keeps_no_energy_and_ends_with_it(kind, graphs):
     model = Squeezing()
     energy = HOLDERS[kind](model)
     AniLA().run(energy, start(), steps=2, seed=0)
-    assert graphs and len(kept_samplers._kept) == 1
+    assert graphs and len(kept_samplers.energies) == 1
     gone = weakref.ref(model)
     del model, energy
     graphs.clear()
     gc.collect()
-    assert gone() is None and not kept_samplers._kept
+    assert gone() is None and not kept_samplers.energies
 
 
 def test_only_so_many_energies_are_remembered(monkeypatch):
-    monkeypatch.setattr(kept_samplers, "_kept", type(kept_samplers._kept)())
-    models = [Squeezing() for _ in range(kept_samplers._ENERGIES + 3)]
-    kept = [kept_samplers._kept_of(m) for m in models]
-    assert len(kept_samplers._kept) == kept_samplers._ENERGIES
-    assert kept_samplers._kept_of(models[-1]) is kept[-1] and kept_samplers._kept_of(models[0]) is not kept[0]
+    monkeypatch.setattr(kept_samplers, "energies", type(kept_samplers.energies)())
+    models = [Squeezing() for _ in range(kept_samplers.ENERGIES + 3)]
+    kept = [kept_samplers.kept_of(m) for m in models]
+    assert len(kept_samplers.energies) == kept_samplers.ENERGIES
+    assert kept_samplers.kept_of(models[-1]) is kept[-1] and kept_samplers.kept_of(models[0]) is not kept[0]
     assert all(not end.alive for end in kept[1].ends) and all(end.alive for end in kept[-1].ends)
 
 
 def test_graphs_are_kept_by_the_tensors_an_energy_was_given(monkeypatch):
-    monkeypatch.setattr(kept_samplers, "_kept", type(kept_samplers._kept)())
+    monkeypatch.setattr(kept_samplers, "energies", type(kept_samplers.energies)())
     a, b = torch.zeros(2), torch.ones(2)
 
     def about(centre):
@@ -283,8 +283,8 @@ def test_graphs_are_kept_by_the_tensors_an_energy_was_given(monkeypatch):
     for centre in many:
         replays(centre)
     assert replays(a).replays is not first  # forgotten
-    (made,) = kept_samplers._kept_of(about(a)).transitions.values()
-    assert len(made.replays) == kept_samplers._SHAPES
+    (made,) = kept_samplers.kept_of(about(a)).transitions.values()
+    assert len(made.replays) == kept_samplers.SHAPES
 
 
 def test_identities():
@@ -312,8 +312,8 @@ def test_where_torch_compile_is_switched_off_nothing_says_otherwise(monkeypatch)
 
     def check():
         for sampler in (AniLA(), HMC()):
-            assert chain.path(sampler, quadratic, start(), fused=True) == words
-        assert chain.path(AniLA(), quadratic, start(), fused=False) == "cpu: plain definition, eager"
+            assert chain.describe(sampler, quadratic, start(), fused=True) == words
+        assert chain.describe(AniLA(), quadratic, start(), fused=False) == "cpu: plain definition, eager"
         assert torch.equal(AniLA().run(quadratic, start(), steps=2, seed=0), want)
 
     for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
@@ -322,7 +322,7 @@ def test_where_torch_compile_is_switched_off_nothing_says_otherwise(monkeypatch)
             check()
     with torch.compiler.set_stance("force_eager"):
         check()
-    assert chain.path(AniLA(), quadratic, start(), fused=True) == "cpu: compiled reference"
+    assert chain.describe(AniLA(), quadratic, start(), fused=True) == "cpu: compiled reference"
 
 
 # ------------------------------------------------------------------------------------------ the models behind callables

@@ -117,7 +117,7 @@ def _update(settings: Settings) -> Counted:
     with fake_device.tensor_learning_rates(), matmul_precision(settings.precision):
         update = update_training.build_update(job.prepare(settings))
         device.clear()
-        for _ in range(update_training._WARM_UP + 2):
+        for _ in range(update_training.WARM_UP + 2):
             update()
     if not device.graphs:
         raise AssertionError("no update was captured")

@@ -6,12 +6,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import warnings
 from collections.abc import Callable
 
 import torch
 
 import fake_device
-from fastanila.graphs import cuda_graph
+from fastanila.graphs import cuda_graph, replayed
 
 MEGABYTE = 1 << 20
 
@@ -194,6 +195,29 @@ def copies_and_fills_are_replayed() -> dict:
     return dict(captured=captured, replayed=(*target.tolist(), *filled.tolist()))
 
 
+def calls_that_are_replayed() -> dict:
+    """Six calls, of which two warm up, of a function that can be captured, and of one that synchronises."""
+    device, x, streams = fake_device.Device(), torch.ones(8, device="cuda"), []
+
+    def adds():
+        streams.append(torch.cuda.current_stream())
+        return x + 1
+
+    def synchronises():
+        return x.sum().item()
+
+    found = {}
+    for function in (adds, synchronises):
+        call = replayed(function, torch.device("cuda"), "it", warm_up=2)
+        device.clear()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            kinds = [type(call()).__name__ for _ in range(6)]
+        graphs = len([nodes for nodes in device.graphs if nodes])
+        found[function.__name__] = dict(graphs=graphs, replays=len(device.replays), said=len(said), kinds=kinds)
+    return found | dict(streams=len(streams), one=len({*streams, torch.cuda.current_stream()}) == 2)
+
+
 # ----------------------------------------------------------------------------------------------- after a failed capture
 
 
@@ -267,6 +291,7 @@ OTHERS = {
     "given back": replays_on_memory_given_back,
     "permitted": permitted,
     "replayed": copies_and_fills_are_replayed,
+    "calls": calls_that_are_replayed,
     "draws": draws_after_a_failure,
     "replays": replays_after_a_failure,
     "memory": memory_after_a_failure,

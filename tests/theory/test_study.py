@@ -53,7 +53,7 @@ def dense(rows):
 
 
 @pytest.mark.parametrize("target", ["normal", "correlated"])
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("hmc", "gd")])
+@pytest.mark.parametrize("name", markov.SAMPLER_NAMES)
 def test_rows_are_probabilities(name, target):
     kernel, _ = kernel_of(SAMPLERS[name](step_size=0.5), targets.load(target), 40)
     assert kernel.matrix.shape == (len(kernel.target),) * 2
