@@ -8,9 +8,9 @@ of held-out images by a model of whole images; a run with task=completion comple
 from __future__ import annotations
 
 if __name__ == "__main__":  # ahead of torch, which takes seconds to import
-    from .cli.exits import end_at_once_on_interrupt
+    from .cli import exits, parsers
 
-    end_at_once_on_interrupt()
+    exits.begin(parsers.sample())
 
 import argparse
 import io
@@ -22,15 +22,14 @@ import torch
 from torch import Tensor
 
 from . import checks, files, generate
-from .cli import exits
-from .cli.flags import given, refuse
-from .data import completion, registry
+from .cli import exits, parsers
+from .cli.flags import refuse
+from .data import registry
 from .evaluation import distances, plots
 from .generate import sample
 from .samplers import chain
 from .training import build, checkpoint, config, needs, run_directory
 from .training.run import Run, data_of, load, updates_past, with_sampler
-from .training.settings import names_of
 
 SUFFIXES = (".png", ".npz")
 _OF_SAMPLER = ("step_size", "threshold", "norm", "leapfrog_steps")
@@ -123,67 +122,25 @@ def draw(run: Run, arguments: argparse.Namespace, out: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    samplers = names_of("sampler")
-    parser = argparse.ArgumentParser(
-        prog="python -m fastanila.sample", description="Draw samples from a trained run.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("run", help="run directory")
-    parser.add_argument("--count", type=int, default=64, help="samples to draw, or images to complete")
-    parser.add_argument("--out", default="samples.png", help="file to write: .png (a picture) or .npz (key samples)")
-    parser.add_argument(
-        "--steps", type=int,
-        help="transitions; default: the run's K, and ten K from noise (also to inpaint); 0 with a VAE: its proposals",
-    )  # fmt: skip
-    parser.add_argument(
-        "--start",
-        choices=generate.STARTS,
-        help="where the samples start; default: at the run's VAE if it has one, or chains",
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--interpolate", action="store_true", help="proposals between latents, a row a pair (init=vae)")
-    what.add_argument("--reconstruct", action="store_true", help="held-out data above their reconstructions (init=vae)")
-    what.add_argument(
-        "--inpaint", choices=completion.REGIONS, help="fill a region of held-out images, all else held (images)"
-    )
-    parser.add_argument("--completions", type=int, default=4, help="completions of each image")
-    parser.add_argument("--data-dir", help="folder of the images, if they have moved since the run")
-    parser.add_argument("--sampler", choices=samplers, help="another sampler than the run's")
-    parser.add_argument("--step-size", type=float, help="its step size; default: as the run's")
-    parser.add_argument("--threshold", type=float, help="its threshold; default: as the run's")
-    parser.add_argument("--norm", choices=names_of("norm"), help="its norm; default: as the run's")
-    parser.add_argument("--leapfrog-steps", type=int, help="leapfrog steps of hmc")
-    parser.add_argument(
-        "--warm-up", type=int, default=0, help="transitions in which an exact sampler adapts its step size"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="names the noise")
-    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--fused", action=argparse.BooleanOptionalAction, default=True, help="compile the transition")
-
-    def work() -> int:
-        arguments = parser.parse_args(argv)
-        return sampled(arguments, given(parser, argv, arguments))
-
-    return exits.exit_code(work)
+    return exits.run(parsers.sample(), argv, sampled, ValueError, checkpoint.CheckpointError)
 
 
 def sampled(arguments: argparse.Namespace, given: set[str]) -> int:
     """Draw and write what the arguments ask for; the exit code. ``given``: those that the command line has."""
     changes = {k: v for k in _OF_SAMPLER if (v := getattr(arguments, k)) is not None}
-    with exits.refusing(ValueError, checkpoint.CheckpointError):
-        out = out_of(arguments.out)
-        for name, least in (("count", 1), ("completions", 1), ("warm_up", 0)):
-            checks.count(name, getattr(arguments, name), least)
-        if arguments.steps is not None:
-            checks.count("steps", arguments.steps, least=0)
-        run = load(arguments.run, arguments.device)
-        check_effects(run, arguments, given)
-        if changes or arguments.sampler is not None:
-            run = with_sampler(run, arguments.sampler or run.settings.sampler, **changes)
+    out = out_of(arguments.out)
+    for name, least in (("count", 1), ("completions", 1), ("warm_up", 0)):
+        checks.count(name, getattr(arguments, name), least)
+    if arguments.steps is not None:
+        checks.count("steps", arguments.steps, least=0)
+    run = load(arguments.run, arguments.device)
+    check_effects(run, arguments, given)
+    if changes or arguments.sampler is not None:
+        run = with_sampler(run, arguments.sampler or run.settings.sampler, **changes)
     exits.say(chain.path(run.sampler, run.energy, run.chains, fused=arguments.fused))
     out.parent.mkdir(parents=True, exist_ok=True)
     run_directory.check_writable(out.parent)
-    with exits.refusing(ValueError), build.matmul_precision(run.settings.precision):
+    with build.matmul_precision(run.settings.precision):
         drawn = draw(run, arguments, out)
     exits.say(f"{drawn} in {out}")
     return exits.DONE
