@@ -111,7 +111,7 @@ def test_what_cannot_be_written_is_told_ahead_of_the_work(home, tmp_path, where,
     out = tmp_path / "file" / "x" if where != "proc" else Path("/proc/nope")
     if where == "proc" and not os.path.isdir("/proc/self"):
         pytest.skip("needs /proc")
-    for work in ((sample, "draw"), (ergodicity, "family"), (compare, "train")):
+    for work in ((sample, "mode_of"), (ergodicity, "family"), (compare, "train")):
         monkeypatch.setattr(*work, lambda *_: pytest.fail("worked for nothing"))
     for main, flags in (
         (sample.main, [str(home / "run"), "--out", str(out / "s.png")]),

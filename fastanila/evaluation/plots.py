@@ -3,7 +3,6 @@ chains mix."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -34,9 +33,8 @@ def save_images(path: str | Path, images: Tensor, box: tuple[float, float], colu
     """A PNG grid of images (N, C, H, W), enlarged so that small ones can be seen."""
     from PIL import Image
 
-    content = io.BytesIO()
-    Image.fromarray(image_grid(images, box, columns, scale=max(1, 96 // images.shape[-1]))).save(content, format="png")
-    files.write_bytes(path, content.getvalue())
+    picture = Image.fromarray(image_grid(images, box, columns, scale=max(1, 96 // images.shape[-1])))
+    files.write_by(path, lambda file: picture.save(file, format="png"))
 
 
 def save_under(path: str | Path, sets: Sequence[Tensor], box: tuple[float, float], columns: int = 16) -> None:
@@ -132,6 +130,5 @@ def save_comparison(path: str | Path, rows: Sequence[dict]) -> None:
 
 
 def save_figure(path: str | Path, figure) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    files.write_bytes(path, content.getvalue())
+    """A PNG of a matplotlib figure."""
+    files.write_by(path, lambda file: figure.savefig(file, format="png", dpi=110))
