@@ -30,7 +30,7 @@ from .cli.flags import refuse
 from .samplers import SAMPLERS
 from .samplers.sampler import Sampler
 from .theory import study, targets
-from .theory.study import _TROUBLE, Member, Result, family, save_figure, table
+from .theory.study import TROUBLE, Member, Result, family, save_figure, table
 from .training import checkpoint, config, run_directory
 from .training.run import Run, load, with_sampler
 
@@ -59,7 +59,7 @@ def shown_minorisation(constants: dict[int, float]) -> tuple[int, float]:
 def warnings(report: dict) -> list[str]:
     advice = {"lost": "leaves the box: widen it with --box", "coarse": "has proposals narrower than half a cell: "
               "raise --resolution"}  # fmt: skip
-    return [f"{report['label']}: {report[k]:.1%} of the law {advice[k]}" for k in advice if report[k] > _TROUBLE]
+    return [f"{report['label']}: {report[k]:.1%} of the law {advice[k]}" for k in advice if report[k] > TROUBLE]
 
 
 def members_of(arguments: argparse.Namespace) -> list[Member]:
