@@ -40,6 +40,7 @@ from . import checks, generate
 from .cli import exits, parsers
 from .cli.flags import refuse
 from .data import Images, completion, densities
+from .data.images import from_pixels
 from .evaluation import diagnostics, distances, plane, plots
 from .ops import dispatch
 from .training import build, checkpoint, config, needs, run_directory
@@ -77,11 +78,8 @@ def _evaluate(run: Run, data_dir: str | None, fused: bool) -> dict[str, float]:
     if start is None:
         started = build.build_start(settings, dataset, device)
         start = started.tensors().get("population", started.draw(0))
-
-    def scaled(pixels):
-        return pixels.float() / 127.5 - 1
-
-    return report | distances.evaluate_images(chains, scaled(dataset.held_out), scaled(dataset.train), start)
+    held_out, train = from_pixels(dataset.held_out), from_pixels(dataset.train)
+    return report | distances.evaluate_images(chains, held_out, train, start)
 
 
 def _check_counts(run: Run, images: Images) -> None:
@@ -120,7 +118,7 @@ def completed(run: Run, dataset: completion.Completions, *, count: int = 200, fu
     completions of an image (root mean square over the region's elements).
     """
     found = generate.completions(run, dataset, count, each=_COMPLETIONS, fused=fused)
-    mean = dataset.images.train.float().mean(0).to(run.chains.device) / 127.5 - 1
+    mean = from_pixels(dataset.images.train.float().mean(0).to(run.chains.device))
     inside = found.missing.expand_as(found.truth)
     report = {}
     sets = {"vae": found.proposals, "revised": found.completions, "mean": mean.expand_as(found.truth)[:, None]}

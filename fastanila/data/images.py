@@ -27,6 +27,19 @@ from . import image_files
 from .densities import STREAMS
 
 
+def from_pixels(pixels: Tensor) -> Tensor:
+    """Pixels of any shape, uint8 or means of them, as float32 in [-1, 1]: x / 127.5 - 1."""
+    # A GPU divides by a constant through its reciprocal, so write the product and get the same bits everywhere.
+    return (pixels.to(torch.float32) - 127.5) * (1 / 127.5)
+
+
+def to_pixels(images: Tensor, box: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
+    """The nearest pixels, uint8, of states in the box; what lies outside becomes black or white, NaN black."""
+    low, high = box
+    shares = ((images.float() - low) / (high - low)).clamp(0, 1).nan_to_num(0.0)
+    return (shares * 255).round().to(torch.uint8)
+
+
 @dataclass(frozen=True, eq=False)
 class Images:
     """Images held in memory as uint8, all on one device, and drawn with replacement as floats in [-1, 1]."""
@@ -54,13 +67,12 @@ class Images:
     def draw(
         self, count: int, *, seed: int | Tensor, step: int | Tensor, purpose="train", offset: int = 0, device=None
     ) -> Tensor:
-        """Images (count, C, H, W), float32, x / 127.5 - 1; picked where the images lie, then moved to ``device``."""
+        """Images (count, C, H, W), `from_pixels`; picked where the images lie, then moved to ``device``."""
         images, (stream, _) = self.held_out if purpose == "held-out" else self.train, STREAMS[purpose]
         rows = noise.integers(
             len(images), (count,), seed=seed, step=step, stream=stream, offset=offset, device=images.device
         )
-        # A GPU divides by a constant through its reciprocal, so write the product and get the same bits everywhere.
-        drawn = (images[rows].to(torch.float32) - 127.5) * (1 / 127.5)
+        drawn = from_pixels(images[rows])
         return drawn if device is None else drawn.to(device)
 
 

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import files
+from ..data.images import to_pixels
 from . import quadrature
 
 
 def image_grid(images: Tensor, box: tuple[float, float], columns: int = 8, scale: int = 2) -> np.ndarray:
     """(N, C, H, W) in the box -> (height, width, 3) uint8, row by row with a line between, each pixel scale x scale."""
-    low, high = box
-    pixels = ((images.detach().float().cpu() - low) / (high - low)).clamp(0, 1).nan_to_num(0.0)
-    pixels = (pixels * 255).round().to(torch.uint8)
+    pixels = to_pixels(images.detach().cpu(), box)
     pixels = pixels.expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     count, _, height, width = pixels.shape
     rows = -(-count // columns)
