@@ -10,9 +10,9 @@ those that were cut short.
 from __future__ import annotations
 
 if __name__ == "__main__":  # ahead of torch, which takes seconds to import
-    from .cli.exits import end_at_once_on_interrupt
+    from .cli import exits, parsers
 
-    end_at_once_on_interrupt()
+    exits.begin(parsers.compare())
 
 import argparse
 import concurrent.futures
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from . import files
-from .cli import exits
+from .cli import exits, parsers
 from .data import registry
 from .evaluate import evaluate
 from .evaluation import plots
@@ -40,7 +40,7 @@ from .samplers import EXACT, SAMPLERS
 from .training import build, checkpoint, config, defaults, needs, run_directory
 from .training.metrics import read_rows
 from .training.run import load, read_settings
-from .training.settings import Settings, names_of
+from .training.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,32 +193,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastanila.compare", description="Train with several samplers at equal gradients, and compare.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
-    known = names_of("sampler")
-    parser.add_argument("--data", default="rings", help="data set")
-    parser.add_argument("--data-dir", help="folder that holds the images")
-    parser.add_argument("--samplers", nargs="+", choices=known, default=["langevin", "anila"], help="samplers")
-    parser.add_argument(
-        "--thresholds", nargs="+", type=float, default=[], help="levels at which scores clip; default the data set's"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds")
-    parser.add_argument("--iterations", type=int, help="updates; default the data set's")
-    parser.add_argument(
-        "--step-size", type=float, help="step size of every sampler; default each one's for the data set"
-    )
-    parser.add_argument("--out", required=True, help="folder of the runs, compare.json and compare.png")
-    parser.add_argument(
-        "--fused", action=argparse.BooleanOptionalAction, default=True, help="compiled transitions with the fused step"
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, which share the processor's cores")
-    return exits.exit_code(lambda: compared(parser.parse_args(argv)))
+    return exits.run(parsers.compare(), argv, compared)
 
 
-def compared(arguments: argparse.Namespace) -> int:
-    """Make the comparison that the arguments ask for; the exit code."""
+def compared(arguments: argparse.Namespace, given: set[str]) -> int:
+    """Make the comparison that the arguments ask for; the exit code. ``given``: those that the command line has."""
     common = {
         k: v
         for k in ("data", "data_dir", "iterations", "step_size", "fused")
@@ -233,8 +212,7 @@ def compared(arguments: argparse.Namespace) -> int:
         if arguments.thresholds and all(trial.threshold is None for trial in by_name.values()):
             raise ValueError(f"thresholds has no effect with samplers={' '.join(arguments.samplers)}, which have none")
         resolved = {name: settings_of(trial, common) for name, trial in by_name.items()}
-        given = {name for name in ("data_dir",) if getattr(arguments, name) is not None}
-        for reason in needs.idle(next(iter(resolved.values())), given).values():
+        for reason in needs.idle(next(iter(resolved.values())), given & {"data_dir"}).values():
             raise ValueError(reason)
         out.mkdir(parents=True, exist_ok=True)
         run_directory.check_writable(out)

@@ -13,9 +13,9 @@ if the box has room to judge it there. DIR gets ergodicity.json and ergodicity.p
 from __future__ import annotations
 
 if __name__ == "__main__":  # ahead of torch, which takes seconds to import
-    from .cli.exits import end_at_once_on_interrupt
+    from .cli import exits, parsers
 
-    end_at_once_on_interrupt()
+    exits.begin(parsers.ergodicity())
 
 import argparse
 import dataclasses
@@ -25,13 +25,12 @@ import sys
 from pathlib import Path
 
 from . import checks, files
-from .cli import exits
-from .cli.flags import given, refuse
-from .ops.reference import NORMS
+from .cli import exits, parsers
+from .cli.flags import refuse
 from .samplers import SAMPLERS
 from .samplers.sampler import Sampler
-from .theory import markov, study, targets
-from .theory.study import _TROUBLE, Member, Result, family, save_figure, table
+from .theory import study, targets
+from .theory.study import TROUBLE, Member, Result, family, save_figure, table
 from .training import checkpoint, config, run_directory
 from .training.run import Run, load, with_sampler
 
@@ -60,16 +59,7 @@ def shown_minorisation(constants: dict[int, float]) -> tuple[int, float]:
 def warnings(report: dict) -> list[str]:
     advice = {"lost": "leaves the box: widen it with --box", "coarse": "has proposals narrower than half a cell: "
               "raise --resolution"}  # fmt: skip
-    return [f"{report['label']}: {report[k]:.1%} of the law {advice[k]}" for k in advice if report[k] > _TROUBLE]
-
-
-# ------------------------------------------------------------------------------------------------ the table of biases
-
-
-# --------------------------------------------------------------------------------------------------------- the figure
-
-
-# -------------------------------------------------------------------------------------------------------- the command
+    return [f"{report['label']}: {report[k]:.1%} of the law {advice[k]}" for k in advice if report[k] > TROUBLE]
 
 
 def members_of(arguments: argparse.Namespace) -> list[Member]:
@@ -102,30 +92,7 @@ def _samplers(arguments: argparse.Namespace, run: Run | None) -> list[Sampler]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastanila.ergodicity", description="A sampler's law and how fast it is reached, on a grid."
-    )
-    target = parser.add_mutually_exclusive_group()
-    target.add_argument("--target", choices=targets.NAMES, default="normal", help="named density (default normal)")
-    target.add_argument("--run", help="run directory: the energy it learned, in two dimensions")
-    target.add_argument("--table", action="store_true", help="print the table of biases, and nothing else")
-    parser.add_argument("--parameter", type=float, nargs="+", help="of the named target; several make a family")
-    parser.add_argument("--sampler", choices=markov.SAMPLER_NAMES,
-                        help="default: anila, or the run's own")  # fmt: skip
-    parser.add_argument("--threshold", type=float, nargs="+", help="the sampler's b; several make a family")
-    parser.add_argument("--step-size", type=float, nargs="+", help="the sampler's eps; several make a family")
-    parser.add_argument("--norm", choices=NORMS, help="whose magnitude |s| is")
-    parser.add_argument("--resolution", type=int, help="cells along an axis (default 800, or 48 in two dimensions)")
-    parser.add_argument("--box", type=float, nargs=2, metavar=("LOW", "HIGH"), help="box along every axis")
-    parser.add_argument("--beta", type=float, default=0.25, help="of V = pi^-beta (default 0.25)")
-    parser.add_argument("--radius", type=float, help="of the ball, in place of the one described in the module")
-    parser.add_argument("--out", help="directory for ergodicity.json and ergodicity.png")
-
-    def work() -> int:
-        arguments = parser.parse_args(argv)
-        return analysed(arguments, given(parser, argv, arguments))
-
-    return exits.exit_code(work)
+    return exits.run(parsers.ergodicity(), argv, analysed)
 
 
 def analysed(arguments: argparse.Namespace, given: set[str]) -> int:

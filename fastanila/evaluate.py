@@ -20,9 +20,9 @@ fixed projections for images; see `evaluation.diagnostics`); RUN/chains.png show
 from __future__ import annotations
 
 if __name__ == "__main__":  # ahead of torch, which takes seconds to import
-    from .cli.exits import end_at_once_on_interrupt
+    from .cli import exits, parsers
 
-    end_at_once_on_interrupt()
+    exits.begin(parsers.evaluate())
 
 import argparse
 import contextlib
@@ -37,9 +37,10 @@ import torch
 from torch import Tensor
 
 from . import checks, generate
-from .cli import exits
-from .cli.flags import given, refuse
+from .cli import exits, parsers
+from .cli.flags import refuse
 from .data import Images, completion, densities
+from .data.images import from_pixels
 from .evaluation import diagnostics, distances, plane, plots
 from .ops import dispatch
 from .training import build, checkpoint, config, needs, run_directory
@@ -77,11 +78,8 @@ def _evaluate(run: Run, data_dir: str | None, fused: bool) -> dict[str, float]:
     if start is None:
         started = build.build_start(settings, dataset, device)
         start = started.tensors().get("population", started.draw(0))
-
-    def scaled(pixels):
-        return pixels.float() / 127.5 - 1
-
-    return report | distances.evaluate_images(chains, scaled(dataset.held_out), scaled(dataset.train), start)
+    held_out, train = from_pixels(dataset.held_out), from_pixels(dataset.train)
+    return report | distances.evaluate_images(chains, held_out, train, start)
 
 
 def _check_counts(run: Run, images: Images) -> None:
@@ -120,7 +118,7 @@ def completed(run: Run, dataset: completion.Completions, *, count: int = 200, fu
     completions of an image (root mean square over the region's elements).
     """
     found = generate.completions(run, dataset, count, each=_COMPLETIONS, fused=fused)
-    mean = dataset.images.train.float().mean(0).to(run.chains.device) / 127.5 - 1
+    mean = from_pixels(dataset.images.train.float().mean(0).to(run.chains.device))
     inside = found.missing.expand_as(found.truth)
     report = {}
     sets = {"vae": found.proposals, "revised": found.completions, "mean": mean.expand_as(found.truth)[:, None]}
@@ -166,43 +164,25 @@ def save_mixing(path: Path, found: dict[str, Any], trace: diagnostics.Trace, tit
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastanila.evaluate", description="Evaluate a trained run; prints one JSON object."
-    )
-    parser.add_argument("run", help="run directory")
-    parser.add_argument("--data-dir", help="folder of the images, if they have moved since the run")
-    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--chains", action="store_true", help="how well the chains mix (needs the diagnostics extra)")
-    parser.add_argument("--draws", type=int, default=1000, help="transitions that --chains makes (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="names the noise of --chains")
-    parser.add_argument(
-        "--fused", action=argparse.BooleanOptionalAction, default=True, help="compile the transitions it makes"
-    )
-
-    def work() -> int:
-        arguments = parser.parse_args(argv)
-        return evaluated(arguments, given(parser, argv, arguments))
-
-    return exits.exit_code(work)
+    return exits.run(parsers.evaluate(), argv, evaluated, ValueError, ModuleNotFoundError, checkpoint.CheckpointError)
 
 
 def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
     """Print what the arguments ask for; the exit code. ``given``: those that the command line has."""
-    with exits.refusing(ValueError, ModuleNotFoundError, checkpoint.CheckpointError):
-        if not arguments.chains:
-            refuse(given, ["draws", "seed"], "without chains, whose transitions it is of")
-        run = load(arguments.run, arguments.device)
-        for reason in needs.idle(run.settings, given & {"data_dir"}).values():
-            raise ValueError(reason)
-        if arguments.chains:
-            run_directory.check_writable(config.path_of("run", arguments.run))
-        chains: dict[str, Any] = {}
-        if arguments.chains:
-            found, trace = mixing(run, arguments.draws, seed=arguments.seed, fused=arguments.fused)
-            title = f"{arguments.run}: {found['chains']} chains, {type(run.sampler).__name__}"
-            save_mixing(config.path_of("run", arguments.run) / "chains.png", found, trace, title)
-            chains = {"chains": _finite(found)}
-        report = evaluate(run, data_dir=arguments.data_dir, fused=arguments.fused)
+    if not arguments.chains:
+        refuse(given, ["draws", "seed"], "without chains, whose transitions it is of")
+    run = load(arguments.run, arguments.device)
+    for reason in needs.idle(run.settings, given & {"data_dir"}).values():
+        raise ValueError(reason)
+    chains: dict[str, Any] = {}
+    if arguments.chains:
+        directory = config.path_of("run", arguments.run)
+        run_directory.check_writable(directory)
+        found, trace = mixing(run, arguments.draws, seed=arguments.seed, fused=arguments.fused)
+        title = f"{arguments.run}: {found['chains']} chains, {type(run.sampler).__name__}"
+        save_mixing(directory / "chains.png", found, trace, title)
+        chains = {"chains": _finite(found)}
+    report = evaluate(run, data_dir=arguments.data_dir, fused=arguments.fused)
     exits.say(json.dumps({"run": str(arguments.run), **_finite(report), **chains}, indent=2))
     return exits.DONE
 

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, UTF-8, as atomically as a checkpoint."""
     write_bytes(path, text.encode())
+
+
+def write_by(path: str | Path, save: Callable[[BinaryIO], object]) -> None:
+    """Write a file as `write_bytes` does, of what ``save`` writes to the binary file in memory that it gets."""
+    content = io.BytesIO()
+    save(content)
+    write_bytes(path, content.getvalue())
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

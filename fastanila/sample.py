@@ -8,29 +8,28 @@ of held-out images by a model of whole images; a run with task=completion comple
 from __future__ import annotations
 
 if __name__ == "__main__":  # ahead of torch, which takes seconds to import
-    from .cli.exits import end_at_once_on_interrupt
+    from .cli import exits, parsers
 
-    end_at_once_on_interrupt()
+    exits.begin(parsers.sample())
 
 import argparse
-import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import checks, files, generate
-from .cli import exits
-from .cli.flags import given, refuse
-from .data import completion, registry
+from .cli import exits, parsers
+from .cli.flags import refuse
+from .data import registry
 from .evaluation import distances, plots
 from .generate import sample
 from .samplers import chain
 from .training import build, checkpoint, config, needs, run_directory
 from .training.run import Run, data_of, load, updates_past, with_sampler
-from .training.settings import names_of
 
 SUFFIXES = (".png", ".npz")
 _OF_SAMPLER = ("step_size", "threshold", "norm", "leapfrog_steps")
@@ -39,14 +38,13 @@ _COLUMNS = 8  # of a picture of interpolations
 
 def write(path: Path, z: Tensor, run: Run) -> None:
     """A picture of the samples (.png: a grid of images, or a scatter with the density), or the samples (.npz)."""
+    data = run.settings.data
     if path.suffix.lower() == ".npz":
         write_arrays(path, samples=z)
     elif z.dim() == 2:
-        plots.save_plane(
-            path, run.energy, registry.load(run.settings.data), z, f"{run.settings.data}, {len(z)} samples"
-        )
+        plots.save_plane(path, run.energy, registry.load(data), z, f"{data}, {len(z)} samples")
     else:
-        plots.save_images(path, z, registry.box_of(run.settings.data))
+        plots.save_images(path, z, registry.box_of(data))
 
 
 def write_pairs(path: Path, run: Run, **pair: Tensor) -> None:
@@ -75,117 +73,100 @@ def write_completed(path: Path, found: generate.Completed, run: Run) -> None:
 
 
 def write_arrays(path: Path, **arrays: Tensor) -> None:
-    content = io.BytesIO()
-    np.savez_compressed(
-        content, **{k: (v if v.dtype == torch.bool else v.float()).cpu().numpy() for k, v in arrays.items()}
-    )
-    files.write_bytes(path, content.getvalue())
+    content = {k: (v if v.dtype == torch.bool else v.float()).cpu().numpy() for k, v in arrays.items()}
+    files.write_by(path, lambda file: np.savez_compressed(file, **content))
 
 
-def draw(run: Run, arguments: argparse.Namespace, out: Path) -> str:
-    """Draw what the arguments ask for, write it, and say what it is. Raises ValueError for what the run has not."""
-    how = dict(steps=arguments.steps, seed=arguments.seed, fused=arguments.fused, warm_up=arguments.warm_up)
-    count, settings = arguments.count, run.settings
-    for flag in ("interpolate", "reconstruct"):
-        if getattr(arguments, flag) and (run.vae is None or run.vae.conditional):
-            got = f"init={settings.init} and task={settings.task}"
-            raise ValueError(f"{flag} needs a run with init=vae and task=generation, got one with {got}")
-    plain = not (arguments.interpolate or arguments.reconstruct or arguments.inpaint or settings.task == "completion")
-    if arguments.start and not plain:
-        raise ValueError(f"start is for plain samples, and none are drawn here; got {arguments.start}")
-    if arguments.inpaint or settings.task == "completion":
-        dataset = data_of(run, arguments.data_dir)
-        found = generate.completions(run, dataset, count, region=arguments.inpaint, each=arguments.completions, **how)
-        write_completed(out, found, run)
-        mse, psnr = distances.errors(found.truth, found.missing, found.completions, registry.box_of(settings.data))
-        return f"{count} images, each completed {arguments.completions} times (mse {mse:.4f}, psnr {psnr:.2f} dB)"
-    if arguments.interpolate:
-        rows = -(-count // _COLUMNS)
-        update = updates_past(run)
-        z = generate.interpolated(run.vae, rows, _COLUMNS, seed=arguments.seed, update=update)
-        write(out, generate.moved(run, z, **how | {"steps": arguments.steps or 0}), run)
-        return f"{rows} interpolations of {_COLUMNS} proposals"
-    if arguments.reconstruct:
-        dataset = data_of(run, arguments.data_dir)
-        update, device = updates_past(run), run.chains.device
-        x = dataset.draw(count, seed=arguments.seed, step=update, purpose="held-out", device=device)
-        back = generate.reconstructed(run.vae, x)
-        write_pairs(out, run, truth=x, reconstructions=back)
-        error = 0.5 * (back - x).square().flatten(1).sum(1).mean()
-        return f"{count} held-out draws above their reconstructions (reconstruction {error:.4f})"
-    z = sample(run, count, start=arguments.start, **how)
-    if run.vae is not None and arguments.start in (None, "vae") and arguments.steps != 0:
-        proposals = sample(run, count, start="vae", steps=0, seed=arguments.seed)
-        write_pairs(out, run, proposals=proposals, samples=z)
-    else:
-        write(out, z, run)
+def samples(run: Run, arguments: argparse.Namespace, out: Path) -> str:
+    """States of the run's sampler. This and the next four write what they make, and return what it is, in words."""
+    z = sample(run, arguments.count, start=arguments.start, **_transitions(arguments))
+    write(out, z, run)
     return f"{len(z)} samples"
 
 
+def pairs(run: Run, arguments: argparse.Namespace, out: Path) -> str:
+    """What the run's VAE proposes, and where the sampler takes each proposal."""
+    z = sample(run, arguments.count, start="vae", **_transitions(arguments))
+    proposals = sample(run, arguments.count, start="vae", steps=0, seed=arguments.seed)
+    write_pairs(out, run, proposals=proposals, samples=z)
+    return f"{len(z)} samples"
+
+
+def interpolations(run: Run, arguments: argparse.Namespace, out: Path) -> str:
+    """Proposals on the way from one latent to another, a row a pair of latents; transitions only if asked for."""
+    rows = -(-arguments.count // _COLUMNS)
+    z = generate.interpolated(run.vae, rows, _COLUMNS, seed=arguments.seed, update=updates_past(run))
+    write(out, generate.moved(run, z, **_transitions(arguments) | {"steps": arguments.steps or 0}), run)
+    return f"{rows} interpolations of {_COLUMNS} proposals"
+
+
+def reconstructions(run: Run, arguments: argparse.Namespace, out: Path) -> str:
+    """Held-out data, and what the run's VAE makes of them."""
+    how = dict(seed=arguments.seed, step=updates_past(run), purpose="held-out", device=run.chains.device)
+    x = data_of(run, arguments.data_dir).draw(arguments.count, **how)
+    back = generate.reconstructed(run.vae, x)
+    write_pairs(out, run, truth=x, reconstructions=back)
+    error = 0.5 * (back - x).square().flatten(1).sum(1).mean()
+    return f"{arguments.count} held-out draws above their reconstructions (reconstruction {error:.4f})"
+
+
+def completions(run: Run, arguments: argparse.Namespace, out: Path) -> str:
+    """Held-out images of which a region is filled in."""
+    dataset, each = data_of(run, arguments.data_dir), arguments.completions
+    how = _transitions(arguments) | {"region": arguments.inpaint, "each": each}
+    found = generate.completions(run, dataset, arguments.count, **how)
+    write_completed(out, found, run)
+    mse, psnr = distances.errors(found.truth, found.missing, found.completions, registry.box_of(run.settings.data))
+    return f"{arguments.count} images, each completed {each} times (mse {mse:.4f}, psnr {psnr:.2f} dB)"
+
+
+MODES = {f.__name__: f for f in (samples, pairs, interpolations, reconstructions, completions)}
+
+
+def mode_of(run: Run, arguments: argparse.Namespace) -> str:
+    """Which of `MODES` the arguments ask for. Raises ValueError if the run cannot do it."""
+    settings = run.settings
+    of_vae = "interpolate" if arguments.interpolate else "reconstruct" if arguments.reconstruct else None
+    if of_vae and (run.vae is None or run.vae.conditional):
+        got = f"init={settings.init} and task={settings.task}"
+        raise ValueError(f"{of_vae} needs a run with init=vae and task=generation, got one with {got}")
+    if arguments.inpaint or settings.task == "completion":
+        mode = "completions"
+    elif of_vae:
+        mode = {"interpolate": "interpolations", "reconstruct": "reconstructions"}[of_vae]
+    else:
+        revises = run.vae is not None and arguments.start in (None, "vae") and arguments.steps != 0
+        return "pairs" if revises else "samples"
+    if arguments.start:
+        raise ValueError(f"start is for plain samples, and none are drawn here; got {arguments.start}")
+    return mode
+
+
+def _transitions(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("steps", "seed", "fused", "warm_up")}
+
+
 def main(argv: list[str] | None = None) -> int:
-    samplers = names_of("sampler")
-    parser = argparse.ArgumentParser(
-        prog="python -m fastanila.sample", description="Draw samples from a trained run.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("run", help="run directory")
-    parser.add_argument("--count", type=int, default=64, help="samples to draw, or images to complete")
-    parser.add_argument("--out", default="samples.png", help="file to write: .png (a picture) or .npz (key samples)")
-    parser.add_argument(
-        "--steps", type=int,
-        help="transitions; default: the run's K, and ten K from noise (also to inpaint); 0 with a VAE: its proposals",
-    )  # fmt: skip
-    parser.add_argument(
-        "--start",
-        choices=generate.STARTS,
-        help="where the samples start; default: at the run's VAE if it has one, or chains",
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--interpolate", action="store_true", help="proposals between latents, a row a pair (init=vae)")
-    what.add_argument("--reconstruct", action="store_true", help="held-out data above their reconstructions (init=vae)")
-    what.add_argument(
-        "--inpaint", choices=completion.REGIONS, help="fill a region of held-out images, all else held (images)"
-    )
-    parser.add_argument("--completions", type=int, default=4, help="completions of each image")
-    parser.add_argument("--data-dir", help="folder of the images, if they have moved since the run")
-    parser.add_argument("--sampler", choices=samplers, help="another sampler than the run's")
-    parser.add_argument("--step-size", type=float, help="its step size; default: as the run's")
-    parser.add_argument("--threshold", type=float, help="its threshold; default: as the run's")
-    parser.add_argument("--norm", choices=names_of("norm"), help="its norm; default: as the run's")
-    parser.add_argument("--leapfrog-steps", type=int, help="leapfrog steps of hmc")
-    parser.add_argument(
-        "--warm-up", type=int, default=0, help="transitions in which an exact sampler adapts its step size"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="names the noise")
-    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--fused", action=argparse.BooleanOptionalAction, default=True, help="compile the transition")
-
-    def work() -> int:
-        arguments = parser.parse_args(argv)
-        return sampled(arguments, given(parser, argv, arguments))
-
-    return exits.exit_code(work)
+    return exits.run(parsers.sample(), argv, sampled, ValueError, checkpoint.CheckpointError)
 
 
 def sampled(arguments: argparse.Namespace, given: set[str]) -> int:
-    """Draw and write what the arguments ask for; the exit code. ``given``: those that the command line has."""
+    """Write what the arguments ask for; the exit code. ``given``: those that the command line has."""
     changes = {k: v for k in _OF_SAMPLER if (v := getattr(arguments, k)) is not None}
-    with exits.refusing(ValueError, checkpoint.CheckpointError):
-        out = out_of(arguments.out)
-        for name, least in (("count", 1), ("completions", 1), ("warm_up", 0)):
-            checks.count(name, getattr(arguments, name), least)
-        if arguments.steps is not None:
-            checks.count("steps", arguments.steps, least=0)
-        run = load(arguments.run, arguments.device)
-        check_effects(run, arguments, given)
-        if changes or arguments.sampler is not None:
-            run = with_sampler(run, arguments.sampler or run.settings.sampler, **changes)
+    out = out_of(arguments.out)
+    for name, least in (("count", 1), ("completions", 1), ("warm_up", 0), ("steps", 0)):
+        if (value := getattr(arguments, name)) is not None:
+            checks.count(name, value, least)
+    run = load(arguments.run, arguments.device)
+    check_effects(run, arguments, given)
+    if changes or arguments.sampler is not None:
+        run = with_sampler(run, arguments.sampler or run.settings.sampler, **changes)
     exits.say(chain.describe(run.sampler, run.energy, run.chains, fused=arguments.fused))
     out.parent.mkdir(parents=True, exist_ok=True)
     run_directory.check_writable(out.parent)
-    with exits.refusing(ValueError), build.matmul_precision(run.settings.precision):
-        drawn = draw(run, arguments, out)
-    exits.say(f"{drawn} in {out}")
+    with build.matmul_precision(run.settings.precision):
+        words = MODES[mode_of(run, arguments)](run, arguments, out)
+    exits.say(f"{words} in {out}")
     return exits.DONE
 
 

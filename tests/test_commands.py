@@ -18,6 +18,7 @@ from fastanila.training.settings import Settings
 from run_files import quiet
 
 COMMANDS = ("train", "sample", "evaluate", "compare", "ergodicity")
+NEEDED = {"sample": ["run"], "evaluate": ["run"], "compare": ["--out", "x"]}  #: arguments without which none starts
 TINY = dict(
     iterations=2, steps=2, batch_size=16, chains=16, width=8, features=4, log_every=1, sample_every=0, fused=False
 )
@@ -95,7 +96,7 @@ def test_ctrl_c_while_importing_leaves_no_traceback(name, tmp_path):
     )
     here = os.pathsep.join([str(tmp_path), str(Path(fastanila.__file__).parents[1])])
     end = subprocess.run(
-        [sys.executable, "-m", f"fastanila.{name}"],
+        [sys.executable, "-m", f"fastanila.{name}", *NEEDED.get(name, ())],
         env=os.environ | {"PYTHONPATH": here}, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (end.returncode, end.stderr) == (130, "interrupted\n")
@@ -110,7 +111,7 @@ def test_what_cannot_be_written_is_told_ahead_of_the_work(home, tmp_path, where,
     out = tmp_path / "file" / "x" if where != "proc" else Path("/proc/nope")
     if where == "proc" and not os.path.isdir("/proc/self"):
         pytest.skip("needs /proc")
-    for work in ((sample, "draw"), (ergodicity, "family"), (compare, "train")):
+    for work in ((sample, "mode_of"), (ergodicity, "family"), (compare, "train")):
         monkeypatch.setattr(*work, lambda *_: pytest.fail("worked for nothing"))
     for main, flags in (
         (sample.main, [str(home / "run"), "--out", str(out / "s.png")]),
@@ -207,6 +208,22 @@ def test_a_setting_that_a_file_has_twice(tmp_path, name, text):
 def test_out_with_an_upper_case_ending(home, tmp_path):
     assert sample.main([str(home / "run"), "--no-fused", "--steps=1", "--out", str(tmp_path / "S.NPZ")]) == 0
     assert (tmp_path / "S.NPZ").read_bytes()[:2] == b"PK"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_and_what_does_not_parse_wait_for_no_torch(name, tmp_path):
+    """With a torch that cannot be imported."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch')\n")
+    here = os.pathsep.join([str(tmp_path), str(Path(fastanila.__file__).parents[1])])
+    for flags, expected in ((["--help"], 0), (["--no-such-flag"], 2)):
+        if name == "train" and expected:
+            continue  # its flags are those of settings, which are checked beside the data
+        end = subprocess.run(
+            [sys.executable, "-m", f"fastanila.{name}", *flags],
+            env=os.environ | {"PYTHONPATH": here}, cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert end.returncode == expected and end.stderr.startswith("usage: ") == bool(expected), end.stderr
+        assert end.stdout.startswith("usage: ") != bool(expected)
 
 
 def test_command_knows_no_torch():

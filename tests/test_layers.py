@@ -14,13 +14,13 @@ KERNELS = PACKAGE.parent / "kernels"
 
 #: From the bottom up: a room imports only from floors below its own, and files of a room from one another.
 FLOORS = (
-    ("noise", "checks", "files", "cli"),
+    ("noise", "checks", "files"),
     ("graphs", "kernels"),
     ("ops", "data"),
     ("models",),
     ("samplers", "evaluation"),
     ("training",),
-    ("generate", "theory"),
+    ("generate", "theory", "cli"),
     ("train", "sample", "evaluate", "compare", "ergodicity"),
     ("__main__",),
 )

@@ -1,16 +1,19 @@
 """How a command ends: its exit codes, its errors of one line, and Ctrl-C at any time.
 
-Every command is `main(argv)`, whose work runs under `exit_code`. Only the standard library is imported here, because a
-command imports this ahead of torch.
+A command's module calls `begin` ahead of its other imports, of which torch takes seconds, and its ``main(argv)`` is
+`run`. So this imports nothing but the standard library.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+
+from .flags import given
 
 DONE = 0
 FAILED = 2  #: bad arguments, or a file that cannot be read or written
@@ -21,6 +24,32 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "Unable to allocate")
 
 class Refused(Exception):
     """What was asked for cannot be done; the message says why, in one line."""
+
+
+def begin(parser: argparse.ArgumentParser) -> None:
+    """The start of a command's process: --help, and a command line that does not parse, end it here, without torch;
+    Ctrl-C ends it at once while the rest is imported."""
+    end_at_once_on_interrupt()
+    if code := exit_code(lambda: parser.parse_args() and DONE):
+        sys.exit(code)
+    end_at_once_on_interrupt()
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    work: Callable[[argparse.Namespace, set[str]], int],
+    *refused: type[Exception],
+) -> int:
+    """The exit code of a command, as `exit_code` has it, whose ``work`` gets the arguments and the names of those that
+    the command line gives. ``refused``: errors of the work that say what is wrong with what was asked for."""
+
+    def parsed_and_done() -> int:
+        arguments = parser.parse_args(argv)
+        with refusing(*refused):
+            return work(arguments, given(parser, argv, arguments))
+
+    return exit_code(parsed_and_done)
 
 
 def end_at_once_on_interrupt() -> None:

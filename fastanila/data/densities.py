@@ -1,4 +1,8 @@
-"""Densities on the plane: draws of them, and their values where these are known."""
+"""Densities on the plane: draws of them, and their values where these are known.
+
+Their shapes are those of FFJORD's toy data (Grathwohl et al., 2019, lib/toy_data.py) unless a comment says otherwise.
+Nothing here looks a table up, so a draw can be captured in a CUDA graph.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +27,8 @@ class Modes(NamedTuple):
     sd: float  #: of each
 
 
-#: what a draw is for -> the streams of its uniforms (or indices) and of its normals
-_STREAMS = {
+#: what a draw, also of images, is for -> the streams of its uniforms (or indices) and of its normals
+STREAMS = {
     "train": (Stream.DATA, Stream.DATA_NORMALS),
     "start": (Stream.START_DATA, Stream.START_DATA_NORMALS),
     "held-out": (Stream.EVALUATION, Stream.EVALUATION_NORMALS),
@@ -42,6 +46,7 @@ class Density:
     points: Callable[[Tensor, Tensor], Tensor]
     #: The natural logarithm of the normalised density, (N, 2) -> (N,) of the same dtype; None where it is not known.
     log_density: Callable[[Tensor], Tensor] | None = None
+    is_smooth: bool = True  #: whether the logarithm, where it is known, has a gradient everywhere: the score
     entropy: float | None = None  #: in nats, where it has a closed form
     modes: Modes | None = None  #: where they are well apart
     fingerprint = None  #: of `Images`; a density needs none, since its draws follow from its name
@@ -54,7 +59,7 @@ class Density:
         self, count: int, *, seed: int | Tensor, step: int | Tensor, purpose="train", offset: int = 0, device=None
     ) -> Tensor:
         """Points (count, 2), float32, on ``device``."""
-        which, blur = _STREAMS[purpose]
+        which, blur = STREAMS[purpose]
         uniforms = noise.uniform((count, 3), seed=seed, step=step, stream=which, offset=offset, device=device)
         normals = noise.normal((count, 2), seed=seed, step=step, stream=blur, offset=offset, device=device)
         return self.points(uniforms, normals)
@@ -180,7 +185,7 @@ def _board_log_density(x: Tensor) -> Tensor:
     return torch.where(inside, torch.full_like(column, -math.log(_BOARD_AREA)), -math.inf)
 
 
-_DENSITIES = (
+DENSITIES = (
     Density("rings", (-5.0, 5.0), _ring_points, _ring_log_density),
     _gaussians("8gaussians", _circle, parts=8, sd=0.5 / math.sqrt(2)),
     # The grid that GANs are tried on (Gulrajani et al., 2017), with Gaussians three times as wide for their spacing:
@@ -189,5 +194,7 @@ _DENSITIES = (
     Density("pinwheel", (-6.0, 6.0), _pinwheel_points),
     _around_curve("two-moons", _moons, parts=2, sd=0.2),
     _around_curve("swiss-roll", _roll, parts=1, sd=0.2),
-    Density("checkerboard", (-4.0, 4.0), _board_points, _board_log_density, entropy=math.log(_BOARD_AREA)),
+    Density(
+        "checkerboard", (-4.0, 4.0), _board_points, _board_log_density, is_smooth=False, entropy=math.log(_BOARD_AREA)
+    ),
 )

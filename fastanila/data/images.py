@@ -1,17 +1,18 @@
-"""What a model learns from: densities on the plane and images, both drawn by update from the noise stream.
+"""Images to learn from, in memory, and where they are read from; drawn, as densities are, from the noise stream.
 
 A draw is a function of (seed, step, row) and of nothing else: there is no loader, no worker and no shuffling order to
 save. Row i of a draw with ``offset=o`` is row o + i of the whole draw, so a batch may be shared out over machines;
 ``purpose`` is "train", "start" (where chains start) or "held-out", which draw from streams of their own, the last,
-for images, from a set that training never sees. Draws trace under
-``torch.compile(fullgraph=True)`` with ``seed`` and ``step`` as 0-dim int64 tensors on the draw's device.
+for images, from a set that training never sees. Draws trace under ``torch.compile(fullgraph=True)`` with ``seed`` and
+``step`` as 0-dim int64 tensors on the draw's device.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,20 @@ from torch import Tensor
 
 from .. import noise
 from . import image_files
-from .densities import _STREAMS
+from .densities import STREAMS
+
+
+def from_pixels(pixels: Tensor) -> Tensor:
+    """Pixels of any shape, uint8 or means of them, as float32 in [-1, 1]: x / 127.5 - 1."""
+    # A GPU divides by a constant through its reciprocal, so write the product and get the same bits everywhere.
+    return (pixels.to(torch.float32) - 127.5) * (1 / 127.5)
+
+
+def to_pixels(images: Tensor, box: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
+    """The nearest pixels, uint8, of states in the box; what lies outside becomes black or white, NaN black."""
+    low, high = box
+    shares = ((images.float() - low) / (high - low)).clamp(0, 1).nan_to_num(0.0)
+    return (shares * 255).round().to(torch.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +67,12 @@ class Images:
     def draw(
         self, count: int, *, seed: int | Tensor, step: int | Tensor, purpose="train", offset: int = 0, device=None
     ) -> Tensor:
-        """Images (count, C, H, W), float32, x / 127.5 - 1; picked where the images lie, then moved to ``device``."""
-        images, (stream, _) = self.held_out if purpose == "held-out" else self.train, _STREAMS[purpose]
+        """Images (count, C, H, W), `from_pixels`; picked where the images lie, then moved to ``device``."""
+        images, (stream, _) = self.held_out if purpose == "held-out" else self.train, STREAMS[purpose]
         rows = noise.integers(
             len(images), (count,), seed=seed, step=step, stream=stream, offset=offset, device=images.device
         )
-        # A GPU divides by a constant through its reciprocal, so write the product and get the same bits everywhere.
-        drawn = (images[rows].to(torch.float32) - 127.5) * (1 / 127.5)
+        drawn = from_pixels(images[rows])
         return drawn if device is None else drawn.to(device)
 
 
@@ -76,22 +89,18 @@ def changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> list[s
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Densities on the plane. Their shapes are those of FFJORD's toy data (Grathwohl et al., 2019, lib/toy_data.py) unless
-# a comment says otherwise. Nothing here looks a table up, so a draw can be captured in a CUDA graph.
+# A loader returns (training, held-out) pixels, uint8 (N, C, H, W), on the CPU. Of the options of `registry.load` it has
+# those that it takes: root (the data_dir), size, channels, download.
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images. A loader returns (training, held-out) pixels, uint8 (N, C, H, W), on the CPU.
-
-
-def _digits() -> tuple[Tensor, Tensor]:
+def digits() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
     values = torch.from_numpy(load_digits().images)  # (1797, 8, 8), 0..16
     return _split((values * (255 / 16)).round().to(torch.uint8)[:, None], every=5)
 
 
-def _cifar10(root: Path, download: bool) -> tuple[Tensor, Tensor]:
+def cifar10(root: Path, download: bool) -> tuple[Tensor, Tensor]:
     from torchvision.datasets import CIFAR10
 
     # CIFAR10 unpickles its files, and does so only after it has found the checksum of each to be right.
@@ -99,7 +108,7 @@ def _cifar10(root: Path, download: bool) -> tuple[Tensor, Tensor]:
     return tuple(_channels_first(dataset.data) for dataset in sets)
 
 
-def _flowers102(root: Path, size: int, channels: int, download: bool) -> tuple[Tensor, Tensor]:
+def flowers102(root: Path, size: int, channels: int, download: bool) -> tuple[Tensor, Tensor]:
     from torchvision.datasets import Flowers102
 
     def read(*splits: str) -> Tensor:
@@ -124,7 +133,7 @@ def _from_torchvision(kind: type, root: Path, download: bool, **options):
         raise ValueError(f"{kind.__name__} is broken: a file in {folder} is missing or damaged; {advice}") from error
 
 
-def _image_folder(root: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
+def image_folder(root: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
     if not root.is_dir():
         raise FileNotFoundError(f"no images: {root} is not a folder; pass --data-dir for where the class folders lie")
     parts = image_files.parts(root)
@@ -188,4 +197,15 @@ def _split(images: Tensor, every: int) -> tuple[Tensor, Tensor]:
     return images[~held_out], images[held_out]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+#: By the data set's name.
+LOADERS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "digits": digits,
+    "image-folder": image_folder,
+    "cifar10": cifar10,
+    "flowers102": flowers102,
+}
+
+
+def options(name: str) -> tuple[str, ...]:
+    """Which of root, size, channels and download the loader of a data set takes."""
+    return tuple(inspect.signature(LOADERS[name]).parameters)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .densities import _DENSITIES, Density
-from .images import Images, _cifar10, _digits, _flowers102, _image_folder
+from . import images
+from .densities import DENSITIES, Density
+from .images import Images
 
-#: Those that are images.
-IMAGES = ("digits", "image-folder", "cifar10", "flowers102")
-NAMES = (*(density.name for density in _DENSITIES), *IMAGES)
+NAMES = (*(density.name for density in DENSITIES), *images.LOADERS)
 
 
 def box_of(name: str) -> tuple[float, float]:
     """(low, high) of every element of the data called ``name``."""
-    return next((density.box for density in _DENSITIES if density.name == name), Images.box)
+    return next((density.box for density in DENSITIES if density.name == name), Images.box)
 
 
 def load(
@@ -35,7 +34,7 @@ def load(
     """
     if name not in NAMES:
         raise ValueError(f"data must be one of {', '.join(NAMES)}; got {name!r}")
-    for density in _DENSITIES:
+    for density in DENSITIES:
         if density.name == name:
             return density
     if size < 1 or channels not in (1, 3):
@@ -45,13 +44,6 @@ def load(
     if name == "image-folder" and data_dir is None:
         raise ValueError("image-folder needs a folder: pass --data-dir for where the class folders lie")
     root = Path("data" if data_dir is None else data_dir)
-    match name:
-        case "digits":
-            train, held_out = _digits()
-        case "image-folder":
-            train, held_out = _image_folder(root, size, channels)
-        case "cifar10":
-            train, held_out = _cifar10(root, download)
-        case "flowers102":
-            train, held_out = _flowers102(root, size, channels, download)
+    given = dict(root=root, size=size, channels=channels, download=download)
+    train, held_out = images.LOADERS[name](**{option: given[option] for option in images.options(name)})
     return Images(name, train, held_out).to(device)

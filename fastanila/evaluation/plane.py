@@ -13,7 +13,6 @@ from ..data.densities import Modes
 from . import distances
 from .quadrature import (
     Grid,
-    _normalised,
     cross_entropy,
     data_log_density,
     draw,
@@ -22,6 +21,7 @@ from .quadrature import (
     grid,
     kl,
     model_log_density,
+    normalised,
     total_variation,
     widened,
 )
@@ -181,7 +181,7 @@ def evaluate(
 def _by_quadrature(energy, density, cells: Grid, seed: int) -> tuple[Tensor, Tensor, float, dict[str, float]]:
     """log p of the data, log q of the model, the model's log Z, and what the two say of each other."""
     u = energy_on_grid(energy, cells)
-    log_p, log_q = data_log_density(density, cells, seed=seed), _normalised(-u, cells)
+    log_p, log_q = data_log_density(density, cells, seed=seed), normalised(-u, cells)
     log_z = (torch.logsumexp(-u, 0) + math.log(cells.cell_area)).item()
     nll = cross_entropy(log_p, log_q, cells)
     least = entropy(log_p, cells) if density.entropy is None else float(density.entropy)

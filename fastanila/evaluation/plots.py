@@ -3,7 +3,6 @@ chains mix."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,14 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import files
+from ..data.images import to_pixels
 from . import quadrature
 
 
 def image_grid(images: Tensor, box: tuple[float, float], columns: int = 8, scale: int = 2) -> np.ndarray:
     """(N, C, H, W) in the box -> (height, width, 3) uint8, row by row with a line between, each pixel scale x scale."""
-    low, high = box
-    pixels = ((images.detach().float().cpu() - low) / (high - low)).clamp(0, 1).nan_to_num(0.0)
-    pixels = (pixels * 255).round().to(torch.uint8)
+    pixels = to_pixels(images.detach().cpu(), box)
     pixels = pixels.expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     count, _, height, width = pixels.shape
     rows = -(-count // columns)
@@ -34,9 +32,8 @@ def save_images(path: str | Path, images: Tensor, box: tuple[float, float], colu
     """A PNG grid of images (N, C, H, W), enlarged so that small ones can be seen."""
     from PIL import Image
 
-    content = io.BytesIO()
-    Image.fromarray(image_grid(images, box, columns, scale=max(1, 96 // images.shape[-1]))).save(content, format="png")
-    files.write_bytes(path, content.getvalue())
+    picture = Image.fromarray(image_grid(images, box, columns, scale=max(1, 96 // images.shape[-1])))
+    files.write_by(path, lambda file: picture.save(file, format="png"))
 
 
 def save_under(path: str | Path, sets: Sequence[Tensor], box: tuple[float, float], columns: int = 16) -> None:
@@ -132,6 +129,5 @@ def save_comparison(path: str | Path, rows: Sequence[dict]) -> None:
 
 
 def save_figure(path: str | Path, figure) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    files.write_bytes(path, content.getvalue())
+    """A PNG of a matplotlib figure."""
+    files.write_by(path, lambda file: figure.savefig(file, format="png", dpi=110))

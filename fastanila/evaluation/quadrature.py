@@ -57,7 +57,7 @@ def log_normalizer(energy: Callable[[Tensor], Tensor], grid: Grid) -> float:
 
 def model_log_density(energy: Callable[[Tensor], Tensor], grid: Grid) -> Tensor:
     """-U - log Z, (n*n,) float64."""
-    return _normalised(-energy_on_grid(energy, grid), grid)
+    return normalised(-energy_on_grid(energy, grid), grid)
 
 
 def data_log_density(density, grid: Grid, *, samples: int = 4_000_000, seed: int = 0) -> Tensor:
@@ -69,7 +69,7 @@ def data_log_density(density, grid: Grid, *, samples: int = 4_000_000, seed: int
     entropy (0.009 nats there); and it is blurred over a cell. Draws within half a cell of the border are left out.
     """
     if density.log_density is not None:
-        return _normalised(density.log_density(grid.points).double(), grid)
+        return normalised(density.log_density(grid.points).double(), grid)
     n, (low, high) = grid.n, grid.box
     mass = torch.zeros(n * n, dtype=torch.float64, device=grid.points.device)
     for draws in _held_out(density, samples, seed, grid.points.device):
@@ -81,7 +81,7 @@ def data_log_density(density, grid: Grid, *, samples: int = 4_000_000, seed: int
         mass.index_add_(0, i * n + j + 1, (1 - right) * up)
         mass.index_add_(0, (i + 1) * n + j, right * (1 - up))
         mass.index_add_(0, (i + 1) * n + j + 1, right * up)
-    return _normalised(mass.log(), grid)
+    return normalised(mass.log(), grid)
 
 
 def entropy(log_p: Tensor, grid: Grid) -> float:
@@ -131,7 +131,8 @@ def widened(box: tuple[float, float], factor: float) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _normalised(log_p: Tensor, grid: Grid) -> Tensor:
+def normalised(log_p: Tensor, grid: Grid) -> Tensor:
+    """A log density, (n*n,), less the logarithm of its integral over the grid's square."""
     return log_p - torch.logsumexp(log_p, 0) - math.log(grid.cell_area)
 
 

@@ -93,24 +93,21 @@ class PersistentStart:
 class AmortizedStart(_Fresh):
     """Every update starts from what a VAE's decoder proposes, g(N(0, I)) (Xie, Zheng and Li).
 
-    A conditional one completes the update's data. The latents are of the stream LATENT; ``vae`` may learn meanwhile.
+    A conditional one completes the update's data. ``vae`` may learn meanwhile.
     """
 
-    def __init__(self, count: int, vae: VAE, *, seed: int | Tensor, device=None):
-        self.count, self.vae, self.seed, self.device = count, vae, seed, device
+    def __init__(self, count: int, vae: VAE, *, seed: int | Tensor):
+        self.count, self.vae, self.seed = count, vae, seed
 
     def draw(self, update: int | Tensor, given: Tensor | None = None) -> Tensor:
-        latents = noise.normal(
-            (self.count, self.vae.latent), seed=self.seed, step=update, stream=Stream.LATENT, device=self.device
-        )
-        return self.vae.decode(latents, given)
+        return proposals(self.vae, self.count, seed=self.seed, update=update, given=given)
 
 
 _BATCH = 4096  #: latents that are decoded at a time
 
 
 @torch.no_grad()
-def proposals(vae: VAE, count: int, *, seed: int, update: int, given: Tensor | None = None) -> Tensor:
+def proposals(vae: VAE, count: int, *, seed: int | Tensor, update: int | Tensor, given: Tensor | None = None) -> Tensor:
     """(count, ...) proposals g(N(0, I)) of update ``update``, on the VAE's device. given: as for `VAE.decode`."""
     device = next(vae.parameters()).device
     latents = noise.normal((count, vae.latent), seed=seed, step=update, stream=Stream.LATENT, device=device)

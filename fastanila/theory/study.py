@@ -15,7 +15,7 @@ from ..samplers import SAMPLERS
 from ..samplers.sampler import Sampler
 from ..training.run import Run
 from . import conditions, markov, targets
-from .targets import _ROOM, Target
+from .targets import ROOM, Target
 
 
 def learned(run: Run) -> Target:
@@ -25,14 +25,14 @@ def learned(run: Run) -> Target:
     """
     if run.chains.shape[1:] != (2,):
         raise ValueError(f"the run must be one in two dimensions, got chains of shape {tuple(run.chains.shape[1:])}")
-    side = run.sampler.bounds or quadrature.widened(registry.box_of(run.settings.data), _ROOM)
+    side = run.sampler.bounds or quadrature.widened(registry.box_of(run.settings.data), ROOM)
     # the network computes in its own float32; the grid around it is float64
     return Target(f"{run.settings.data} (learned)", lambda x: run.energy(x.float()).to(x.dtype), (tuple(side),) * 2)
 
 
 _DOUBLED = 2500  #: states up to which powers of the kernel are computed
 
-_TROUBLE = 1e-3  #: the share of a stationary law that is lost or coarse above which a warning says so
+TROUBLE = 1e-3  #: the share of a stationary law that is lost or coarse above which a warning says so
 
 
 class Member(NamedTuple):
@@ -179,7 +179,7 @@ def table(step_sizes=(1.0, 0.3, 0.1, 0.01), thresholds=(0.5, 1.0, 2.0), resoluti
 
 def _bias(law: np.ndarray, kernel: markov.Kernel, grid: markov.Cells) -> str:
     ratio = (variance(law, grid) / variance(kernel.target, grid)).item()
-    mark = "*" if max(law @ kernel.lost, law @ kernel.coarse) > _TROUBLE else ""
+    mark = "*" if max(law @ kernel.lost, law @ kernel.coarse) > TROUBLE else ""
     return f"{conditions.total_variation(law, kernel.target):.3f} ({ratio:.3f}){mark}"
 
 

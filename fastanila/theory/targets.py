@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import checks
-from ..data import registry
+from ..data import densities, registry
 from ..evaluation import quadrature
 
-_ROOM = 1.25  #: by how much a data set's box is widened, for the proposals of chains, and what a sampler puts outside
+ROOM = 1.25  #: by how much a data set's box is widened, for the proposals of chains, and what a sampler puts outside
 Box = tuple[tuple[float, float], ...]  #: (low, high) by axis
 
 
@@ -84,7 +84,7 @@ def banana(curvature: float = 0.5) -> Target:
 def density(name: str) -> Target:
     """The density of `fastanila.data` called ``name``, on its box widened."""
     found = registry.load(name)
-    return Target(name, lambda x: -found.log_density(x), (quadrature.widened(found.box, _ROOM),) * 2)
+    return Target(name, lambda x: -found.log_density(x), (quadrature.widened(found.box, ROOM),) * 2)
 
 
 #: those shaped by a parameter
@@ -97,8 +97,8 @@ SHAPED: dict[str, Callable[..., Target]] = {
     "correlated": correlated,
     "banana": banana,
 }
-#: densities of fastanila.data with a logarithm that is known and differentiable
-PLAIN = ("rings", "8gaussians", "25gaussians", "two-moons", "swiss-roll")
+#: those of fastanila.data that have a score
+PLAIN = tuple(d.name for d in densities.DENSITIES if d.log_density is not None and d.is_smooth)
 NAMES = (*SHAPED, *PLAIN)
 
 

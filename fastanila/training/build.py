@@ -97,7 +97,7 @@ def build_start(settings: Settings, dataset: Dataset, device, proposer: vae.VAE 
     """The chain start of the settings' ``init``; ``proposer`` is that of "vae"."""
     count, seed = settings.batch_size, noise.as_word64(settings.seed, device)
     if settings.init == "vae":
-        return starts.AmortizedStart(count, proposer, seed=seed, device=device)
+        return starts.AmortizedStart(count, proposer, seed=seed)
     if settings.init == "data":
         return starts.DataStart(count, dataset, seed=seed, device=device)
     if settings.init == "noise":

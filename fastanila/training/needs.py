@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from ..data import images
 from ..samplers import EXACT, SAMPLERS
 from ..samplers.metropolis import REFUSALS
 from .settings import Settings
@@ -39,10 +40,15 @@ def _of_samplers() -> Iterator[Need]:
             yield _one_of((setting,), "sampler", *having, also=also)
 
 
+def _of_images(settings: tuple[str, ...], option: str) -> Need:
+    """Settings that reach the images whose loader takes the option."""
+    return _one_of(settings, "data", *(name for name in images.LOADERS if option in images.options(name)))
+
+
 NEEDS = (
-    _one_of(("data_dir",), "data", "image-folder", "cifar10", "flowers102"),
-    _one_of(("download",), "data", "cifar10", "flowers102"),
-    _one_of(("image_size", "channels"), "data", "image-folder", "flowers102"),
+    _of_images(("data_dir",), "root"),
+    _of_images(("download",), "download"),
+    _of_images(("image_size", "channels"), "size"),
     _one_of(("mask",), "task", "completion"),
     _one_of(("depth", "features", "feature_scale"), "energy", "mlp"),
     Need(("feature_scale",), "features", lambda features: features > 0, "features above 0"),

@@ -273,6 +273,16 @@ def test_image_draws_are_the_pixels_scaled_exactly():
     assert torch.equal(((drawn + 1) * 127.5).round().to(torch.uint8), pixels.expand(3, -1, -1, -1))
 
 
+def test_pixels_come_back_from_states():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    states = images_data.from_pixels(pixels)
+    assert torch.equal(images_data.to_pixels(states), pixels)
+    assert torch.equal(data.Images("made", pixels, pixels).draw(1, seed=0, step=0), states)
+    assert torch.equal(images_data.to_pixels(3 * states + 1, (-2.0, 4.0)), pixels)
+    beyond = torch.tensor([-7.0, 7.0, math.nan, -math.inf, math.inf])
+    assert images_data.to_pixels(beyond).tolist() == [0, 255, 0, 0, 255]
+
+
 def test_image_draws_are_sliced_repeated_and_held_out():
     images = make_images()
     whole = images.draw(50, seed=7, step=9)

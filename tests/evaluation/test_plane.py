@@ -228,7 +228,7 @@ def test_draws_on_a_grid_have_the_law():
 
 def test_draws_within_a_cell_are_uniform_and_empty_cells_have_none():
     cells = quadrature.grid((-1.0, 3.0), 2)  # 2 * 2 cells of side 2, of which (right, low) has no mass
-    log_p = quadrature._normalised(torch.tensor([1.0, 2.0, 0.0, 1.0], dtype=torch.float64).log(), cells)
+    log_p = quadrature.normalised(torch.tensor([1.0, 2.0, 0.0, 1.0], dtype=torch.float64).log(), cells)
     count = 100_000
     x = quadrature.draw(log_p, cells, count, seed=0, step=0).double()
     masses = plane.histogram(x, (-1.0, 3.0), 2)

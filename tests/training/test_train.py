@@ -17,11 +17,11 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 import fastanila
-from fastanila import data, evaluate, sample
+from fastanila import evaluate, sample
 from fastanila import train as command
 from fastanila.evaluation import plane
 from fastanila.samplers import chain
-from fastanila.training import checkpoint, config, defaults, learner, loop
+from fastanila.training import checkpoint, config, learner, loop
 from fastanila.training import job as job_training
 from fastanila.training import update as update_training
 from fastanila.training.settings import Settings
@@ -481,10 +481,6 @@ def test_help_does_not_wait_for_torch():
     code = "import sys; from fastanila import train; sys.argv[1:] = ['--help']\ntry: train.main()\n"
     code += "except SystemExit: sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-
-
-def test_the_settings_know_every_data_set():
-    assert tuple(defaults.DEFAULTS) == data.NAMES
 
 
 @pytest.mark.parametrize(
