@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ..samplers import SAMPLERS
-from .defaults import EXACT
+from .defaults import ENERGIES, EXACT
 from .settings import Settings
 
 
@@ -38,6 +38,7 @@ NEEDS = (
     _one_of(("download",), "data", "cifar10", "flowers102"),
     _one_of(("image_size", "channels"), "data", "image-folder", "flowers102"),
     _one_of(("mask",), "task", "completion"),
+    _one_of(("width", "confinement", "reference_sd"), "energy", *ENERGIES),
     _one_of(("depth", "features", "feature_scale"), "energy", "mlp"),
     Need(("feature_scale",), "features", lambda features: features > 0, "features above 0"),
     *(_of_samplers(name, name) for name in ("threshold", "leapfrog_steps", "norm")),
