@@ -24,12 +24,12 @@ from torch import Tensor
 from . import checks, files, generate
 from .cli import exits
 from .cli.flags import given, refuse
-from .data import completion, registry
-from .evaluation import distances, plots
+from .data import completion
+from .evaluation import distances, plots, vectors
 from .generate import sample
 from .samplers import chain
 from .training import build, checkpoint, config, needs, run_directory
-from .training.run import Run, data_of, load, updates_past, with_sampler
+from .training.run import Run, box_of, data_of, load, updates_past, with_sampler
 from .training.settings import names_of
 
 SUFFIXES = (".png", ".npz")
@@ -42,11 +42,20 @@ def write(path: Path, z: Tensor, run: Run) -> None:
     if path.suffix.lower() == ".npz":
         write_arrays(path, samples=z)
     elif z.dim() == 2:
-        plots.save_plane(
-            path, run.energy, registry.load(run.settings.data), z, f"{run.settings.data}, {len(z)} samples"
-        )
+        write_vectors(path, run, z, f"{run.settings.data}, {len(z)} samples")
     else:
-        plots.save_images(path, z, registry.box_of(run.settings.data))
+        plots.save_images(path, z, box_of(run))
+
+
+def write_vectors(
+    path: Path, run: Run, z: Tensor, title: str, proposals: Tensor | None = None, names: tuple[str, str] | None = None
+) -> None:
+    """A scatter of states (N, D) beside the data, in two dimensions with the density."""
+    dataset = data_of(run)
+    if dataset.shape == (2,):
+        plots.save_plane(path, run.energy, dataset, z, title, proposals=proposals, names=names)
+    else:
+        vectors.save_pairs(path, dataset, z, title, proposals)
 
 
 def write_pairs(path: Path, run: Run, **pair: Tensor) -> None:
@@ -55,10 +64,10 @@ def write_pairs(path: Path, run: Run, **pair: Tensor) -> None:
     if path.suffix.lower() == ".npz":
         write_arrays(path, **pair)
     elif below.dim() == 2:
-        density, title = registry.load(run.settings.data), f"{run.settings.data}, {len(below)} {list(pair)[1]}"
-        plots.save_plane(path, run.energy, density, below, title, proposals=above, names=tuple(pair))
+        title = f"{run.settings.data}, {len(below)} {list(pair)[1]}"
+        write_vectors(path, run, below, title, above, tuple(pair))
     else:
-        plots.save_under(path, (above, below), registry.box_of(run.settings.data))
+        plots.save_under(path, (above, below), box_of(run))
 
 
 def write_completed(path: Path, found: generate.Completed, run: Run) -> None:
@@ -71,7 +80,7 @@ def write_completed(path: Path, found: generate.Completed, run: Run) -> None:
     blank = torch.where(found.missing, 0.0, found.truth)
     first = [] if found.proposals is None else [found.proposals[:, :1]]
     rows = torch.cat([blank[:, None], *first, found.completions, found.truth[:, None]], 1)
-    plots.save_images(path, rows.flatten(0, 1), registry.box_of(run.settings.data), columns=rows.shape[1])
+    plots.save_images(path, rows.flatten(0, 1), box_of(run), columns=rows.shape[1])
 
 
 def write_arrays(path: Path, **arrays: Tensor) -> None:
@@ -97,7 +106,7 @@ def draw(run: Run, arguments: argparse.Namespace, out: Path) -> str:
         dataset = data_of(run, arguments.data_dir)
         found = generate.completions(run, dataset, count, region=arguments.inpaint, each=arguments.completions, **how)
         write_completed(out, found, run)
-        mse, psnr = distances.errors(found.truth, found.missing, found.completions, registry.box_of(settings.data))
+        mse, psnr = distances.errors(found.truth, found.missing, found.completions, box_of(run))
         return f"{count} images, each completed {arguments.completions} times (mse {mse:.4f}, psnr {psnr:.2f} dB)"
     if arguments.interpolate:
         rows = -(-count // _COLUMNS)
@@ -170,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
 def sampled(arguments: argparse.Namespace, given: set[str]) -> int:
     """Draw and write what the arguments ask for; the exit code. ``given``: those that the command line has."""
     changes = {k: v for k in _OF_SAMPLER if (v := getattr(arguments, k)) is not None}
-    with exits.refusing(ValueError, checkpoint.CheckpointError):
+    with exits.refusing(ValueError, TypeError, checkpoint.CheckpointError):
         out = out_of(arguments.out)
         for name, least in (("count", 1), ("completions", 1), ("warm_up", 0)):
             checks.count(name, getattr(arguments, name), least)
@@ -183,7 +192,7 @@ def sampled(arguments: argparse.Namespace, given: set[str]) -> int:
     exits.say(chain.path(run.sampler, run.energy, run.chains, fused=arguments.fused))
     out.parent.mkdir(parents=True, exist_ok=True)
     run_directory.check_writable(out.parent)
-    with exits.refusing(ValueError), build.matmul_precision(run.settings.precision):
+    with exits.refusing(ValueError), build.arithmetic(run.settings.precision):
         drawn = draw(run, arguments, out)
     exits.say(f"{drawn} in {out}")
     return exits.DONE

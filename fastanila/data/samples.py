@@ -83,10 +83,11 @@ def of(value: Any, name: str) -> Density | Images | Vectors:
         hint = "; images without a channel are x[:, None]" if value.dim() == 3 else ""
         raise ValueError(f"data must be (N, D) or (N, C, H, W), got shape {tuple(value.shape)}{hint}")
     if len(value) < 2 or not value[0].numel():
-        raise ValueError(f"data must have at least 2 rows, of which 1 in {_EVERY} is held out, got {tuple(value.shape)}")
-    if value.is_floating_point():
-        if bad := int((~torch.isfinite(value)).flatten(1).any(1).sum()):
-            raise ValueError(f"data must be finite, but {bad} of {len(value)} rows hold NaN or infinity")
+        raise ValueError(
+            f"data must have at least 2 rows, of which 1 in {_EVERY} is held out, got {tuple(value.shape)}"
+        )
+    if value.is_floating_point() and (bad := int((~torch.isfinite(value)).flatten(1).any(1).sum())):
+        raise ValueError(f"data must be finite, but {bad} of {len(value)} rows hold NaN or infinity")
     if value.dim() == 4:
         return Images(name, *_split(_pixels(value)))
     if not value.is_floating_point():

@@ -98,7 +98,9 @@ def check_energy(energy: nn.Module, batch: Tensor) -> None:
         raise ValueError("energy must have parameters to learn, got a module without any that require a gradient")
     for name, p in trained.items():
         if p.dtype != torch.float32:
-            raise ValueError(f"energy's parameters must be float32 (--precision sets the arithmetic), got {name} {p.dtype}")
+            raise ValueError(
+                f"energy's parameters must be float32 (--precision sets the arithmetic), got {name} {p.dtype}"
+            )
     try:
         with torch.enable_grad():
             value, _ = score.evaluator(energy)(batch)

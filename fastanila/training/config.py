@@ -35,7 +35,9 @@ def resolve(settings: Settings, shape: tuple[int, ...] | None = None) -> Setting
     ValueError naming the setting.
     """
     if settings.data not in DEFAULTS and not own.is_own(settings.data):
-        raise ValueError(f"data must be one of {', '.join(DEFAULTS)}, or package.module:function; got {settings.data!r}")
+        raise ValueError(
+            f"data must be one of {', '.join(DEFAULTS)}, or package.module:function; got {settings.data!r}"
+        )
     written = {name: value for name in ("data_dir", "out") if isinstance(value := getattr(settings, name), str)}
     settings = dataclasses.replace(settings, **{name: str(path_of(name, value)) for name, value in written.items()})
     if settings.init is None:

@@ -58,6 +58,9 @@ class Callbacks(NamedTuple):
     on_checkpoint: Callable[[Path], Any] | None = None  #: of each checkpoint that has been written
 
 
+NO_CALLBACKS = Callbacks()
+
+
 class _Raised(Exception):
     """What a callback raised, on its way out of the loop: an OSError of it is no fault of the run's own files."""
 
@@ -98,7 +101,7 @@ def train(
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def run(job: Job, say: Callable[[str], None] = print, callbacks: Callbacks = Callbacks()) -> Run:
+def run(job: Job, say: Callable[[str], None] = print, callbacks: Callbacks = NO_CALLBACKS) -> Run:
     """Make the updates that are left, and leave the run directory complete."""
     with run_directory_of(job), caught_signals() as caught:
         say = heard(say, caught)
@@ -132,7 +135,7 @@ def call(job: Job, callback: Callable[[Any], Any] | None, thing: Any) -> None:
         raise _Raised(error) from error
 
 
-def make_updates(job: Job, say: Callable[[str], None], caught: list[int], callbacks: Callbacks = Callbacks()) -> None:
+def make_updates(job: Job, say: Callable[[str], None], caught: list[int], callbacks: Callbacks = NO_CALLBACKS) -> None:
     """The loop over the updates that are left, in a folder in which the run has begun; ``caught`` ends it."""
     s = job.settings
     say(describe(job))

@@ -191,8 +191,9 @@ def summary(job: Job, made: Update) -> dict[str, float | int]:
 
 
 def exact_numbers(job: Job) -> dict[str, float]:
-    """In two dimensions the negative log likelihood (of points, the held-out ones'), and of a density how far the model's law is from the data's (tv) and, of
-    init="vae", the proposals' from the model's (tv_proposals), by quadrature; nothing otherwise."""
+    """In two dimensions the negative log likelihood (of the held-out points where there are points only), and of a
+    density how far the model's law is from the data's (tv) and, of init="vae", the proposals' from the model's
+    (tv_proposals), by quadrature; nothing otherwise."""
     if job.data.shape != (2,):
         return {}
     energy = evaluated(job)

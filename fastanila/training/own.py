@@ -62,7 +62,8 @@ def find(setting: str, reference: str) -> Callable:
         if not hasattr(found, part):
             raise ValueError(f"{setting}: {module} has no {path}, got {reference}")
         found = getattr(found, part)
-    if not callable(found) or hasattr(found, "state_dict"):  # a module is callable, but each run needs one of its own
+    instance = hasattr(found, "state_dict") and not isinstance(found, type)
+    if not callable(found) or instance:  # a module can be called, but each run needs one of its own
         returns = "an nn.Module" if setting == "energy" else "a data set"
         raise ValueError(f"{setting}: {reference} must be a function that returns {returns}, got {_kind(found)}")
     return found
