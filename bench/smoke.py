@@ -273,7 +273,7 @@ def update_times(run: Run) -> Iterator[Finding]:
         with settings as chosen:
             job, way = workloads.our_update(chosen)
             made = job.made.item()
-            path = job_training.path(job)
+            path = job_training.describe(job)
             found = run.times({"update": way}, rounds=3)["update"]
             ok = made == update._WARM_UP + 2 and job.made.item() > made and not job.broken.item()
             yield dict(check="one update", job=name, ok=ok, path=path, **found)

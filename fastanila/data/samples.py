@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import noise
+from .completion import Completions
 from .densities import _STREAMS, Density
 from .images import Images
 
@@ -68,6 +69,8 @@ def of(value: Any, name: str) -> Density | Images | Vectors:
     arrays or Pillow's images, or tuples that begin with one (image, label). Every tenth row is held out. A `Density`
     stays one. Raises TypeError for anything else, and ValueError for values that cannot be: NaN, no rows, other shapes.
     """
+    if isinstance(value, Completions):
+        value = value.images
     if isinstance(value, (Images, Vectors)):
         return replace(value, name=name)
     if isinstance(value, Density):
