@@ -5,6 +5,7 @@ gap, kl, tv (model against data density), boundary_mass, all by quadrature, with
 sliced Wasserstein distance and MMD of the chains, to the data (tv_chains, sw_chains, mmd_chains) and to the model's own
 law (tv_chains_model, ...), each beside what exact draws of their number give (..._floor): see `plane.evaluate`. Images:
 Frechet distances to held-out images on principal components: of the chains, of where they started, and of baselines.
+Vectors of your own: distances of the chains to held-out ones, and in two dimensions nll: see `vectors.evaluate`.
 
 A run with init=vae is judged by fresh pairs of a proposal and what K transitions make of it: the numbers of chains are
 those of the revised states, frechet_start and mmd_start those of the proposals; energy_proposals, energy_revised and
@@ -25,7 +26,6 @@ if __name__ == "__main__":  # ahead of torch, which takes seconds to import
     exits.begin(parsers.evaluate())
 
 import argparse
-import contextlib
 import json
 import math
 import sys
@@ -39,10 +39,9 @@ from torch import Tensor
 from . import checks, generate
 from .cli import exits, parsers
 from .cli.flags import refuse
-from .data import Images, completion, densities
+from .data import Images, Vectors, completion, densities
 from .data.images import from_pixels
-from .evaluation import diagnostics, distances, plane, plots
-from .ops import dispatch
+from .evaluation import diagnostics, distances, plane, plots, vectors
 from .training import build, checkpoint, config, needs, run_directory
 from .training.run import Run, data_of, load, updates_past
 
@@ -54,7 +53,7 @@ _BATCH = 1024  # states whose energy is taken at a time
 
 def evaluate(run: Run, *, data_dir: str | None = None, fused: bool = True) -> dict[str, float]:
     """The numbers above, as Python floats. Raises FileNotFoundError where a run's images are not there."""
-    with build.matmul_precision(run.settings.precision):
+    with build.arithmetic(run.settings.precision):
         return _evaluate(run, data_dir, fused)
 
 
@@ -64,17 +63,19 @@ def _evaluate(run: Run, data_dir: str | None, fused: bool) -> dict[str, float]:
     report: dict[str, float] = {"iteration": run.iteration}
     if settings.task == "completion":
         return report | completed(run, dataset, fused=fused)
-    in_plane = isinstance(dataset, densities.Density)
-    if not in_plane:
+    in_plane, of_vectors = isinstance(dataset, densities.Density), isinstance(dataset, Vectors)
+    if not in_plane and not of_vectors:
         _check_counts(run, dataset)
     chains, start = run.chains, None
     if run.vae is not None:
-        start, chains = generate.pairs(run, _PLANE_PAIRS if in_plane else _IMAGE_PAIRS, fused=fused)
+        start, chains = generate.pairs(run, _PLANE_PAIRS if in_plane or of_vectors else _IMAGE_PAIRS, fused=fused)
         report |= revision(run.energy, start, chains)
     if in_plane:
         if start is not None:
             report["tv_proposals_model"] = plane.law_tv(run.energy, dataset, start)
         return report | plane.evaluate(run.energy, dataset, chains, device=device)
+    if of_vectors:
+        return report | vectors.evaluate(run.energy, dataset, chains)
     if start is None:
         started = build.build_start(settings, dataset, device)
         start = started.tensors().get("population", started.draw(0))
@@ -147,7 +148,7 @@ def mixing(run: Run, draws: int = 1000, *, seed: int = 0, fused: bool = True) ->
     if len(z) < 2:
         raise ValueError(f"diagnostics need at least 2 chains, and the run has {len(z)}")
     step = updates_past(run) * run.settings.steps
-    with build.matmul_precision(run.settings.precision), contextlib.nullcontext() if fused else dispatch.plain():
+    with build.arithmetic(run.settings.precision, fused=fused):
         trace = diagnostics.trace(
             run.sampler, run.energy, z, draws=draws, seed=seed, step=step, block=run.settings.steps, compile=fused
         )
@@ -164,7 +165,9 @@ def save_mixing(path: Path, found: dict[str, Any], trace: diagnostics.Trace, tit
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exits.run(parsers.evaluate(), argv, evaluated, ValueError, ModuleNotFoundError, checkpoint.CheckpointError)
+    return exits.run(
+        parsers.evaluate(), argv, evaluated, ValueError, TypeError, ModuleNotFoundError, checkpoint.CheckpointError
+    )
 
 
 def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:

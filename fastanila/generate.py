@@ -7,21 +7,19 @@ law of states is the sampler's, see its docstring; `run.with_sampler` changes it
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import noise
-from .data import completion, registry
+from .data import completion
 from .models.vae import VAE
 from .noise import Stream
-from .ops import dispatch
 from .samplers import starts
 from .samplers.starts import proposals
 from .training import build
-from .training.run import Run, updates_past
+from .training.run import Run, box_of, updates_past
 
 STARTS = ("chains", "noise", "vae")
 
@@ -63,7 +61,7 @@ def sample(
             raise ValueError(f"start can be vae for a run with init=vae, got a run with init={run.settings.init}")
         z = proposals(run.vae, count, seed=seed, update=updates_past(run))
     else:
-        shape, box = (count, *run.chains.shape[1:]), registry.box_of(run.settings.data)
+        shape, box = (count, *run.chains.shape[1:]), box_of(run)
         z = starts.from_noise(shape, box, seed=seed, step=updates_past(run), device=run.chains.device)
     if steps is None:
         steps = run.settings.steps * (10 if start == "noise" else 1)
@@ -81,7 +79,7 @@ def moved(
     if warm_up and not run.sampler.is_exact:
         raise ValueError(f"warm_up adapts an exact sampler's step size, got sampler {run.settings.sampler}")
     first = updates_past(run) * run.settings.steps
-    with build.matmul_precision(run.settings.precision), contextlib.nullcontext() if fused else dispatch.plain():
+    with build.arithmetic(run.settings.precision, fused=fused):
         sampler = run.sampler
         if warm_up:
             sampler, z = sampler.adapt(run.energy, z, steps=warm_up, seed=seed, step=first, mask=mask, compile=fused)

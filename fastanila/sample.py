@@ -24,12 +24,11 @@ from torch import Tensor
 from . import checks, files, generate
 from .cli import exits, parsers
 from .cli.flags import refuse
-from .data import registry
-from .evaluation import distances, plots
+from .evaluation import distances, plots, vectors
 from .generate import sample
 from .samplers import chain
 from .training import build, checkpoint, config, needs, run_directory
-from .training.run import Run, data_of, load, updates_past, with_sampler
+from .training.run import Run, box_of, data_of, load, updates_past, with_sampler
 
 SUFFIXES = (".png", ".npz")
 _OF_SAMPLER = ("step_size", "threshold", "norm", "leapfrog_steps")
@@ -38,13 +37,23 @@ _COLUMNS = 8  # of a picture of interpolations
 
 def write(path: Path, z: Tensor, run: Run) -> None:
     """A picture of the samples (.png: a grid of images, or a scatter with the density), or the samples (.npz)."""
-    data = run.settings.data
     if path.suffix.lower() == ".npz":
         write_arrays(path, samples=z)
     elif z.dim() == 2:
-        plots.save_plane(path, run.energy, registry.load(data), z, f"{data}, {len(z)} samples")
+        write_vectors(path, run, z, f"{run.settings.data}, {len(z)} samples")
     else:
-        plots.save_images(path, z, registry.box_of(data))
+        plots.save_images(path, z, box_of(run))
+
+
+def write_vectors(
+    path: Path, run: Run, z: Tensor, title: str, proposals: Tensor | None = None, names: tuple[str, str] | None = None
+) -> None:
+    """A scatter of states (N, D) beside the data, in two dimensions with the density."""
+    dataset = data_of(run)
+    if dataset.shape == (2,):
+        plots.save_plane(path, run.energy, dataset, z, title, proposals=proposals, names=names)
+    else:
+        vectors.save_pairs(path, dataset, z, title, proposals)
 
 
 def write_pairs(path: Path, run: Run, **pair: Tensor) -> None:
@@ -53,10 +62,10 @@ def write_pairs(path: Path, run: Run, **pair: Tensor) -> None:
     if path.suffix.lower() == ".npz":
         write_arrays(path, **pair)
     elif below.dim() == 2:
-        density, title = registry.load(run.settings.data), f"{run.settings.data}, {len(below)} {list(pair)[1]}"
-        plots.save_plane(path, run.energy, density, below, title, proposals=above, names=tuple(pair))
+        title = f"{run.settings.data}, {len(below)} {list(pair)[1]}"
+        write_vectors(path, run, below, title, above, tuple(pair))
     else:
-        plots.save_under(path, (above, below), registry.box_of(run.settings.data))
+        plots.save_under(path, (above, below), box_of(run))
 
 
 def write_completed(path: Path, found: generate.Completed, run: Run) -> None:
@@ -69,7 +78,7 @@ def write_completed(path: Path, found: generate.Completed, run: Run) -> None:
     blank = torch.where(found.missing, 0.0, found.truth)
     first = [] if found.proposals is None else [found.proposals[:, :1]]
     rows = torch.cat([blank[:, None], *first, found.completions, found.truth[:, None]], 1)
-    plots.save_images(path, rows.flatten(0, 1), registry.box_of(run.settings.data), columns=rows.shape[1])
+    plots.save_images(path, rows.flatten(0, 1), box_of(run), columns=rows.shape[1])
 
 
 def write_arrays(path: Path, **arrays: Tensor) -> None:
@@ -116,7 +125,7 @@ def completions(run: Run, arguments: argparse.Namespace, out: Path) -> str:
     how = _transitions(arguments) | {"region": arguments.inpaint, "each": each}
     found = generate.completions(run, dataset, arguments.count, **how)
     write_completed(out, found, run)
-    mse, psnr = distances.errors(found.truth, found.missing, found.completions, registry.box_of(run.settings.data))
+    mse, psnr = distances.errors(found.truth, found.missing, found.completions, box_of(run))
     return f"{arguments.count} images, each completed {each} times (mse {mse:.4f}, psnr {psnr:.2f} dB)"
 
 
@@ -147,7 +156,7 @@ def _transitions(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exits.run(parsers.sample(), argv, sampled, ValueError, checkpoint.CheckpointError)
+    return exits.run(parsers.sample(), argv, sampled, ValueError, TypeError, checkpoint.CheckpointError)
 
 
 def sampled(arguments: argparse.Namespace, given: set[str]) -> int:
@@ -164,7 +173,7 @@ def sampled(arguments: argparse.Namespace, given: set[str]) -> int:
     exits.say(chain.describe(run.sampler, run.energy, run.chains, fused=arguments.fused))
     out.parent.mkdir(parents=True, exist_ok=True)
     run_directory.check_writable(out.parent)
-    with build.matmul_precision(run.settings.precision):
+    with build.arithmetic(run.settings.precision):
         words = MODES[mode_of(run, arguments)](run, arguments, out)
     exits.say(f"{words} in {out}")
     return exits.DONE

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from .cli import exits
-from .training import config, defaults
+from .training import config, defaults, own
 from .training.settings import Settings, names_of, without_none
 
 EXTRA = {
@@ -19,8 +19,16 @@ EXTRA = {
 }
 
 
-def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool, bool]:
-    """(settings, not yet resolved; --resume; --dry-run; --changed-data): flags over the file or the resumed run."""
+class Asked(NamedTuple):
+    settings: Settings  #: flags over the file or the resumed run, not yet resolved
+    resume: str | None
+    dry_run: bool
+    changed_data: bool
+    data: Any = None  #: what --data has read, where it is package.module:function; on the CPU
+
+
+def parse(argv: list[str] | None) -> Asked:
+    """What the flags ask for. Raises ValueError."""
     import argparse
 
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -42,25 +50,37 @@ def parse(argv: list[str] | None) -> tuple[Settings, str | None, bool, bool]:
     sampler = files.sampler if files.sampler in names_of("sampler") else under.get("sampler")
     init = files.init if files.init is not None else under.get("init")
     task = files.task if files.task is not None else under.get("task")
-    values = vars(cli(argv, defaults.defaults(dataset, sampler, init, task) | under))
+    data, shape = None, None
+    if own.is_reference(dataset) and not _asks_for_help(argv):  # its shape says which defaults are for it
+        from .training import build
+
+        data = build.own_data(Settings(data=dataset))
+        shape = data.shape
+    values = vars(cli(argv, defaults.defaults(dataset, sampler, init, task, shape) | under))
     resume, dry_run, file = values.pop("resume"), values.pop("dry_run"), values.pop("config")
     changed_data = values.pop("changed_data")
     if changed_data and resume is None:
         raise ValueError("changed_data can be given with resume only: a new run has no other data")
     settings = Settings(**values)
-    check_effects(settings, argv, resume=resume, file=file, under=under)
-    return settings, resume, dry_run, changed_data
+    check_effects(settings, argv, resume=resume, file=file, under=under, shape=shape)
+    return Asked(settings, resume, dry_run, changed_data, data)
 
 
 def check_effects(
-    settings: Settings, argv: list[str] | None, *, resume: str | None, file: str | None, under: dict[str, Any]
+    settings: Settings,
+    argv: list[str] | None,
+    *,
+    resume: str | None,
+    file: str | None,
+    under: dict[str, Any],
+    shape: tuple[int, ...] | None = None,
 ) -> None:
     """Refuse flags that would change nothing (ValueError), and warn of settings of the config file that do not: it may
     be shared by runs of several kinds, and hold what is as it would be without it."""
     from .cli.flags import flags
     from .training import needs
 
-    resolved = config.resolve(settings)
+    resolved = config.resolve(settings, shape)
     given = flags(sys.argv[1:] if argv is None else argv, under.keys() | vars(settings).keys())
     if resume is not None and "out" in given:
         raise ValueError("out has no effect with resume: the run stays in its folder")
@@ -69,7 +89,7 @@ def check_effects(
         raise ValueError("; ".join(idle.values()))
     if file is not None:
         idle = needs.idle(resolved, under.keys() - given)
-        bare = config.resolve(dataclasses.replace(settings, **{name: getattr(Settings, name) for name in idle}))
+        bare = config.resolve(dataclasses.replace(settings, **{name: getattr(Settings, name) for name in idle}), shape)
         for name, reason in idle.items():
             if getattr(bare, name) != getattr(resolved, name):
                 exits.complain(f"warning: config {file}: {reason}")
@@ -99,8 +119,12 @@ def cli(argv: list[str] | None, defaults: dict[str, Any]):
     )
 
 
+def _asks_for_help(argv: list[str] | None) -> bool:
+    return bool({"--help", "-h"} & set(sys.argv[1:] if argv is None else argv))
+
+
 def main(argv: list[str] | None = None) -> int:
-    if {"--help", "-h"} & set(sys.argv[1:] if argv is None else argv):
+    if _asks_for_help(argv):
         return exits.exit_code(lambda: parse(argv) and exits.DONE)  # exits; ahead of torch, which takes seconds
     importlib.import_module(".training.loop", __package__)  # ahead of `exit_code`, under which Ctrl-C is an exception
     return exits.exit_code(lambda: trained(argv))
@@ -112,15 +136,15 @@ def trained(argv: list[str] | None) -> int:
 
     from . import graphs
     from .training import checkpoint, loop, run_directory
-    from .training.job import Diverged, notes, path, prepare
+    from .training.job import Diverged, describe, notes, prepare
 
     with exits.refusing(ValueError, TypeError, checkpoint.CheckpointError):
-        settings, resume, dry_run, changed_data = parse(argv)
-        job = prepare(settings, resume, changed_data=changed_data)
-    if dry_run:
+        asked = parse(argv)
+        job = prepare(asked.settings, asked.resume, changed_data=asked.changed_data, data=asked.data)
+    if asked.dry_run:
         for line in notes(job):
             exits.complain(line)
-        exits.say(path(job))
+        exits.say(describe(job))
         exits.say(config.dump(job.settings).rstrip())
         return exits.DONE
     try:

@@ -6,26 +6,44 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import noise
-from ..data import completion, densities, images, registry
-from ..models import vae, wrappers
+from ..data import completion, densities, images, registry, samples
+from ..models import score, vae, wrappers
 from ..models.energies import MLP, ConvNet
 from ..models.wrappers import Autocast
+from ..ops import dispatch
 from ..samplers import SAMPLERS, starts
 from ..samplers.sampler import Sampler
-from . import config
+from . import config, own
 from .learner import as_number
 from .settings import Settings
 
-Dataset = densities.Density | images.Images | completion.Completions
+Dataset = densities.Density | images.Images | samples.Vectors | completion.Completions
 
 
-def load_data(settings: Settings, device, data_dir: str | None = None) -> Dataset:
-    """The run's data set, from ``data_dir`` where they are images that have moved."""
+def own_data(settings: Settings, given: Any = None) -> densities.Density | images.Images | samples.Vectors | None:
+    """The user's own data, on the CPU: ``given``, or what the reference in the settings returns; None for named data.
+
+    Raises ValueError or TypeError for what can be no data (`samples.of`), or was given from Python and is not now.
+    """
+    if given is None and own.is_given(settings.data):
+        raise ValueError(own.not_found("data", settings.data, "the run"))
+    if given is None and not own.is_reference(settings.data):
+        return None
+    return samples.of(own.made("data", settings.data) if given is None else given, settings.data)
+
+
+def load_data(settings: Settings, device, data_dir: str | None = None, given: Any = None) -> Dataset:
+    """The run's data set, from ``data_dir`` where they are images that have moved; ``given``: the user's own."""
+    found = own_data(settings, given)
+    if found is not None:
+        found = found if isinstance(found, densities.Density) else found.to(device)
+        return completion.Completions(found, settings.mask) if settings.task == "completion" else found
     found = registry.load(
         settings.data,
         data_dir=settings.data_dir if data_dir is None else config.path_of("data_dir", data_dir),
@@ -37,8 +55,14 @@ def load_data(settings: Settings, device, data_dir: str | None = None) -> Datase
     return completion.Completions(found, settings.mask) if settings.task == "completion" else found
 
 
-def build_energy(settings: Settings, shape: tuple[int, ...]) -> nn.Module:
-    """The energy network on the CPU, initialised from the run's seed whatever torch's generator is at."""
+def build_energy(settings: Settings, shape: tuple[int, ...], given: nn.Module | None = None) -> nn.Module:
+    """The energy network, initialised on the CPU from the run's seed whatever torch's generator is at; or ``given``.
+
+    Raises ValueError or TypeError where a reference in the settings leads to no nn.Module, or where the energy was
+    given from Python and is not now.
+    """
+    if given is not None or own.is_own(settings.energy):
+        return _own_energy(settings, shape, given)
     confinement = settings.confinement + settings.reference_sd**-2
     with _seeded(settings.seed):
         if settings.energy == "mlp":
@@ -55,21 +79,59 @@ def build_energy(settings: Settings, shape: tuple[int, ...]) -> nn.Module:
         return wrappers.ConditionalEnergy(network) if settings.task == "completion" else network
 
 
+def _own_energy(settings: Settings, shape: tuple[int, ...], given: nn.Module | None) -> nn.Module:
+    if given is None and own.is_given(settings.energy):
+        raise ValueError(own.not_found("energy", settings.energy, "the run"))
+    if given is None:
+        with _seeded(settings.seed):
+            given = own.made("energy", settings.energy, tuple(shape))
+    if not isinstance(given, nn.Module):
+        raise TypeError(f"energy must be an nn.Module, or a function that returns one, got {type(given).__name__}")
+    return wrappers.ConditionalEnergy(given) if settings.task == "completion" else given
+
+
+def check_energy(energy: nn.Module, batch: Tensor) -> None:
+    """Raise ValueError or TypeError, in one line, where an energy of the user's own cannot be trained on such data."""
+    energy.eval()
+    trained = {name: p for name, p in energy.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("energy must have parameters to learn, got a module without any that require a gradient")
+    for name, p in trained.items():
+        if p.dtype != torch.float32:
+            raise ValueError(
+                f"energy's parameters must be float32 (--precision sets the arithmetic), got {name} {p.dtype}"
+            )
+    try:
+        with torch.enable_grad():
+            value, _ = score.evaluator(energy)(batch)
+            gradients = torch.autograd.grad(energy(batch).sum(), list(trained.values()), allow_unused=True)
+    except Exception as error:  # whatever the user's module raises
+        if str(error).startswith("energy must"):
+            raise
+        what = f"a batch of the data, {tuple(batch.shape)} {batch.dtype}"
+        raise ValueError(f"energy: {type(energy).__name__} cannot take {what}: {own.described(error)}") from error
+    if not (value.is_floating_point() and torch.isfinite(value).all()):
+        raise ValueError(f"energy must be finite floats, got {value.tolist()} on data")
+    for name, gradient in zip(trained, gradients, strict=True):
+        if gradient is None:
+            raise ValueError(f"energy does not use its parameter {name}: requires_grad_(False) leaves it out")
+
+
 #: Added to the seed, of which torch takes 32 bits: networks of like layers would else begin as copies of one another.
 _OF_VAE = 1 << 31
 
 
-def build_vae(settings: Settings, shape: tuple[int, ...]) -> vae.VAE:
-    """The VAE on the CPU, initialised as the energy is, but from numbers of its own."""
+def build_vae(settings: Settings, shape: tuple[int, ...], box: tuple[float, float]) -> vae.VAE:
+    """The VAE on the CPU, initialised as the energy is, but from numbers of its own; ``box``: the data's."""
     with _seeded(settings.seed + _OF_VAE):
-        if settings.energy == "mlp":
+        if len(shape) == 1:
             return vae.of_vectors(
                 math.prod(shape),
                 settings.latent,
                 settings.vae_width,
                 features=settings.features,
                 feature_scale=settings.feature_scale,
-                box=registry.box_of(settings.data),
+                box=box,
                 seed=settings.seed,
             )
         channels, size, _ = shape
@@ -127,6 +189,13 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+@contextlib.contextmanager
+def arithmetic(precision: str, *, fused: bool = True) -> Iterator[None]:
+    """How a run computes: at its precision (`matmul_precision`), by the fused operators or their plain definition."""
+    with matmul_precision(precision), contextlib.nullcontext() if fused else dispatch.plain():
+        yield
 
 
 @contextlib.contextmanager

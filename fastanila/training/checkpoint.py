@@ -210,15 +210,6 @@ def _digest(tensors: dict[str, Tensor], text: str) -> str:
     return digest.hexdigest()
 
 
-#: What the names of a VAE's tensors in a checkpoint begin with.
-AMORTIZED = "amortized"
-
-
-def last_chains(tensors: dict[str, Tensor]) -> Tensor:
-    """The chains as a checkpoint's run left them: all of a persistent population, otherwise the last update's."""
-    return tensors["start.population"] if "start.population" in tensors else tensors["chains"]
-
-
 def load_parameters(energy: nn.Module, tensors: dict[str, Tensor], where) -> None:
     try:
         energy.load_state_dict(tensors)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..samplers import EXACT
-from .defaults import DEFAULTS, IMAGES, defaults
+from . import own
+from .defaults import DEFAULTS, ENERGIES, IMAGES, defaults, of_data
 from .settings import Settings, without_none
 
 try:
@@ -28,31 +29,39 @@ RESUMABLE = frozenset(
 )  # fmt: skip
 
 
-def resolve(settings: Settings) -> Settings:
+def resolve(settings: Settings, shape: tuple[int, ...] | None = None) -> Settings:
     """The settings with every default of the data set and the task filled in, checked.
 
-    Raises ValueError naming the setting.
+    ``shape``: of one datum, by which data of one's own get their defaults; a run's config.json needs none. Raises
+    ValueError naming the setting.
     """
-    if settings.data not in DEFAULTS:
-        raise ValueError(f"data must be one of {', '.join(DEFAULTS)}, got {settings.data!r}")
+    if settings.data not in DEFAULTS and not own.is_own(settings.data):
+        raise ValueError(
+            f"data must be one of {', '.join(DEFAULTS)}, or package.module:function; got {settings.data!r}"
+        )
     written = {name: value for name in ("data_dir", "out") if isinstance(value := getattr(settings, name), str)}
     settings = dataclasses.replace(settings, **{name: str(path_of(name, value)) for name, value in written.items()})
     if settings.init is None:
         settings = dataclasses.replace(settings, init="vae" if settings.task == "completion" else "persistent")
-    own = defaults(settings.data, settings.sampler, settings.init, settings.task)
-    settings = dataclasses.replace(settings, **{k: v for k, v in own.items() if getattr(settings, k) is None})
+    usual = defaults(settings.data, settings.sampler, settings.init, settings.task, shape)
+    settings = dataclasses.replace(settings, **{k: v for k, v in usual.items() if getattr(settings, k) is None})
+    if not usual and any(getattr(settings, name) is None for name in DEFAULTS["rings"].keys() - {"chains"}):
+        raise ValueError(f"data {settings.data!r} has no defaults here: only training takes data of one's own")
     if settings.vae_warm_up is None:
         warm_up = settings.iterations // 4 if settings.init == "vae" else 0
         settings = dataclasses.replace(settings, vae_warm_up=warm_up)
     if settings.chains is None:
-        batches = DEFAULTS[settings.data]["chains"] // settings.batch_size if settings.init == "persistent" else 1
+        batches = of_data(settings.data, shape)["chains"] // settings.batch_size if settings.init == "persistent" else 1
         settings = dataclasses.replace(settings, chains=max(1, batches) * settings.batch_size)
-    check(settings)
+    check(settings, shape)
     return settings
 
 
-def check(settings: Settings) -> None:
-    """Raise ValueError naming the first setting that cannot be, what it was and what was expected."""
+def check(settings: Settings, shape: tuple[int, ...] | None = None) -> None:
+    """Raise ValueError naming the first setting that cannot be, what it was and what was expected.
+
+    ``shape``: of one datum, of data of one's own; without it nothing is said of what goes with such data.
+    """
     from .. import checks  # imports torch, for which --help need not wait
 
     for name, hint in get_type_hints(Settings).items():
@@ -91,17 +100,31 @@ def check(settings: Settings) -> None:
     if settings.chains % settings.batch_size or not (persistent or settings.chains == settings.batch_size):
         wanted = "a multiple of" if persistent else f"with init={settings.init} equal to"
         raise ValueError(f"chains must be {wanted} batch_size ({settings.batch_size}), got {settings.chains}")
-    if (settings.energy == "convnet") != (settings.data in IMAGES):
-        wanted = DEFAULTS[settings.data]["energy"]
-        raise ValueError(f"energy must be {wanted} for {settings.data}, got {settings.energy}")
+    _check_energy(settings, shape)
     if settings.init == "vae" and settings.vae_warm_up >= settings.iterations:
         wanted = f"below iterations ({settings.iterations}), or the energy never learns"
         raise ValueError(f"vae_warm_up must be {wanted}, got {settings.vae_warm_up}")
     if settings.task == "completion":
-        if settings.data not in IMAGES:
+        own_images = own.is_own(settings.data) and (shape is None or len(shape) == 3)
+        if settings.data not in IMAGES and not own_images:
             raise ValueError(f"data must be images with task=completion ({', '.join(IMAGES)}), got {settings.data}")
         if settings.init != "vae":
             raise ValueError(f"init must be vae with task=completion, got {settings.init}")
+
+
+def _check_energy(settings: Settings, shape: tuple[int, ...] | None) -> None:
+    """Raise ValueError where the network is unknown, or is none for the data."""
+    if own.is_own(settings.energy):
+        return
+    if settings.energy not in ENERGIES:
+        wanted = f"one of {', '.join(ENERGIES)}, or package.module:function"
+        raise ValueError(f"energy must be {wanted}; got {settings.energy!r}")
+    table = of_data(settings.data, shape)
+    if table and settings.energy != table["energy"]:
+        what = settings.data if shape is None else f"data of shape {tuple(shape)}"
+        raise ValueError(f"energy must be {table['energy']} for {what}, got {settings.energy}")
+    if shape is not None and len(shape) == 3 and shape[1] != shape[2]:
+        raise ValueError(f"data must be square images for energy=convnet, got {tuple(shape)}")
 
 
 def _check_exact(settings: Settings) -> None:

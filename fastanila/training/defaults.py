@@ -41,6 +41,12 @@ _IMAGES: dict[str, Any] = dict(
     log_every=10, sample_every=100, save_every=100,
 )  # fmt: skip
 
+# Vectors of any dimension, of which every element varies by about 1. A gain for each element makes the acceptance fall
+# with the dimension, so plain steps with a correction; Fourier features are for the detail of two dimensions.
+_VECTORS: dict[str, Any] = _PLANE | dict(
+    sampler="mala", width=128, features=0, feature_scale=0.0, latent=8, sample_every=500
+)
+
 _DIGITS = _IMAGES | dict(threshold=0.05, step_size=1.0, noise_scale=0.01, steps=40, chains=1024, iterations=1000)
 
 #: What is known leaves little open: a decoder with as much noise as that of whole images would ignore its latents.
@@ -56,18 +62,31 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": _DIGITS,
 }
 
+ENERGIES = ("mlp", "convnet")
 
-def defaults(name: str, sampler: str | None = None, init: str | None = None, task: str | None = None) -> dict[str, Any]:
+
+def of_data(name: str, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """The table of a named data set, or by its shape that of one's own; {} where neither is known."""
+    if name in DEFAULTS or shape is None:
+        return DEFAULTS.get(name, {})
+    return {(2,): _PLANE}.get(tuple(shape), _VECTORS) if len(shape) == 1 else _IMAGES
+
+
+def defaults(
+    name: str, sampler: str | None = None, init: str | None = None, task: str | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The data set's defaults, for that sampler, chain start and task; {} if there is no such set.
 
-    Less the number of chains, which follows batch size and init.
+    Less the number of chains, which follows batch size and init. ``shape``: of one datum, of data of one's own.
     """
-    own = {k: v for k, v in DEFAULTS.get(name, {}).items() if k != "chains"}
+    table = of_data(name, shape)
+    own = {k: v for k, v in table.items() if k != "chains"}
     if not own:
         return own
     own["sampler"] = sampler or own["sampler"]
     own |= translated(own, "anila", own["sampler"])
-    if name in PLANES:
+    if table["energy"] == "mlp":
         own |= (_EXACT_PLANE if own["sampler"] in EXACT else {}) | (_AMORTIZED_PLANE if init == "vae" else {})
     return own | (_COMPLETION if task == "completion" else {})
 

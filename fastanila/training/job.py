@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import files, graphs
 from ..data import images
 from ..samplers import chain, sampler
-from . import build, checkpoint, config, learner, run_directory
+from . import build, checkpoint, config, learner, own, run_directory
 from .config import tensorboard_writer
+from .contents import Contents, packed, unpacked
 from .learner import Learner
-from .run import read_settings
+from .run import read_settings, refuse_given
 from .settings import Settings
 
 
@@ -26,11 +27,24 @@ class Diverged(RuntimeError):
 
 
 @torch.inference_mode(False)
-def prepare(settings: Settings, resume: str | Path | None = None, *, changed_data: bool = False) -> Job:
-    """Check the settings and build a run's parts; leaves no file behind. Raises ValueError or OSError."""
+def prepare(
+    settings: Settings,
+    resume: str | Path | None = None,
+    *,
+    changed_data: bool = False,
+    energy: nn.Module | None = None,
+    data: Any = None,
+) -> Job:
+    """Check the settings and build a run's parts; leaves no file behind. Raises ValueError, TypeError or OSError.
+
+    ``energy``, ``data``: the user's own, see `loop.train`.
+    """
+    settings = with_own(settings, resume, energy, data)
+    found = build.own_data(settings, data)
+    shape = None if found is None else found.shape
     if resume is not None and settings.vae_warm_up is None:  # its default follows the iterations, which may change
         settings = dataclasses.replace(settings, vae_warm_up=read_settings(resume).vae_warm_up)
-    settings = config.resolve(settings)
+    settings = config.resolve(settings, shape)
     if resume is not None:
         settings = resumed_settings(settings, resume)
     device = build.device_of(settings.device)
@@ -39,12 +53,14 @@ def prepare(settings: Settings, resume: str | Path | None = None, *, changed_dat
     graphs.prepare(compiling=settings.fused)
     if settings.tensorboard:
         tensorboard_writer()
-    dataset = build.load_data(settings, device)
+    dataset = build.load_data(settings, device) if found is None else build.load_data(settings, device, given=found)
     vae, first = None, 0
     if settings.init == "vae":
-        network, first = build.build_vae(settings, dataset.shape), settings.vae_warm_up
+        network, first = build.build_vae(settings, dataset.shape, dataset.box), settings.vae_warm_up
         vae = learner.build(network, settings, settings.vae_lr, settings.vae_lr_decay, device)
-    network = build.build_energy(settings, dataset.shape)
+    network = build.build_energy(settings, dataset.shape, energy)
+    if own.is_own(settings.energy):
+        build.check_energy(network, dataset.draw(_TRIED, seed=settings.seed, step=0).to(_device(network)))
     ebm = learner.build(network, settings, settings.lr, settings.lr_decay, device, first)
     start = build.build_start(settings, dataset, device, vae and vae.model)
     with torch.no_grad():
@@ -62,6 +78,7 @@ def prepare(settings: Settings, resume: str | Path | None = None, *, changed_dat
         proposals=None if vae is None else chains.clone(),
         made=torch.zeros((), dtype=torch.int64, device=device),
         broken=torch.zeros((), dtype=torch.bool, device=device),
+        given=energy,
         begins=None if resume is not None else "numbered" if settings.out is None else "named",
     )
     if resume is not None:
@@ -84,41 +101,71 @@ def check_finite(job: Job) -> None:
         )
 
 
-def path(job: Job) -> str:
+def describe(job: Job) -> str:
     """One line on the device and the implementation in use."""
     energy = build.at_precision(job.ebm.module, job.settings.precision)
     return chain.describe(job.sampler, energy, job.chains, fused=job.settings.fused, update=True)
 
 
-def save(job: Job) -> None:
-    tensors = learner.tensors(job.ebm, "energy")
-    if job.vae is not None:
-        tensors |= checkpoint.prefixed(checkpoint.AMORTIZED, learner.tensors(job.vae, "vae"))
-        tensors["proposals"] = job.proposals
-    tensors |= checkpoint.prefixed("start", job.start.tensors())
-    if "start.population" not in tensors:
-        tensors["chains"] = job.chains
-    state = {"iteration": job.iteration, "seconds": job.seconds, "data": job.data.fingerprint}
-    checkpoint.save_numbered(job.directory / "checkpoints", job.iteration, tensors, state)
+def save(job: Job) -> Path:
+    """Write a checkpoint; its path."""
+    contents = Contents(
+        energy=learner.contents(job.ebm),
+        vae=None if job.vae is None else learner.contents(job.vae),
+        start=job.start.tensors(),
+        chains=job.chains,
+        proposals=job.proposals,
+        iteration=job.iteration,
+        seconds=job.seconds,
+        fingerprint=job.data.fingerprint,
+        box=job.data.box,
+    )
+    return checkpoint.save_numbered(job.directory / "checkpoints", job.iteration, *packed(contents))
 
 
 def restore(job: Job, changed_data: bool = False) -> None:
-    tensors, state = checkpoint.load_latest(job.directory / "checkpoints", job.device)
-    changed = images.changes(state.get("data"), job.data.fingerprint)  # a checkpoint of before has none
+    found = unpacked(*checkpoint.load_latest(job.directory / "checkpoints", job.device))
+    changed = images.changes(found.fingerprint, job.data.fingerprint)  # a checkpoint of before has none
     if changed and not changed_data:
         raise ValueError(
             f"data are not what {job.directory} was trained on: {'; '.join(changed)}. Put them back, or go on with "
             "these, and other numbers, by --changed-data"
         )
-    learner.restore(job.ebm, "energy", tensors, job.directory)
+    learner.restore(job.ebm, found.energy, job.directory)
     if job.vae is not None:
-        learner.restore(job.vae, "vae", checkpoint.subset(tensors, checkpoint.AMORTIZED), job.directory)
-        job.proposals.copy_(tensors["proposals"])
+        learner.restore(job.vae, found.vae, job.directory)
+        job.proposals.copy_(found.proposals)
     for name, tensor in job.start.tensors().items():
-        tensor.copy_(tensors[f"start.{name}"])
-    job.chains.copy_(checkpoint.last_chains(tensors)[: job.settings.batch_size])
-    job.iteration, job.seconds = state["iteration"], state["seconds"]
+        tensor.copy_(found.start[name])
+    job.chains.copy_(found.chains[: job.settings.batch_size])
+    job.iteration, job.seconds = found.iteration, found.seconds
     job.made.fill_(job.iteration)
+
+
+def with_own(settings: Settings, resume: str | Path | None, energy: Any, data: Any) -> Settings:
+    """The settings with what config.json says of an energy or data given from Python; of a resumed run as it has them.
+
+    Raises ValueError where it would be given twice, or the resumed run has none of the user's own."""
+    given = {name: thing for name, thing in (("energy", energy), ("data", data)) if thing is not None}
+    if resume is not None:
+        before = read_settings(resume)
+        refuse_given(before, resume, energy, data)
+        return dataclasses.replace(settings, **{name: getattr(before, name) for name in given})
+    for name, thing in given.items():
+        got = getattr(settings, name)
+        if got != getattr(Settings, name) and getattr(thing, "name", None) != got:
+            raise ValueError(f"{name} is given twice: as {type(thing).__name__}, and in the settings as {got!r}")
+        if got == getattr(Settings, name):
+            settings = dataclasses.replace(settings, **{name: own.name_of(thing)})
+    return settings
+
+
+#: Data on which an energy of the user's own is tried ahead of the run.
+_TRIED = 3
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next((p.device for p in network.parameters()), torch.device("cpu"))
 
 
 def resumed_settings(settings: Settings, directory: str | Path) -> Settings:
@@ -157,7 +204,7 @@ def with_what_is_kept(job: Job, error: OSError) -> OSError:
 def new_directory(settings: Settings) -> Path:
     """Where a new run would go now: --out, in which one must be able to begin, or the first free name under runs/."""
     if settings.out is None:
-        return next(path for path in run_directory.names(settings.data) if not path.exists())
+        return next(path for path in run_directory.names(own.folder(settings.data)) if not path.exists())
     path = Path(settings.out)
     run_directory.check_new(path)
     return path
@@ -169,7 +216,7 @@ def run_directory_of(job: Job) -> Iterator[None]:
 
     Raises `run_directory.Taken` if the folder is another's."""
     if job.begins == "numbered":
-        job.directory = run_directory.make(run_directory.names(job.settings.data))
+        job.directory = run_directory.make(run_directory.names(own.folder(job.settings.data)))
         job.settings = dataclasses.replace(job.settings, out=str(job.directory))
     elif job.begins == "named":
         job.directory.mkdir(parents=True, exist_ok=True)
@@ -204,6 +251,7 @@ class Job:
     proposals: Tensor | None  #: (B, ...) where it started them, of init="vae"
     made: Tensor  #: updates made, 0-dim int64 on the device
     broken: Tensor  #: 0-dim bool on the device: an update was not finite, and none was made since
+    given: nn.Module | None = None  #: the energy, where it was given from Python
     iteration: int = 0  #: updates asked for
     seconds: float = 0.0  #: spent in updates
     begins: Literal["named", "numbered"] | None = None  #: in ``directory``, or under the next free name; None: goes on

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .checkpoint import load_parameters
+from .contents import Network
 from .settings import Settings
 
 _ADAM_BETAS = (0.9, 0.999)
@@ -39,7 +40,7 @@ def build(
     ahead of update ``first``."""
     network = network.to(device)
     optimizer = torch.optim.Adam(
-        network.parameters(),
+        [p for _, p in trained(network)],
         # a tensor, fused and capturable: it can be part of a graph
         lr=torch.tensor(lr, dtype=torch.float32, device=device),
         betas=_ADAM_BETAS,
@@ -73,15 +74,22 @@ def as_number(x: float, device: torch.device) -> Tensor:
     return torch.tensor(x, dtype=torch.int64 if isinstance(x, int) else torch.float32, device=device)
 
 
+def trained(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that learn, by name; a user's own network may have others, which are frozen."""
+    return [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+
+
 def averaged(energy: nn.Module) -> nn.Module:
-    return copy.deepcopy(energy).requires_grad_(False).eval()
+    """A copy whose parameters will follow the energy's. Buffers, such as the statistics of a batch norm, it shares."""
+    shared = {id(buffer): buffer for buffer in energy.buffers()}
+    return copy.deepcopy(energy, shared).requires_grad_(False).eval()
 
 
 # ----------------------------------------------------------------------------------------------------- an update's step
 
 
 def gradients(learner: Learner) -> list[Tensor]:
-    return [p.grad for p in learner.module.parameters()]
+    return [p.grad for _, p in trained(learner.module)]
 
 
 def clipped_norm(norms: list[Tensor], grads: list[Tensor], clip: float | Tensor | None) -> Tensor:
@@ -102,8 +110,10 @@ def move(learner: Learner, unless: Tensor) -> None:
 
 def averaged_parameters(learners: list[Learner]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
     """By learner, the moving averages of its parameters and the parameters, detached."""
-    averages = [list(learner.average.parameters()) for learner in learners]
-    return averages, [[p.detach() for p in learner.module.parameters()] for learner in learners]
+    parameters = [dict(trained(learner.module)) for learner in learners]
+    by_name = [dict(learner.average.named_parameters()) for learner in learners]
+    averages = [[of[name] for name in learning] for of, learning in zip(by_name, parameters, strict=True)]
+    return averages, [[p.detach() for p in learning.values()] for learning in parameters]
 
 
 @torch.no_grad()
@@ -117,21 +127,20 @@ def follow(averages: list[list[Tensor]], parameters: list[list[Tensor]], decays:
 # ---------------------------------------------------------------------------------------------------- saving, resuming
 
 
-def tensors(learner: Learner, name: str) -> dict[str, Tensor]:
+def contents(learner: Learner) -> Network:
     """What a checkpoint holds of a network in training."""
-    found = checkpoint.prefixed(name, learner.module.state_dict())
-    if learner.average is not None:
-        found |= checkpoint.prefixed("ema", learner.average.state_dict())
-    return found | checkpoint.optimizer_tensors(learner.optimizer, _names(learner))
+    average = None if learner.average is None else learner.average.state_dict()
+    optimizer = checkpoint.optimizer_tensors(learner.optimizer, _names(learner))
+    return Network(learner.module.state_dict(), average, optimizer)
 
 
-def restore(learner: Learner, name: str, found: dict[str, Tensor], where: Path) -> None:
-    """The inverse of `tensors`."""
-    load_parameters(learner.module, checkpoint.subset(found, name), where)
+def restore(learner: Learner, found: Network, where: Path) -> None:
+    """The inverse of `contents`."""
+    load_parameters(learner.module, found.parameters, where)
     if learner.average is not None:
-        load_parameters(learner.average, checkpoint.subset(found, "ema"), where)
-    checkpoint.restore_optimizer(learner.optimizer, _names(learner), found)
+        load_parameters(learner.average, found.average or {}, where)
+    checkpoint.restore_optimizer(learner.optimizer, _names(learner), found.optimizer)
 
 
 def _names(learner: Learner) -> list[str]:
-    return [name for name, _ in learner.module.named_parameters()]
+    return [name for name, _ in trained(learner.module)]

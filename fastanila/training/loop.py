@@ -12,14 +12,25 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from .. import graphs
-from ..data import densities
-from ..ops import dispatch
-from . import build
-from .job import Job, begin, check_finite, notes, path, prepare, run_directory_of, save, with_what_is_kept
+from . import build, own
+from .job import (
+    Diverged,
+    Job,
+    begin,
+    check_finite,
+    describe,
+    notes,
+    prepare,
+    run_directory_of,
+    save,
+    with_what_is_kept,
+)
 from .metrics import Metrics, Progress, Watch, exact_numbers, picture, summary
 from .run import Run, load
 from .settings import Settings
@@ -39,26 +50,58 @@ class Interrupted(RuntimeError):
         self.number = number
 
 
+class Callbacks(NamedTuple):
+    """What is called as the run goes on; what one of them raises ends the run, with its state saved."""
+
+    on_log: Callable[[dict[str, float]], Any] | None = None  #: of each row of metrics.jsonl
+    on_picture: Callable[[Path], Any] | None = None  #: of each picture that has been written
+    on_checkpoint: Callable[[Path], Any] | None = None  #: of each checkpoint that has been written
+
+
+NO_CALLBACKS = Callbacks()
+
+
+class _Raised(Exception):
+    """What a callback raised, on its way out of the loop: an OSError of it is no fault of the run's own files."""
+
+    def __init__(self, error: BaseException):
+        self.error = error
+
+
 def train(
     settings: Settings,
     resume: str | Path | None = None,
     say: Callable[[str], None] = print,
     *,
     changed_data: bool = False,
+    energy: nn.Module | None = None,
+    data: Any = None,
+    on_log: Callable[[dict[str, float]], Any] | None = None,
+    on_picture: Callable[[Path], Any] | None = None,
+    on_checkpoint: Callable[[Path], Any] | None = None,
 ) -> Run:
     """Train as the settings say; or go on with the run in ``resume``, of which they may only differ where harmless.
 
-    ``changed_data``: go on also if the images are not those that the run's last checkpoint was trained on.
+    ``energy``: an nn.Module of your own, (B, ...) to (B,) float32, in place of the settings' network. Training begins
+    with its parameters and moves them in place; those that require no gradient stay.
+    ``data``: of your own, in place of the settings': a tensor (N, D) or (N, C, H, W), an indexable data set, or a 2-D
+    `Density`, see `data.samples.of`. A run that is resumed, and `run.load`, must be given both again.
+    ``changed_data``: go on also if the data are not those that the run's last checkpoint was trained on.
+    ``on_log(row)``, ``on_picture(path)``, ``on_checkpoint(path)``: called with each row of metrics.jsonl as it is
+    written, each picture and each checkpoint. What one raises ends the run and reaches the caller; a checkpoint of
+    the last update has then been saved.
+
     Writes the run directory (config.json, metrics.jsonl, checkpoints/, samples/, figure.png) and returns the run.
-    Raises ValueError or FileNotFoundError for settings that cannot be, `Diverged`, `Interrupted`, and OSError, with the
-    run's state saved if that can be, where a file cannot be written.
+    Raises ValueError, TypeError or FileNotFoundError for what cannot be, `Diverged`, `Interrupted`, and OSError, with
+    the run's state saved if that can be, where a file cannot be written.
     """
-    return run(prepare(settings, resume, changed_data=changed_data), say)
+    job = prepare(settings, resume, changed_data=changed_data, energy=energy, data=data)
+    return run(job, say, Callbacks(on_log, on_picture, on_checkpoint))
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def run(job: Job, say: Callable[[str], None] = print) -> Run:
+def run(job: Job, say: Callable[[str], None] = print, callbacks: Callbacks = NO_CALLBACKS) -> Run:
     """Make the updates that are left, and leave the run directory complete."""
     with run_directory_of(job), caught_signals() as caught:
         say = heard(say, caught)
@@ -66,25 +109,42 @@ def run(job: Job, say: Callable[[str], None] = print) -> Run:
             say(line)
         begin(job)
         try:
-            make_updates(job, say, caught)
-            picture(job, job.directory / "figure.png")
+            make_updates(job, say, caught, callbacks)
+            figure = job.directory / "figure.png"
+            picture(job, figure)
+            call(job, callbacks.on_picture, figure)
         except OSError as error:
             raise with_what_is_kept(job, error) from error
+        except _Raised as raised:
+            raise raised.error from None
         say(f"done: {job.iteration} updates in {job.seconds:.0f} s; everything is in {job.directory}")
-        return load(job.directory, str(job.device))
+        own_data = job.data if own.is_own(job.settings.data) else None
+        return load(job.directory, str(job.device), energy=job.given, data=own_data)
 
 
-def make_updates(job: Job, say: Callable[[str], None], caught: list[int]) -> None:
+def call(job: Job, callback: Callable[[Any], Any] | None, thing: Any) -> None:
+    """Call it, if there is one. Where it raises, the run's state is saved first."""
+    if callback is None:
+        return
+    try:
+        callback(thing)
+    except BaseException as error:
+        with contextlib.suppress(OSError, Diverged):
+            check_finite(job)
+            save(job)
+        raise _Raised(error) from error
+
+
+def make_updates(job: Job, say: Callable[[str], None], caught: list[int], callbacks: Callbacks = NO_CALLBACKS) -> None:
     """The loop over the updates that are left, in a folder in which the run has begun; ``caught`` ends it."""
     s = job.settings
-    say(path(job))
+    say(describe(job))
     if s.fused and graphs.compiles():
         say(compiling(job.device))
     update = build_update(job)
     with (
         threads(job),
-        contextlib.nullcontext() if s.fused else dispatch.plain(),
-        build.matmul_precision(s.precision),
+        build.arithmetic(s.precision, fused=s.fused),
         Metrics(job.directory, job.iteration, s.tensorboard) as metrics,
         Progress(job.iteration, s.iterations, say) as progress,
     ):
@@ -104,10 +164,13 @@ def make_updates(job: Job, say: Callable[[str], None], caught: list[int]) -> Non
                 progress.show(row)
                 for line in watch.see(row):
                     progress.note(line)
+                call(job, callbacks.on_log, dict(row))
             if job.iteration % s.save_every == 0 or last:
-                save(job)
+                call(job, callbacks.on_checkpoint, save(job))
             if pictured:
-                picture(job, job.directory / "samples" / f"{job.iteration:08d}.png")
+                path = job.directory / "samples" / f"{job.iteration:08d}.png"
+                picture(job, path)
+                call(job, callbacks.on_picture, path)
             if caught and not last:
                 check_finite(job)
                 save(job)
@@ -140,7 +203,7 @@ def threads(job: Job) -> Iterator[None]:
     """
     before = torch.get_num_threads()
     chosen = before != _THREADS or "OMP_NUM_THREADS" in os.environ
-    if job.device.type == "cpu" and isinstance(job.data, densities.Density) and not chosen:
+    if job.device.type == "cpu" and job.data.shape == (2,) and not chosen:
         torch.set_num_threads(1)
     try:
         yield
@@ -148,13 +211,7 @@ def threads(job: Job) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# ---------------------------------------------------------------------------------------------------- what it shows
-
-
-# ------------------------------------------------------------------------------------------------- saving, resuming
-
-
-# ----------------------------------------------------------------------------------------- its folder, and its signals
+# ------------------------------------------------------------------------------------------------------- its signals
 
 
 def heard(say: Callable[[str], None], caught: list[int]) -> Callable[[str], None]:

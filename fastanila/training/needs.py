@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ..data import images
 from ..samplers import EXACT, SAMPLERS
 from ..samplers.metropolis import REFUSALS
+from .defaults import ENERGIES
 from .settings import Settings
 
 
@@ -50,6 +51,7 @@ NEEDS = (
     _of_images(("download",), "download"),
     _of_images(("image_size", "channels"), "size"),
     _one_of(("mask",), "task", "completion"),
+    _one_of(("width", "confinement", "reference_sd"), "energy", *ENERGIES),
     _one_of(("depth", "features", "feature_scale"), "energy", "mlp"),
     Need(("feature_scale",), "features", lambda features: features > 0, "features above 0"),
     *_of_samplers(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from pathlib import Path
@@ -15,9 +16,10 @@ from ..models import vae
 from ..models.wrappers import Tempered
 from ..samplers import EXACT, SAMPLERS
 from ..samplers.sampler import Sampler
-from . import checkpoint, config, defaults
+from . import checkpoint, config, defaults, own
 from .build import Dataset, at_precision, build_energy, build_sampler, build_vae, device_of, load_data
-from .checkpoint import AMORTIZED, last_chains, load_parameters
+from .checkpoint import load_parameters
+from .contents import Network, unpacked
 from .settings import Settings
 
 
@@ -28,35 +30,60 @@ class Run(NamedTuple):
     settings: Settings
     iteration: int  #: updates made
     vae: vae.VAE | None = None  #: of init="vae": what proposes where chains start; its moving average, as the energy's
-    fingerprint: dict | None = None  #: of the images it was trained on (`data.Images.fingerprint`); None if not known
+    fingerprint: dict | None = None  #: of the data it was trained on (`data.Images.fingerprint`); None if not known
+    box: tuple[float, float] | None = None  #: (low, high) of the data, in a checkpoint of data of one's own
+    data: Any = None  #: the user's own data, as `load` was given them
 
 
-def load(directory: str | Path, device: str = "auto") -> Run:
+def load(
+    directory: str | Path, device: str = "auto", *, energy: nn.Module | None = None, data: Any = None
+) -> Run:  # fmt: skip
     """A trained run from its directory: the newest whole checkpoint.
 
-    Raises FileNotFoundError if it is no run or has no checkpoint yet, `checkpoint.CheckpointError` if all are damaged.
+    A run whose settings name an energy as package.module:function imports it, which runs that module's code: load such
+    a run only where you trust it. ``energy`` and ``data``: the user's own, as for `loop.train`, in place of what the
+    settings name, and where the run's were given from Python. A copy of the energy gets the run's parameters. The data
+    are needed for what reads them only: evaluation, and pictures in two dimensions.
+
+    Raises FileNotFoundError if it is no run or has no checkpoint yet, `checkpoint.CheckpointError` if all are damaged
+    or the energy is another one, ValueError where the run's own energy cannot be found.
     """
     directory = config.path_of("run", directory)
     with torch.inference_mode(False), torch.device("cpu"):  # whatever torch's mode and default device are
-        return _load(directory, device_of(device))
+        return _load(directory, device_of(device), energy, data)
 
 
-def _load(directory: Path, device: torch.device) -> Run:
+def _load(directory: Path, device: torch.device, energy: nn.Module | None, data: Any) -> Run:
     settings = read_settings(directory)
-    tensors, state = checkpoint.load_latest(directory / "checkpoints", device)
-    chains = last_chains(tensors)
+    refuse_given(settings, directory, energy, data)
+    if energy is None and own.is_given(settings.energy):
+        raise ValueError(own.not_found("energy", settings.energy, str(directory)))
+    found = unpacked(*checkpoint.load_latest(directory / "checkpoints", device))
+    shape = tuple(found.chains.shape[1:])
+    box = registry.box_of(settings.data) if found.box is None else found.box
 
-    def trained(network: nn.Module, tensors: dict[str, Tensor], name: str) -> nn.Module:
-        which = "ema" if settings.ema else name
-        load_parameters(network.to(device), checkpoint.subset(tensors, which), directory)
+    def trained(network: nn.Module, of: Network) -> nn.Module:
+        parameters = (of.average or {}) if settings.ema else of.parameters
+        load_parameters(network.to(device), parameters, directory)
         return network.eval()
 
-    energy = at_precision(trained(build_energy(settings, chains.shape[1:]), tensors, "energy"), settings.precision)
-    proposer = None
-    if settings.init == "vae":
-        proposer = trained(build_vae(settings, chains.shape[1:]), checkpoint.subset(tensors, AMORTIZED), "vae")
-    sampler = build_sampler(settings, registry.box_of(settings.data))
-    return Run(energy, sampler, chains, settings, state["iteration"], proposer, state.get("data"))
+    network = build_energy(settings, shape, copy.deepcopy(energy))
+    model = at_precision(trained(network, found.energy), settings.precision)
+    proposer = trained(build_vae(settings, shape, box), found.vae) if settings.init == "vae" else None
+    sampler = build_sampler(settings, box)
+    return Run(model, sampler, found.chains, settings, found.iteration, proposer, found.fingerprint, box, data)
+
+
+def refuse_given(settings: Settings, directory: str | Path, energy: Any, data: Any) -> None:
+    """Raise ValueError where an energy or data are given for a run that has none of the user's own."""
+    for name, thing in (("energy", energy), ("data", data)):
+        if thing is not None and not own.is_own(value := getattr(settings, name)):
+            raise ValueError(f"{name} cannot be given for {directory}, which has {name}={value}")
+
+
+def box_of(run: Run) -> tuple[float, float]:
+    """(low, high) of every element of the run's data."""
+    return registry.box_of(run.settings.data) if run.box is None else run.box
 
 
 def with_sampler(run: Run, sampler: str, **changes: Any) -> Run:
@@ -80,7 +107,7 @@ def with_sampler(run: Run, sampler: str, **changes: Any) -> Run:
     config.check(settings)
     heated = sampler in EXACT and before.noise_scale != 1.0
     energy = Tempered(run.energy, before.noise_scale**2).eval() if heated else run.energy
-    return run._replace(energy=energy, sampler=build_sampler(settings, registry.box_of(before.data)), settings=settings)
+    return run._replace(energy=energy, sampler=build_sampler(settings, box_of(run)), settings=settings)
 
 
 def updates_past(run: Run) -> int:
@@ -96,9 +123,13 @@ def read_settings(directory: str | Path) -> Settings:
 
 
 def data_of(run: Run, data_dir: str | None = None) -> Dataset:
-    """`load_data` of a trained run, on its chains' device, with a warning if they are not what it was trained on."""
-    dataset = load_data(run.settings, run.chains.device, data_dir)
+    """`load_data` of a trained run, on its chains' device, with a warning if they are not what it was trained on.
+
+    Raises ValueError where they were given from Python, and `load` was not given them.
+    """
+    dataset = load_data(run.settings, run.chains.device, data_dir, run.data)
     if changed := images.changes(run.fingerprint, dataset.fingerprint):
-        told = "the images are not those the run was trained on, of which some may be held out now"
+        what = "data" if own.is_own(run.settings.data) else "images"
+        told = f"the {what} are not those the run was trained on, of which some may be held out now"
         warnings.warn(f"{told}: {'; '.join(changed)}", stacklevel=2)
     return dataset

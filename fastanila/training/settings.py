@@ -19,7 +19,7 @@ class Settings:
     data: str = setting(
         "rings",
         "Data set: rings, 8gaussians, 25gaussians, pinwheel, two-moons, swiss-roll, checkerboard (2-D); "
-        "digits, image-folder, cifar10, flowers102.",
+        "digits, image-folder, cifar10, flowers102; or package.module:function, which returns data of your own.",
     )
     data_dir: str | None = setting(None, "Folder that holds the images (image-folder, cifar10, flowers102).")
     download: bool = setting(False, "Fetch cifar10 or flowers102 into --data-dir if they are missing.")
@@ -33,8 +33,10 @@ class Settings:
         "centre", "What completion misses: the middle square, the right half, or eight random squares of sixteen."
     )
 
-    energy: Literal["mlp", "convnet"] | None = setting(
-        None, "Energy network: mlp for vectors, convnet (five layers) for images."
+    energy: str | None = setting(
+        None,
+        "Energy network: mlp for vectors, convnet (five layers) for images; or package.module:function, which returns "
+        "an nn.Module of your own, (B, ...) to (B,), and is given the data's shape if it takes an argument.",
     )
     width: int | None = setting(None, "Units of a hidden layer (mlp), or channels of the first layer (convnet).")
     depth: int | None = setting(None, "Hidden layers (mlp).")
