@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import noise
 from .completion import Completions
-from .densities import _STREAMS, Density
+from .densities import STREAMS, Density
 from .images import Images
 
 _EVERY = 10  #: one row in so many is held out, the first included
@@ -52,7 +52,7 @@ class Vectors:
         self, count: int, *, seed: int | Tensor, step: int | Tensor, purpose="train", offset: int = 0, device=None
     ) -> Tensor:
         """Vectors (count, D), float32: as `Images.draw`."""
-        rows, (stream, _) = self.held_out if purpose == "held-out" else self.train, _STREAMS[purpose]
+        rows, (stream, _) = self.held_out if purpose == "held-out" else self.train, STREAMS[purpose]
         picked = noise.integers(
             len(rows), (count,), seed=seed, step=step, stream=stream, offset=offset, device=rows.device
         )
