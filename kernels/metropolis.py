@@ -1,10 +1,7 @@
 """The Metropolis transition, fused: judge the last proposal and make the next, in one launch.
 
 The definition is ops/reference.py's metropolis_step. A state is viewed as in step_rows.py, one program owns ROWS
-whole chains, and the sum of a chain's terms never leaves it. With w = 1 / gamma = max(1, |s| / b), d = z' - z and a
-prime for what belongs to the proposal, an element's term of the log ratio is
-
-    w (d - eps/2 gamma s)^2 / (2 eps) - w' (d + eps/2 gamma' s')^2 / (2 eps) + (log w' - log w) / 2
+whole chains, and the sum of a chain's terms (common.log_ratio_terms) never leaves it.
 
 A chain that fits one tile is read once and stays in registers. A larger one is read again from L2 when the decision has
 fallen, only the state that was chosen; and where one norm is shared by the whole chain, once more ahead of the ratio.
@@ -14,15 +11,26 @@ import functools
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from . import step_rows
-from .common import CHAIN, CHANNEL, ELEMENT, INF, accumulate, chain_sum, element_gain, is_tensor, scalar, shared_gain
+from .common import (
+    ACCEPTANCE_STREAM,
+    CHAIN,
+    CHANNEL,
+    ELEMENT,
+    INF,
+    accumulate,
+    chain_sum,
+    element_gain,
+    is_tensor,
+    log_ratio_terms,
+    norm_over,
+    scalar,
+    shared_gain,
+)
 from .launching import Launcher, programs
 from .philox import element_uniforms
 from .step_rows import store_moved, tile_normals
-
-ACCEPTANCE_STREAM = tl.constexpr(1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -41,28 +49,15 @@ def read(ptr, at, inside):
 
 
 @triton.jit
-def move(score, largest, squares, threshold, NORM: tl.constexpr):
-    """(1 / gamma, sqrt(gamma), gamma * score) of a tile, the first two in a shape that broadcasts to it.
-
-    largest, squares: what `accumulate` found of whole chains, for that norm.
-    """
+def gain(score, largest, squares, threshold, NORM: tl.constexpr):
+    """(stretch, root, drift) of a tile. largest, squares: what `accumulate` found of whole chains, for that norm."""
     if NORM == ELEMENT:
-        ratio = tl.abs(score) * tl.minimum(1.0 / threshold, 3.4028234663852886e38)
-        root, drift = element_gain(score, threshold)
+        stretch, root, drift = element_gain(score, threshold)
     else:
         if NORM == CHANNEL:
-            nothing = tl.zeros((score.shape[0], 1, score.shape[2]), tl.float32)
-            largest, squares = accumulate(nothing, nothing, score, CHANNEL)
-        ratio, root, drift = shared_gain(score, largest, squares, threshold)
-    return tl.maximum(ratio, 1.0, propagate_nan=tl.PropagateNan.ALL), root, drift
-
-
-@triton.jit
-def log2(x, FAST: tl.constexpr):
-    if FAST:
-        return libdevice.fast_log2f(x)
-    else:
-        return tl.log2(x)
+            largest, squares = norm_over(score)
+        stretch, root, drift = shared_gain(score, largest, squares, threshold)
+    return stretch, root, drift
 
 
 @triton.jit
@@ -71,18 +66,12 @@ def log_ratio(
     threshold, step_size, NORM: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """log q(z | z') - log q(z' | z) of a tile, (ROWS, 1, 1), over the elements that count."""
-    inverse, _, drift = move(score, largest, squares, threshold, NORM)
-    inverse_back, _, drift_back = move(proposal_score, proposal_largest, proposal_squares, threshold, NORM)
-    moved = proposal - z  # of the states as stored: no rounded mean comes between them
-    forth = moved - (0.5 * step_size) * drift
-    back = moved + (0.5 * step_size) * drift_back
-    # Magnitudes of what is positive anyway, lest one product be fused into the difference and go unrounded there: so
-    # the ratio of the way back is the negative of this one to the last bit, and equal terms cancel, however large.
-    squared = tl.abs(inverse * forth * forth) - tl.abs(inverse_back * back * back)
-    # a shared norm multiplies the logarithm's error by the elements that share it
-    ROUGH: tl.constexpr = FAST and NORM == ELEMENT
-    logs = 0.34657359027997264 * (log2(inverse_back, ROUGH) - log2(inverse, ROUGH))  # ln 2 / 2
-    return chain_sum(tl.where(counts, (0.5 / step_size) * squared + logs, 0.0))
+    stretch, _, drift = gain(score, largest, squares, threshold, NORM)
+    stretch_back, _, drift_back = gain(proposal_score, proposal_largest, proposal_squares, threshold, NORM)
+    change = proposal - z  # of the states as stored: no rounded mean comes between them
+    SHARED: tl.constexpr = NORM != ELEMENT
+    terms = log_ratio_terms(change, stretch, drift, stretch_back, drift_back, step_size, SHARED, FAST)
+    return chain_sum(tl.where(counts, terms, 0.0))
 
 
 @triton.jit(do_not_specialize=["chains", "channels", "units", "offset", "seed", "step"])
@@ -122,8 +111,8 @@ def metropolis_kernel(
         z, score = read(z_ptr, at, inside), read(score_ptr, at, inside)
         proposal, proposal_score = read(proposal_ptr, at, inside), read(proposal_score_ptr, at, inside)
         if NORM == CHAIN:
-            largest, squares = accumulate(largest, squares, score, CHAIN)
-            proposal_largest, proposal_squares = accumulate(proposal_largest, proposal_squares, proposal_score, CHAIN)
+            largest, squares = accumulate(largest, squares, score)
+            proposal_largest, proposal_squares = accumulate(proposal_largest, proposal_squares, proposal_score)
         counts = inside & tl.load(mask_ptr + at, mask=inside, other=0) if HAS_MASK else inside
         log_q = log_ratio(
             z, score, proposal, proposal_score, largest, squares, proposal_largest, proposal_squares, counts,
@@ -134,10 +123,8 @@ def metropolis_kernel(
             for begin in range(0, size, COLS):
                 at, inside = base + begin + column, present & (begin + column < size)
                 score, proposal_score = read(score_ptr, at, inside), read(proposal_score_ptr, at, inside)
-                largest, squares = accumulate(largest, squares, score, CHAIN)
-                proposal_largest, proposal_squares = accumulate(
-                    proposal_largest, proposal_squares, proposal_score, CHAIN
-                )
+                largest, squares = accumulate(largest, squares, score)
+                proposal_largest, proposal_squares = accumulate(proposal_largest, proposal_squares, proposal_score)
         for begin in range(0, size, COLS):
             at, inside = base + begin + column, present & (begin + column < size)
             z, score = read(z_ptr, at, inside), read(score_ptr, at, inside)
@@ -169,7 +156,7 @@ def metropolis_kernel(
             new_score = tl.where(accepted, read(proposal_score_ptr, at, new), read(score_ptr, at, old))
         tl.store(z_out_ptr + at, new_z.to(z_out_ptr.dtype.element_ty), mask=inside)
         tl.store(score_out_ptr + at, new_score.to(score_out_ptr.dtype.element_ty), mask=inside)
-        _, root, drift = move(new_score, largest, squares, threshold, NORM)
+        _, root, drift = gain(new_score, largest, squares, threshold, NORM)
         noise = tile_normals(seed, step + 1, first, base, begin, ALIGN, LANES, COLS, FAST)
         store_moved(
             next_ptr, mask_ptr, at, inside, new_z, drift, root, noise, step_size, 1.0, 0.0, 0.0, HAS_MASK, False

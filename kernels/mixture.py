@@ -5,11 +5,10 @@ import functools
 import triton
 import triton.language as tl
 
-from .common import LANGEVIN_STREAM
+from .common import LANGEVIN_STREAM, LARGEST
 from .launching import Launcher, programs
 from .philox import box_muller, element_normals, joined_normals, words
 from .whole_chain import (
-    LARGEST,
     adjusted_transition,
     launch_constants,
     launch_numbers,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .common import LANGEVIN_STREAM, element_gain, is_tensor, scalar
+from .common import LANGEVIN_STREAM, element_gain, is_tensor, moved, scalar
 from .launching import Launcher, programs
 from .philox import four_normals, interleave
 
@@ -75,20 +75,16 @@ def step_block(
     LANES: tl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
     noise = block_normals(seed, step, first_quad + begin // 4, LANE, LANES, BLOCK, FAST)
 
-    # Every minimum and maximum lets NaN through: a broken energy must show.
     if HAS_GAMMA:
         gamma = tl.load(gamma_ptr + at, mask=inside).to(tl.float32)
         root, drift = tl.sqrt(gamma), gamma * score
     else:
-        root, drift = element_gain(score, threshold)
-    moved = z + (0.5 * step_size) * drift + (noise_scale * tl.sqrt(step_size)) * root * noise
-
-    if HAS_BOUNDS:
-        moved = tl.clamp(moved, low, high, propagate_nan=tl.PropagateNan.ALL)
+        _, root, drift = element_gain(score, threshold)
+    out = moved(z, drift, root, noise, step_size, noise_scale, low, high, HAS_BOUNDS)
     if HAS_MASK:
         chosen = tl.load(mask_ptr + at, mask=inside) if RAGGED else block_mask(mask_ptr, begin, LANES, BLOCK)
-        moved = tl.where(chosen, moved, z)
-    tl.store(out_ptr + at, moved.to(out_ptr.dtype.element_ty), mask=inside)
+        out = tl.where(chosen, out, z)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 # mask_ptr: known to be aligned, its words would be loaded four in a row and exchanged through shared memory.

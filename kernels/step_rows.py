@@ -27,6 +27,8 @@ from .common import (
     chain_sum,
     element_gain,
     is_tensor,
+    moved,
+    norm_over,
     scalar,
     scaling,
     shared_gain,
@@ -102,12 +104,10 @@ def store_moved(
     out_ptr, mask_ptr, at, inside, z, drift, root, noise, step_size, noise_scale, low, high,
     HAS_MASK: tl.constexpr, HAS_BOUNDS: tl.constexpr,
 ):  # fmt: skip
-    moved = z + (0.5 * step_size) * drift + (noise_scale * tl.sqrt(step_size)) * root * noise
-    if HAS_BOUNDS:
-        moved = tl.clamp(moved, low, high, propagate_nan=tl.PropagateNan.ALL)
+    out = moved(z, drift, root, noise, step_size, noise_scale, low, high, HAS_BOUNDS)
     if HAS_MASK:
-        moved = tl.where(tl.load(mask_ptr + at, mask=inside, other=0), moved, z)
-    tl.store(out_ptr + at, moved.to(out_ptr.dtype.element_ty), mask=inside)
+        out = tl.where(tl.load(mask_ptr + at, mask=inside, other=0), out, z)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 # the statistics' pointers: parts of one buffer, whose alignment depends on the number of chains
@@ -154,7 +154,7 @@ def rows_kernel(
         for begin in range(0, end, COLS):
             at = base + begin + column
             score = tl.load(score_ptr + at, mask=present & (begin + column < size), other=0.0).to(tl.float32)
-            largest, squares = accumulate(largest, squares, score, CHAIN)
+            largest, squares = accumulate(largest, squares, score)
 
     for begin in range(0, end, COLS):
         at = base + begin + column
@@ -163,22 +163,21 @@ def rows_kernel(
         z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
         noise = tile_normals(seed, step, first, base, begin, ALIGN, LANES, COLS, FAST)
         if SINGLE if NORM == CHAIN else STATISTICS:
-            largest, squares = accumulate(largest, squares, score, CHAIN)
+            largest, squares = accumulate(largest, squares, score)
 
         if HAS_GAMMA:
             gamma = tl.load(gamma_ptr + at, mask=inside, other=1.0).to(tl.float32)
             root, drift, clips = tl.sqrt(gamma), gamma * score, gamma < 1.0
         elif NORM == ELEMENT:
-            root, drift = element_gain(score, threshold)
+            _, root, drift = element_gain(score, threshold)
             gamma, clips = root * root, tl.abs(score) > threshold
         elif NORM == CHANNEL:
-            nothing = tl.zeros((ROWS, 1, COLS), tl.float32)
-            pixel_largest, pixel_squares = accumulate(nothing, nothing, score, CHANNEL)
-            ratio, root, drift = shared_gain(score, pixel_largest, pixel_squares, threshold)
-            gamma, clips = root * root, ratio > 1.0
+            pixel_largest, pixel_squares = norm_over(score)
+            stretch, root, drift = shared_gain(score, pixel_largest, pixel_squares, threshold)
+            gamma, clips = root * root, stretch > 1.0
         else:
-            ratio, root, drift = shared_gain(score, largest, squares, threshold)
-            gamma, clips = root * root, ratio > 1.0
+            stretch, root, drift = shared_gain(score, largest, squares, threshold)
+            gamma, clips = root * root, stretch > 1.0
 
         store_moved(
             out_ptr, mask_ptr, at, inside, z, drift, root, noise, step_size, noise_scale, low, high,

@@ -1,13 +1,9 @@
-"""Whole chains in one launch, the state in registers: what all energies share, and the Gaussian mixture. The
-multilayer perceptron is in mlp.py.
+"""Whole chains in one launch, the state in registers: what the kernels of all energies share (mixture.py, mlp.py).
 
-A kernel owns ROWS chains, z (ROWS, DIM_P2) with columns beyond DIM zero, and for each of ``steps`` transitions computes
-the energy's score and then, with b the threshold, eps the step size and sigma the noise scale,
+A kernel owns ROWS chains, z (ROWS, DIM_P2) with columns beyond DIM zero. For each of ``steps`` transitions it computes
+the energy's score and then, with common.py's stretch and drift, eps the step size and sigma the noise scale,
 
-    stretch = max(1, |s| / b)                                                             1 / gamma
-    z'      = z + eps/2 drift + sigma sqrt(eps / stretch) noise
-
-where the drift is gamma s, written so that it stays finite however large the score (fastanila.ops.reference.clipped).
+    z' = z + eps/2 drift + sigma sqrt(eps / stretch) noise
 
 ADJUSTED makes Metropolis transitions of it, as ops/reference.py's metropolis_step defines them, with sigma = 1. The
 energy and score are then those of x, the proposal; they judge it, and those of the place that is chosen make the next.
@@ -21,12 +17,19 @@ and clipped fraction, and the probability of acceptance, which is 1 where nothin
 import triton
 import triton.language as tl
 
-from .common import scalar
-from .metropolis import ACCEPTANCE_STREAM, log2
+from .common import (
+    ACCEPTANCE_STREAM,
+    INF,
+    element_gain,
+    is_tensor,
+    log_ratio_terms,
+    moved,
+    norm_over,
+    scalar,
+    scaling,
+    shared_gain,
+)
 from .philox import element_uniforms
-
-LARGEST = tl.constexpr(3.4028234663852886e38)
-
 
 # ------------------------------------------------------------------------------------------------ what a launch reads
 
@@ -59,33 +62,13 @@ def places(chains, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr):
 
 @triton.jit
 def stretch_and_drift(score, threshold, CHAIN_NORM: tl.constexpr):
-    """1 / gamma, and gamma * score: of score's shape, or (ROWS, 1) and score's shape for the chain norm.
-
-    Every maximum lets NaN through: a broken energy must show.
-    """
+    """(stretch, drift) of a state: of score's shape, or (ROWS, 1) and score's shape for the chain norm."""
     if CHAIN_NORM:
-        size = tl.abs(score)
-        largest = tl.max(size, axis=1)[:, None]
-        infinite = largest == float("inf")
-        scale = tl.where((largest > 0.0) & (largest < float("inf")), largest, 1.0)
-        # Beside an infinite element the finite ones vanish, but a NaN stays.
-        beside = tl.where(size == float("inf"), tl.where(score > 0.0, 1.0, -1.0), score * 0.0)
-        unit = tl.where(infinite, beside, score / scale)
-        length = tl.sqrt(tl.sum(unit * unit, axis=1))[:, None]
-        ratio = tl.where(infinite, largest, scale) / threshold * length
-        drift = tl.where(ratio <= 1.0, score, threshold * (unit / length))
+        largest, squares = norm_over(score)
+        stretch, _, drift = shared_gain(score, largest, squares, threshold)
     else:
-        ratio = tl.abs(score) * tl.minimum(1.0 / threshold, LARGEST)  # finite, or a score of 0 is NaN
-        drift = tl.clamp(score, -threshold, threshold, propagate_nan=tl.PropagateNan.ALL)
-    return tl.maximum(ratio, 1.0, propagate_nan=tl.PropagateNan.ALL), drift
-
-
-@triton.jit
-def moved(z, drift, stretch, noise, step_size, noise_scale, low, high, HAS_BOUNDS: tl.constexpr):
-    out = z + (0.5 * step_size) * drift + (noise_scale * tl.sqrt(step_size)) * tl.rsqrt(stretch) * noise
-    if HAS_BOUNDS:
-        out = tl.clamp(out, low, high, propagate_nan=tl.PropagateNan.ALL)
-    return out
+        stretch, _, drift = element_gain(score, threshold)
+    return stretch, drift
 
 
 @triton.jit
@@ -99,7 +82,7 @@ def transition(
     if FROZEN:
         stretch = tl.where(j == 0, stretch, held)
         drift = score / stretch
-    out = moved(z, drift, stretch, noise, step_size, noise_scale, low, high, HAS_BOUNDS)
+    out = moved(z, drift, tl.rsqrt(stretch), noise, step_size, noise_scale, low, high, HAS_BOUNDS)
     if z.shape[1] != DIM:
         out = tl.where(tl.arange(0, z.shape[1])[None, :] < DIM, out, 0.0)
     return out, stretch
@@ -107,21 +90,13 @@ def transition(
 
 @triton.jit
 def log_ratio(
-    moved, stretch, drift, stretch_back, drift_back, step_size,
+    change, stretch, drift, stretch_back, drift_back, step_size,
     CHAIN_NORM: tl.constexpr, FAST: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """log q(z | x) - log q(x | z) of each row, (ROWS,), where x = z + moved: the formula is that of metropolis.py."""
-    forth = moved - (0.5 * step_size) * drift
-    back = moved + (0.5 * step_size) * drift_back
-    # Magnitudes of what is positive anyway, lest one product be fused into the difference and go unrounded there: so
-    # the ratio of the way back is the negative of this one to the last bit, and equal terms cancel, however large.
-    squared = tl.abs(stretch * forth * forth) - tl.abs(stretch_back * back * back)
-    # a shared norm multiplies the logarithm's error by the elements that share it
-    ROUGH: tl.constexpr = FAST and not CHAIN_NORM
-    logs = 0.34657359027997264 * (log2(stretch_back, ROUGH) - log2(stretch, ROUGH))  # ln 2 / 2
-    terms = (0.5 / step_size) * squared + logs
-    if moved.shape[1] != DIM:
-        terms = tl.where(tl.arange(0, moved.shape[1])[None, :] < DIM, terms, 0.0)
+    """log q(z | x) - log q(x | z) of each row, (ROWS,), where x = z + change."""
+    terms = log_ratio_terms(change, stretch, drift, stretch_back, drift_back, step_size, CHAIN_NORM, FAST)
+    if change.shape[1] != DIM:
+        terms = tl.where(tl.arange(0, change.shape[1])[None, :] < DIM, terms, 0.0)
     return tl.sum(terms, axis=1)
 
 
@@ -146,7 +121,7 @@ def adjusted_transition(
     x_stretch, x_drift = stretch_and_drift(x_score, threshold, CHAIN_NORM)
     log_q = log_ratio(x - z, stretch, drift, x_stretch, x_drift, step_size, CHAIN_NORM, FAST, DIM)
     log_alpha = energy - x_energy + log_q
-    finite = tl.abs(log_alpha) < float("inf")  # which NaN is not
+    finite = tl.abs(log_alpha) < INF  # which NaN is not
     if j == steps:
         acceptance = tl.where(finite, tl.exp(tl.minimum(log_alpha, 0.0)), 0.0)
         seen = by_sum(energy, z)
@@ -158,7 +133,7 @@ def adjusted_transition(
     taken = accepted[:, None]
     z, score = tl.where(taken, x, z), tl.where(taken, x_score, score)
     stretch, drift = tl.where(taken, x_stretch, stretch), tl.where(taken, x_drift, drift)
-    x = moved(z, drift, stretch, noise, step_size, 1.0, 0.0, 0.0, False)
+    x = moved(z, drift, tl.rsqrt(stretch), noise, step_size, 1.0, 0.0, 0.0, False)
     if z.shape[1] != DIM:
         x = tl.where(tl.arange(0, z.shape[1])[None, :] < DIM, x, 0.0)
     return x, z, energy, score, stretch, drift
@@ -177,14 +152,11 @@ def store_statistics(out_ptr, rows, count, energy, stretch, score, DIM: tl.const
     own = tl.arange(0, score.shape[1])[None, :] < DIM
     tl.store(out_ptr + rows, energy, mask=inside)
     tl.store(out_ptr + count + rows, tl.sum(tl.where(own, 1.0 / stretch, 0.0), axis=1) / DIM, mask=inside)
-    largest = tl.max(tl.abs(score), axis=1)
-    scale = tl.where((largest > 0.0) & (largest < float("inf")), largest, 1.0)  # no square overflows
-    unit = score / scale[:, None]
-    tl.store(out_ptr + 2 * count + rows, scale * tl.sqrt(tl.sum(unit * unit, axis=1) / DIM), mask=inside)
+    largest, squares = norm_over(score)
+    scale, _ = scaling(largest)
+    rms = tl.sum(scale * tl.sqrt(squares / DIM), axis=1)  # of one element
+    tl.store(out_ptr + 2 * count + rows, rms, mask=inside)
     tl.store(out_ptr + 3 * count + rows, tl.sum(tl.where(own & (stretch > 1.0), 1.0, 0.0), axis=1) / DIM, mask=inside)
-
-
-# ------------------------------------------------------------------------------------------------ the Gaussian mixture
 
 
 # ----------------------------------------------------------------------------------------------- what launches share
@@ -201,6 +173,6 @@ def launch_constants(
     pointers = dict(
         THRESHOLD_PTR=threshold, STEP_SIZE_PTR=step_size, NOISE_SCALE_PTR=noise_scale, SEED_PTR=seed, STEP_PTR=step
     )
-    return {name: hasattr(x, "data_ptr") for name, x in pointers.items()} | dict(
+    return {name: is_tensor(x) for name, x in pointers.items()} | dict(
         ADJUSTED=adjusted, CHAIN_NORM=chain_norm, FROZEN=frozen, HAS_BOUNDS=bounds is not None, FAST=fast
     )
