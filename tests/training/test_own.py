@@ -131,17 +131,7 @@ def test_an_energy_and_data_given_from_python(tmp_path):
 
 def test_references_on_the_command_line(tmp_path, mine, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = [
-        "--energy",
-        f"{mine}:energy",
-        "--data",
-        f"{mine}:points",
-        "--no-fused",
-        "--iterations",
-        "3",
-        "--steps",
-        "2",
-    ]
+    flags = f"--energy {mine}:energy --data {mine}:points --no-fused --iterations 3 --steps 2".split()
     assert command.main([*flags, "--log-every", "1"]) == 0
     module = sys.modules[mine]
     assert module.called[0] == "points" and module.called.count("points") == 1  # read once
@@ -205,7 +195,7 @@ def test_given_energies_that_cannot_be_trained():
         build.check_energy(unused, batch)
     with pytest.raises(ValueError, match="float32"):
         build.check_energy(Net(2).double(), batch)
-    with pytest.raises(TypeError, match="nn.Module"):
+    with pytest.raises(TypeError, match=r"nn\.Module"):
         build.build_energy(Settings(), (2,), lambda x: x.sum(-1))
     with pytest.raises(ValueError, match="energy is given twice"):
         quietly(Settings(**SMALL, energy="mlp"), energy=Net(2))
@@ -224,11 +214,11 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path):
     quietly(half, **common)
     resumed = run_training.read_settings(tmp_path / "half")
     resumed = config.dataclasses.replace(resumed, iterations=6)
-    with pytest.raises(ValueError, match="energy.*was given from Python"):
+    with pytest.raises(ValueError, match=r"energy.*was given from Python"):
         quietly(resumed, resume=tmp_path / "half", data=points())
-    with pytest.raises(ValueError, match="data.*was given from Python"):
+    with pytest.raises(ValueError, match=r"data.*was given from Python"):
         quietly(resumed, resume=tmp_path / "half", energy=Net(2))
-    with pytest.raises(ValueError, match="data are not what .* was trained on"):
+    with pytest.raises(ValueError, match=r"data are not what .* was trained on"):
         quietly(resumed, resume=tmp_path / "half", energy=Net(2), data=points() + 1)
     quietly(resumed, resume=tmp_path / "half", energy=Net(2), data=points())
     assert numbers(tmp_path / "half") == numbers(tmp_path / "whole")
@@ -238,7 +228,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path):
 
 def test_nothing_of_ones_own_can_be_given_to_a_run_of_named_data(tmp_path):
     quietly(Settings(**SMALL | dict(iterations=1), width=4, features=0, out=str(tmp_path / "run")))
-    with pytest.raises(ValueError, match="data cannot be given for .*, which has data=rings"):
+    with pytest.raises(ValueError, match=r"data cannot be given for .*, which has data=rings"):
         fastanila.load(tmp_path / "run", data=points())
 
 
@@ -271,7 +261,7 @@ def test_what_a_callback_raises_ends_the_run_with_its_state_saved(tmp_path, erro
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
 
 
-# --------------------------------------------------------------------------------------------------------- kinds of data
+# -------------------------------------------------------------------------------------------------------- kinds of data
 
 
 class Pictures:
