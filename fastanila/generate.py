@@ -1,5 +1,5 @@
-"""What a trained run draws: states of its sampler, from wherever they start; what its VAE proposes, and what becomes of
-it; completions of images of which a region is missing.
+"""What a trained run makes: states of its sampler, from each of its starts; proposals of its VAE, and where the sampler
+takes them; completions of images of which a region is missing.
 
 Everything is a function of a seed, at steps past all of training, so that the same seed does not repeat its noise. The
 law of states is the sampler's, see its docstring; `run.with_sampler` changes it.

@@ -1,1 +1,1 @@
-"""What the commands share. Imports no torch."""
+"""What the commands share: their arguments, and how they end. Imports no torch."""

@@ -32,8 +32,8 @@ class Posterior(NamedTuple):
     mean: Tensor  #: (B, latent)
     log_variance: Tensor  #: (B, latent)
 
-    def draw(self, noise: Tensor) -> Tensor:
-        """The reparametrised draw that standard normals (B, latent) make."""
+    def latents(self, noise: Tensor) -> Tensor:
+        """Latents (B, latent) of this law, made from standard normals (B, latent): mean + sd * noise."""
         return self.mean + (0.5 * self.log_variance).exp() * noise
 
 

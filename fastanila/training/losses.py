@@ -59,7 +59,7 @@ def elbo(vae: VAE, x: Tensor, kl_weight: float | Tensor, noise: Tensor) -> ELBO:
     """
     x = x.detach()
     posterior = vae.encode(x)
-    back = vae.decode(posterior.draw(noise), x)
+    back = vae.decode(posterior.latents(noise), x)
     reconstruction = 0.5 * (back - x).square().flatten(1).sum(1).mean()
     mean, log_variance = posterior
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()

@@ -44,7 +44,7 @@ def test_images_come_back_in_their_shape(size, channels):
 def test_vectors_come_back_in_their_shape(features):
     net = vae.of_vectors(3, latent=2, width=8, features=features)
     assert net.decode(torch.randn(5, 2)).shape == (5, 3)
-    assert net.encode(torch.randn(5, 3)).draw(torch.zeros(5, 2)).shape == (5, 2)
+    assert net.encode(torch.randn(5, 3)).latents(torch.zeros(5, 2)).shape == (5, 2)
     other = vae.of_vectors(3, latent=2, width=8, features=features, seed=1)
     same = [torch.equal(a, b) for (_, a), (_, b) in zip(net.named_buffers(), other.named_buffers(), strict=True)]
     assert not any(same) or not features
