@@ -22,6 +22,16 @@ pytestmark = [
 ]
 
 
+# in the interpreter the compiler takes minutes, and has no part in the kernels
+WAYS = ["compiled"] if torch.cuda.is_available() else ["traced", pytest.param("compiled", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(autouse=True, params=WAYS)
+def way_of_compiling(request):
+    if request.param == "traced":
+        request.getfixturevalue("graphs")
+
+
 SMALL = dict(sampler="anila", step_size=0.005, steps=6, chains=8, batch_size=8, threshold=1.0)
 
 

@@ -21,6 +21,8 @@ from cases import (
     SLOW_ADJUSTED_MIXTURES,
     SLOW_ADJUSTED_NETWORKS,
     SQUEEZED,
+    one_in,
+    with_slow,
 )
 from fastanila import MALA, AdjustedAniLA, noise, ops
 from fastanila.models import MLP, ConvNet, GaussianMixture
@@ -101,9 +103,9 @@ def few_programs(monkeypatch):
 # --------------------------------------------------------------------------------------------------------- the numbers
 
 
-@pytest.mark.parametrize("count", [1, 3, 33])
-@pytest.mark.parametrize(("dim", "components"), MIXTURES)
-def test_a_mixture(poisoned, dim, components, count):
+@one_in(3, count=[1, 3, 33], sizes=MIXTURES)
+def test_a_mixture(poisoned, sizes, count):
+    dim, components = sizes
     energy, z = mixture(dim, components), chains(count, dim)
     before = z.clone()
     out = whole_chain.run(energy, z, **SETTINGS, steps=10)
@@ -111,9 +113,9 @@ def test_a_mixture(poisoned, dim, components, count):
     assert torch.equal(z, before)
 
 
-@pytest.mark.parametrize(("count", "rows"), BATCHES)
-@pytest.mark.parametrize(("dim", "width", "depth", "features", "activation"), NETWORKS)
-def test_a_network(poisoned, monkeypatch, dim, width, depth, features, activation, count, rows):
+@one_in(2, batch=BATCHES, network=NETWORKS)
+def test_a_network(poisoned, monkeypatch, network, batch):
+    (dim, width, depth, features, activation), (count, rows) = network, batch
     monkeypatch.setattr("fastanila.kernels.mlp.PROGRAMS", -(-count // rows))
     energy = mlp(dim, width, depth, features=features, activation=activation)
     z = chains(count, dim)
@@ -149,8 +151,7 @@ def test_plain_langevin(few_programs, kind):
     assert (out.gamma_mean == 1).all() and not out.clip_fraction.any()
 
 
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("kind", ENERGIES)
+@one_in(2, kind=list(ENERGIES), dim=DIMS)
 def test_noise_is_the_stream(few_programs, kind, dim):
     """Whatever lanes a chain's elements take, at any offset, step and seed."""
     energy, z = ENERGIES[kind](dim), chains(3, dim)
@@ -329,11 +330,6 @@ def check_adjusted(energy, z, **settings):
     assert_close(only(out, clear), only(want.out, clear), 3e-4)
     assert torch.equal(z, before)
     return want
-
-
-def with_slow(cases, slow):
-    """The cases, and those that take the interpreter long."""
-    return [*cases, *(pytest.param(*case, marks=pytest.mark.slow) for case in slow)]
 
 
 @pytest.mark.parametrize(("dim", "components", "norm"), with_slow(ADJUSTED_MIXTURES, SLOW_ADJUSTED_MIXTURES))

@@ -140,9 +140,10 @@ def test_changing_scalars_do_not_recompile():
     assert counter.frame_count == 1
 
 
-def test_numbers_compile_too():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_numbers_compile_too(backend):
     z = given()[0]
-    compiled = torch.compile(chain, fullgraph=True)
+    compiled = torch.compile(chain, fullgraph=True, backend=backend)
     for threshold, step in ((0.5, 0), (2.0, 1), (math.inf, (1 << 33) + 1)):
         arguments = z, threshold, 0.2, (1 << 64) - 1, step
         torch.testing.assert_close(tuple(compiled(*arguments)), tuple(chain(*arguments)), rtol=1e-5, atol=1e-5)
