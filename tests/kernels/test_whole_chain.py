@@ -416,8 +416,7 @@ def test_mutants_of_adjusted_transitions_are_told():
             pytest.fail(f"{name} is not told on a {type(energy).__name__}")
 
 
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("kind", ENERGIES)
+@one_in(2, kind=list(ENERGIES), dim=DIMS)
 def test_adjusted_randomness_is_the_stream(few_programs, kind, dim):
     """At any offset, step and seed, in numbers or tensors."""
     energy, z = mixture(dim, 1) if kind == "mixture" else mlp(dim, 5, 1), chains(3, dim)
@@ -580,8 +579,7 @@ def test_empty(kind):
     assert out.z.shape == (0, 2) and out.energy.shape == (0,)
 
 
-@pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
-@pytest.mark.parametrize("kind", ENERGIES)
+@one_in(2, kind=list(ENERGIES), tensors=[True, False])
 def test_opcheck(monkeypatch, few_programs, kind, tensors):
     caught = {}
     numbers = SETTINGS | dict(seed=3, bounds=(-2.0, 2.0))
@@ -596,7 +594,7 @@ def test_opcheck(monkeypatch, few_programs, kind, tensors):
     torch.library.opcheck(caught["op"].default, caught["a"])
 
 
-@pytest.mark.parametrize("kind", ENERGIES)
+@pytest.mark.parametrize("kind", with_slow(["mlp"], ["mixture"]))
 def test_compiled_it_is_one_opaque_call(few_programs, kind):
     energy = ENERGIES[kind](2)
 
