@@ -128,10 +128,15 @@ def chain(z, threshold, step_size, seed, step):
     return metropolis_step(*tensors, threshold, step_size=step_size, seed=seed, step=step)
 
 
-def test_changing_scalars_do_not_recompile():
+# what Inductor makes of it takes tens of seconds; every run compiles it in the trainer
+backends = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+
+
+@backends
+def test_changing_scalars_do_not_recompile(backend):
     counter = CompileCounter()
     counting = torch.compile(chain, fullgraph=True, backend=counter)
-    fast = torch.compile(chain, fullgraph=True)
+    fast = torch.compile(chain, fullgraph=True, backend=backend)
     z = given()[0]
     for i in range(1, 6):
         numbers = torch.tensor(0.3 * i), torch.tensor(0.1 * i), torch.tensor(i - (1 << 62)), torch.tensor(i << 33)
@@ -140,7 +145,7 @@ def test_changing_scalars_do_not_recompile():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@backends
 def test_numbers_compile_too(backend):
     z = given()[0]
     compiled = torch.compile(chain, fullgraph=True, backend=backend)

@@ -166,6 +166,10 @@ def test_opcheck(options):
     assert torch.equal(out, anisotropic_step(z, score, **options))
 
 
+# what Inductor makes of it takes tens of seconds: those are slow, but for a few
+backends = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+
+
 def test_changing_scalars_do_not_recompile():
     def f(z, threshold, step_size, noise_scale, seed, step):
         return anisotropic_step(z, -z, threshold, step_size=step_size, noise_scale=noise_scale, seed=seed, step=step)
@@ -196,19 +200,22 @@ def test_numbers_compile_too(calls):
         torch.testing.assert_close(compiled(z, threshold, step), f(z, threshold, step), rtol=0, atol=1e-6)
 
 
-def test_in_place_compiles():
+@backends
+def test_in_place_compiles(backend):
     def f(z, step):
-        for _ in range(2):
+        for _ in range(3):
             anisotropic_step_(z, -z, 0.5, seed=1, step=step)
             step = step + 1
         return z * 1
 
     a, b = draw()[0], draw()[0]
-    torch.testing.assert_close(torch.compile(f, fullgraph=True)(a, torch.tensor(2)), f(b, torch.tensor(2)))
+    compiled = torch.compile(f, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(a, torch.tensor(2)), f(b, torch.tensor(2)))
     torch.testing.assert_close(a, b)
 
 
-def test_a_gradient_inside_one_graph():
+@backends
+def test_a_gradient_inside_one_graph(backend):
     net = torch.nn.Linear(3, 1)
 
     def f(z, step):
@@ -217,7 +224,7 @@ def test_a_gradient_inside_one_graph():
 
     with torch.no_grad():
         z = draw()[0]
-        out = torch.compile(f, fullgraph=True)(z, torch.tensor(2))
+        out = torch.compile(f, fullgraph=True, backend=backend)(z, torch.tensor(2))
         torch.testing.assert_close(out, f(z, torch.tensor(2)))
 
 
