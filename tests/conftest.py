@@ -7,7 +7,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # ahead of torch: workers that all take
 import pytest
 import torch
 
-from fastanila import graphs as graphs_
 from fastanila.samplers import kept
 
 # A suite that is started in the background ignores these, and so would the commands that its tests end by them.
@@ -40,10 +39,22 @@ def graphs(monkeypatch):
     """torch.compile traces as ever and then runs what it traced: the graphs, without waiting for a compiler."""
     made = []
 
-    def traced(graph, inputs, options=None):
+    def traced(graph, inputs):
         made.append(graph)
         return graph
 
-    monkeypatch.setattr(graphs_, "_inductor", traced)
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: traced)
     monkeypatch.setattr(kept, "energies", type(kept.energies)())
     return made
+
+
+@pytest.fixture(params=["traced", pytest.param("compiled", marks=pytest.mark.slow)])
+def compiler(request):
+    """For tests of what is traced, and when: the graphs run as they are, and in the slow tests are compiled too."""
+    if request.param == "traced":
+        request.getfixturevalue("graphs")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first: what begins last keeps one worker waiting for the other."""
+    items.sort(key=lambda item: item.path.name not in ("test_interpreter.py", "test_capture_rules.py"))

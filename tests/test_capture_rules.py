@@ -39,7 +39,6 @@ BUDGETS = {
 #: What is run every time: kernels of each kind, in few compilations.
 QUICK = {
     "transition: mlp, 128-d",
-    "transition: convnet, float32",
     "transition: convnet, bf16",
     "transition: mlp, adjusted",
     "run: mixture",

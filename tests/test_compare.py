@@ -15,6 +15,9 @@ from fastanila.training import run as run_training
 from fastanila.training import settings as settings_training
 from fastanila.training.settings import Settings
 
+#: One worker makes the runs that most of them look at.
+pytestmark = pytest.mark.xdist_group("compare")
+
 
 def test_equal_gradients_and_equal_clip_levels():
     common = dict(data="rings", iterations=10)

@@ -159,10 +159,11 @@ def test_draws_trace_with_tensor_seed_and_step(name):
     assert torch.equal(draw(seed, step), density.draw(32, seed=seed, step=step))
 
 
-def test_rings_compile_to_the_same_draws_without_recompiling():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_rings_compile_to_the_same_draws_without_recompiling(backend):
     density = data.load("rings")
     torch._dynamo.reset()
-    draw = torch.compile(lambda seed, step: density.draw(32, seed=seed, step=step), fullgraph=True)
+    draw = torch.compile(lambda seed, step: density.draw(32, seed=seed, step=step), fullgraph=True, backend=backend)
     for step in range(3):
         expected = density.draw(32, seed=5, step=step)
         with torch._dynamo.config.patch(error_on_recompile=step > 0):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import oracle
-from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES
+from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES, one_in, with_slow
 from fastanila import noise, ops
 from fastanila.ops import Metropolis, dispatch, metropolis, metropolis_step, reference
 from fastanila.ops.reference import NORMS
@@ -112,17 +112,14 @@ def check_made(shape, dtype=torch.float32, *, threshold=None, **settings):
     return check(make(shape, dtype, threshold=threshold, **settings), **settings)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@one_in(3, dtype=DTYPES, shape=SHAPES, norm=NORMS)
 def test_it_equals_the_formula(poisoned, dtype, shape, norm):
     moved = check_made(shape, dtype, norm=norm)
     if len(moved) >= 33:
         assert 0.2 < moved.mean() < 0.8  # both are seen
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("shape", OUTGROWN, ids=str)
+@one_in(3, shape=OUTGROWN, norm=NORMS)
 def test_chains_larger_than_a_tile(poisoned, small_tiles, shape, norm):
     view = dispatch.kernels.step_rows.view(shape, norm)
     tile = dispatch.kernels.metropolis.tile_of(view.channels, view.size, view.norm)
@@ -173,8 +170,7 @@ def test_offsets(poisoned, norm, offset):
         check_made(shape, norm=norm, offset=offset)
 
 
-@pytest.mark.parametrize("tiles", ["one tile", "more"])
-@pytest.mark.parametrize("norm", NORMS)
+@one_in(2, tiles=["more", "one tile"], norm=NORMS)
 def test_what_is_not_finite_is_rejected_and_the_chain_stays_finite(norm, tiles, request):
     if tiles == "more":
         request.getfixturevalue("small_tiles")
@@ -216,8 +212,7 @@ def test_norms_do_not_overflow(norm, size, tiles, request):
     check(Case(z, score, torch.zeros_like(rise), z.clone(), -score, rise, 1.5), norm=norm, **NAMED)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("shape", [(37, 3, 20), (3, 3, 1500)], ids=str)
+@one_in(2, norm=NORMS, shape=[(37, 3, 20), (3, 3, 1500)])
 def test_the_same_bits_at_every_run_and_in_every_batch(norm, shape):
     settings = NAMED | dict(norm=norm)
     case = make(shape, **settings)
@@ -278,8 +273,7 @@ def count_launches(monkeypatch) -> list[str]:
     return counting(monkeypatch, (dispatch.kernels.metropolis, "_launch_metropolis"))
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("shape", LAUNCHED, ids=str)
+@one_in(2, norm=NORMS, shape=LAUNCHED)
 def test_one_launch(norm, shape, monkeypatch):
     settings = dict(norm=norm, seed=torch.tensor(1, device=DEVICE), step=2, step_size=0.3)
     case = make(shape, norm=norm, seed=1, step=2)
@@ -311,7 +305,7 @@ def transitions(z, threshold, seed, step, norm, count):
     return z, score, energy, proposal, acceptance
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", with_slow(["chain"], ["element", "channel"]))
 def test_compiled_with_the_kernel_inside(norm):
     z = draw((9, 5, 2), torch.float32)[0]
     args = (torch.tensor(2.0, device=DEVICE), torch.tensor(1, device=DEVICE), torch.tensor(2, device=DEVICE))

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from cases import one_in
 from fastanila import noise, ops
 from fastanila.ops import dispatch
 from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, draw, expected
@@ -16,10 +17,13 @@ from steps import DEVICE, DTYPES, MARKS, assert_equal_to_rounding, draw, expecte
 pytestmark = MARKS
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1,), (3,), (5, 1), (1, 5), (33, 31), (4097,), (3, 3, 2, 2), (2, 2048)], ids=str)
-@pytest.mark.parametrize("options", [{}, dict(bounds=(-0.5, 1.0)), dict(threshold=math.inf)], ids=["", "bounds", "inf"])
-@pytest.mark.parametrize("in_place", [False, True], ids=["", "in place"])
+@one_in(
+    3,
+    shape=[(1,), (3,), (5, 1), (1, 5), (33, 31), (4097,), (3, 3, 2, 2), (2, 2048)],
+    dtype=DTYPES,
+    options=[{}, dict(bounds=(-0.5, 1.0)), dict(threshold=math.inf)],
+    in_place=[False, True],
+)
 def test_equals_the_formula(poisoned, shape, dtype, options, in_place):
     options = dict(options)
     threshold = options.pop("threshold", 2.0)
@@ -34,9 +38,7 @@ def test_equals_the_formula(poisoned, shape, dtype, options, in_place):
     assert in_place or torch.equal(z, before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [1, 2, 3, 5, 1023])
-@pytest.mark.parametrize("offset", [0, 1, 2, 3, (1 << 31) - 1, (1 << 40) + 1])
+@one_in(3, dtype=DTYPES, d=[1, 2, 3, 5, 1023], offset=[0, 1, 2, 3, (1 << 31) - 1, (1 << 40) + 1])
 def test_offsets_straddle_lanes(poisoned, dtype, d, offset):
     z, score = draw((7, d), dtype)
     want = expected(z, score, 1.5, seed=3, step=4, offset=offset)

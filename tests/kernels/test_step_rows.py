@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import oracle
-from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES
+from cases import LARGE, LAUNCHED, OUTGROWN, SHAPES, SMALL_TILES, one_in, with_slow
 from fastanila import ops
 from fastanila.ops import Statistics, dispatch
 from fastanila.ops import step as step_ops
@@ -52,16 +52,12 @@ def check(shape, dtype, norm, options, *, in_place=False, statistics=True, seed=
     assert in_place or torch.equal(z, before)
 
 
-@pytest.mark.parametrize("norm", ["channel", "chain"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@one_in(2, dtype=DTYPES[:2], shape=SHAPES, norm=["channel", "chain"])
 def test_norms_equal_the_formula(poisoned, dtype, shape, norm):
     check(shape, dtype, norm, {}, statistics=False)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@one_in(3, dtype=DTYPES, shape=SHAPES, norm=NORMS)
 def test_statistics_equal_the_formula(poisoned, dtype, shape, norm):
     check(shape, dtype, norm, {})
 
@@ -73,9 +69,7 @@ def test_options(poisoned, norm, options, in_place):
     check((3, 3, 2, 4), torch.float32, norm, options, in_place=in_place)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("shape", OUTGROWN, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@one_in(3, dtype=[torch.float32, torch.bfloat16], shape=OUTGROWN, norm=NORMS)
 def test_chains_larger_than_a_tile(poisoned, small_tiles, dtype, shape, norm):
     view = dispatch.kernels.step_rows.view(shape, norm)
     tile = dispatch.kernels.step_rows.tile_of(view.channels, view.size, view.norm)
@@ -112,8 +106,7 @@ def test_gamma_and_mask(poisoned, dtype):
         assert_equal_to_rounding(out, expected(z, score, 2.0, norm=norm, mask=mask.cpu().numpy(), **settings), dtype)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("tiles", ["one tile", "more"])
+@one_in(2, tiles=["more", "one tile"], norm=NORMS)
 def test_scores_that_are_not_finite(norm, tiles, request):
     if tiles == "more":
         request.getfixturevalue("small_tiles")
@@ -231,9 +224,7 @@ def count_launches(monkeypatch) -> list[str]:
     return counting(monkeypatch, (dispatch.kernels.step, "_launch_step"), (dispatch.kernels.step_rows, "_launch_rows"))
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("statistics", [False, True])
-@pytest.mark.parametrize("shape", LAUNCHED, ids=str)
+@one_in(3, norm=NORMS, statistics=[False, True], shape=LAUNCHED)
 def test_one_launch(norm, statistics, shape, monkeypatch):
     z, score = draw(shape, torch.float32)
     settings = dict(norm=norm, statistics=statistics, seed=torch.tensor(1, device=DEVICE), step=2)
@@ -254,7 +245,7 @@ def test_one_launch(norm, statistics, shape, monkeypatch):
         assert len(made) == 1 and any(name in made[0] for name in KERNELS), made
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", with_slow(["chain"], ["element", "channel"]))
 def test_compiled_with_the_kernel_inside(norm):
     def f(z, threshold, seed, step):
         z, seen = ops.anisotropic_step(z, -z, threshold, norm=norm, seed=seed, step=step, statistics=True)

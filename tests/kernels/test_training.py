@@ -20,17 +20,29 @@ pytestmark = [
 ]
 
 
+# in the interpreter the compiler takes minutes, and has no part in the kernels; updates take seconds
+WAYS = ["compiled"] if torch.cuda.is_available() else ["traced", pytest.param("compiled", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(autouse=True, params=WAYS)
+def updates(request):
+    """How many are made: enough for differences to grow, or few where nothing is compiled."""
+    if request.param == "traced":
+        request.getfixturevalue("graphs")
+    return 6 if request.param == "traced" else 20
+
+
 SMALL = dict(sampler="anila", step_size=0.005, steps=6, chains=8, batch_size=8, threshold=1.0)
 
 
 @pytest.mark.parametrize("way", ["whole chains", "one by one", "exact", "exact, one by one"])
-def test_twenty_updates(tmp_path, monkeypatch, way):
+def test_the_updates(tmp_path, monkeypatch, way, updates):
     """The default job's sampler is the exact one."""
     if "one by one" in way:
         monkeypatch.setattr(whole_chain, "supports", lambda *a, **k: False)
     changes = dict(sampler="anila-mh", step_size=0.02) if "exact" in way else {}
     launches = {"one by one": 6, "exact, one by one": 7}.get(way, 1)
-    seen = compare(tmp_path, monkeypatch, launches, launches == 1, **SMALL | changes, iterations=20)
+    seen = compare(tmp_path, monkeypatch, launches, launches == 1, **SMALL | changes, iterations=updates)
     assert any(row["clip_fraction"] > 0.05 for row in seen)
 
 

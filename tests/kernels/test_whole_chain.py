@@ -21,6 +21,8 @@ from cases import (
     SLOW_ADJUSTED_MIXTURES,
     SLOW_ADJUSTED_NETWORKS,
     SQUEEZED,
+    one_in,
+    with_slow,
 )
 from fastanila import MALA, AdjustedAniLA, noise, ops
 from fastanila.models import MLP, ConvNet, GaussianMixture
@@ -101,9 +103,9 @@ def few_programs(monkeypatch):
 # --------------------------------------------------------------------------------------------------------- the numbers
 
 
-@pytest.mark.parametrize("count", [1, 3, 33])
-@pytest.mark.parametrize(("dim", "components"), MIXTURES)
-def test_a_mixture(poisoned, dim, components, count):
+@one_in(3, count=[1, 3, 33], sizes=MIXTURES)
+def test_a_mixture(poisoned, sizes, count):
+    dim, components = sizes
     energy, z = mixture(dim, components), chains(count, dim)
     before = z.clone()
     out = whole_chain.run(energy, z, **SETTINGS, steps=10)
@@ -111,9 +113,9 @@ def test_a_mixture(poisoned, dim, components, count):
     assert torch.equal(z, before)
 
 
-@pytest.mark.parametrize(("count", "rows"), BATCHES)
-@pytest.mark.parametrize(("dim", "width", "depth", "features", "activation"), NETWORKS)
-def test_a_network(poisoned, monkeypatch, dim, width, depth, features, activation, count, rows):
+@one_in(2, batch=BATCHES, network=NETWORKS)
+def test_a_network(poisoned, monkeypatch, network, batch):
+    (dim, width, depth, features, activation), (count, rows) = network, batch
     monkeypatch.setattr("fastanila.kernels.mlp.PROGRAMS", -(-count // rows))
     energy = mlp(dim, width, depth, features=features, activation=activation)
     z = chains(count, dim)
@@ -149,8 +151,7 @@ def test_plain_langevin(few_programs, kind):
     assert (out.gamma_mean == 1).all() and not out.clip_fraction.any()
 
 
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("kind", ENERGIES)
+@one_in(2, kind=list(ENERGIES), dim=DIMS)
 def test_noise_is_the_stream(few_programs, kind, dim):
     """Whatever lanes a chain's elements take, at any offset, step and seed."""
     energy, z = ENERGIES[kind](dim), chains(3, dim)
@@ -329,11 +330,6 @@ def check_adjusted(energy, z, **settings):
     return want
 
 
-def with_slow(cases, slow):
-    """The cases, and those that take the interpreter long."""
-    return [*cases, *(pytest.param(*case, marks=pytest.mark.slow) for case in slow)]
-
-
 @pytest.mark.parametrize(("dim", "components", "norm"), with_slow(ADJUSTED_MIXTURES, SLOW_ADJUSTED_MIXTURES))
 def test_an_adjusted_mixture(poisoned, dim, components, norm):
     want = check_adjusted(mixture(dim, components), chains(21, dim), norm=norm, **EXACT)
@@ -418,8 +414,7 @@ def test_mutants_of_adjusted_transitions_are_told():
             pytest.fail(f"{name} is not told on a {type(energy).__name__}")
 
 
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("kind", ENERGIES)
+@one_in(2, kind=list(ENERGIES), dim=DIMS)
 def test_adjusted_randomness_is_the_stream(few_programs, kind, dim):
     """At any offset, step and seed, in numbers or tensors."""
     energy, z = mixture(dim, 1) if kind == "mixture" else mlp(dim, 5, 1), chains(3, dim)
@@ -582,8 +577,7 @@ def test_empty(kind):
     assert out.z.shape == (0, 2) and out.energy.shape == (0,)
 
 
-@pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
-@pytest.mark.parametrize("kind", ENERGIES)
+@one_in(2, kind=list(ENERGIES), tensors=[True, False])
 def test_opcheck(monkeypatch, few_programs, kind, tensors):
     caught = []
     numbers = SETTINGS | dict(seed=3, bounds=(-2.0, 2.0))
@@ -597,7 +591,7 @@ def test_opcheck(monkeypatch, few_programs, kind, tensors):
     torch.library.opcheck(getattr(torch.ops.fastanila, f"{kind}_trajectory").default, (*first, *arguments))
 
 
-@pytest.mark.parametrize("kind", ENERGIES)
+@pytest.mark.parametrize("kind", with_slow(["mlp"], ["mixture"]))
 def test_compiled_it_is_one_opaque_call(few_programs, kind):
     energy = ENERGIES[kind](2)
 

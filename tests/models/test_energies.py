@@ -213,7 +213,7 @@ def test_what_autocast_does_not_know_stays_as_it_is():
     assert energy.for_chains() is energy
 
 
-def test_a_run_in_bfloat16_follows_the_parameters():
+def test_a_run_in_bfloat16_follows_the_parameters(compiler):
     torch.manual_seed(0)
     energy, z = Autocast(MLP(2, 8)), torch.randn(5, 2)
 

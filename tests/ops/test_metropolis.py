@@ -128,10 +128,15 @@ def chain(z, threshold, step_size, seed, step):
     return metropolis_step(*tensors, threshold, step_size=step_size, seed=seed, step=step)
 
 
-def test_changing_scalars_do_not_recompile():
+# what Inductor makes of it takes tens of seconds; every run compiles it in the trainer
+backends = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+
+
+@backends
+def test_changing_scalars_do_not_recompile(backend):
     counter = CompileCounter()
     counting = torch.compile(chain, fullgraph=True, backend=counter)
-    fast = torch.compile(chain, fullgraph=True)
+    fast = torch.compile(chain, fullgraph=True, backend=backend)
     z = given()[0]
     for i in range(1, 6):
         numbers = torch.tensor(0.3 * i), torch.tensor(0.1 * i), torch.tensor(i - (1 << 62)), torch.tensor(i << 33)
@@ -140,9 +145,10 @@ def test_changing_scalars_do_not_recompile():
     assert counter.frame_count == 1
 
 
-def test_numbers_compile_too():
+@backends
+def test_numbers_compile_too(backend):
     z = given()[0]
-    compiled = torch.compile(chain, fullgraph=True)
+    compiled = torch.compile(chain, fullgraph=True, backend=backend)
     for threshold, step in ((0.5, 0), (2.0, 1), (math.inf, (1 << 33) + 1)):
         arguments = z, threshold, 0.2, (1 << 64) - 1, step
         torch.testing.assert_close(tuple(compiled(*arguments)), tuple(chain(*arguments)), rtol=1e-5, atol=1e-5)

@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import oracle
+from cases import with_slow
 from fastanila import AniLA, noise, ops
 from fastanila.ops import anisotropic_step, anisotropic_step_, dispatch, reference
 from fastanila.ops import step as step_ops
@@ -166,6 +167,10 @@ def test_opcheck(options):
     assert torch.equal(out, anisotropic_step(z, score, **options))
 
 
+# what Inductor makes of it takes tens of seconds: those are slow, but for a few
+backends = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+
+
 def test_changing_scalars_do_not_recompile():
     def f(z, threshold, step_size, noise_scale, seed, step):
         return anisotropic_step(z, -z, threshold, step_size=step_size, noise_scale=noise_scale, seed=seed, step=step)
@@ -182,17 +187,22 @@ def test_changing_scalars_do_not_recompile():
     assert counter.frame_count == 1
 
 
-def test_numbers_compile_too():
+# slow: a step of 1 is a graph of its own
+@pytest.mark.parametrize(
+    "calls", with_slow([[(0.5, 0), (2.0, (1 << 33) + 1), (0.7, 5)]], [[(0.5, 0), (2.0, 1), (0.7, 5)]])
+)
+def test_numbers_compile_too(calls):
     def f(z, threshold, step):
         return anisotropic_step(z, -z, threshold, step_size=0.1, seed=(1 << 64) - 1, step=step)
 
     z, _ = draw()
     compiled = torch.compile(f, fullgraph=True)
-    for threshold, step in ((0.5, 0), (2.0, 1), (2.0, (1 << 33) + 1), (0.7, 5)):
+    for threshold, step in calls:
         torch.testing.assert_close(compiled(z, threshold, step), f(z, threshold, step), rtol=0, atol=1e-6)
 
 
-def test_in_place_compiles():
+@backends
+def test_in_place_compiles(backend):
     def f(z, step):
         for _ in range(3):
             anisotropic_step_(z, -z, 0.5, seed=1, step=step)
@@ -200,11 +210,13 @@ def test_in_place_compiles():
         return z * 1
 
     a, b = draw()[0], draw()[0]
-    torch.testing.assert_close(torch.compile(f, fullgraph=True)(a, torch.tensor(2)), f(b, torch.tensor(2)))
+    compiled = torch.compile(f, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(a, torch.tensor(2)), f(b, torch.tensor(2)))
     torch.testing.assert_close(a, b)
 
 
-def test_a_gradient_inside_one_graph():
+@backends
+def test_a_gradient_inside_one_graph(backend):
     net = torch.nn.Linear(3, 1)
 
     def f(z, step):
@@ -213,7 +225,7 @@ def test_a_gradient_inside_one_graph():
 
     with torch.no_grad():
         z = draw()[0]
-        out = torch.compile(f, fullgraph=True)(z, torch.tensor(2))
+        out = torch.compile(f, fullgraph=True, backend=backend)(z, torch.tensor(2))
         torch.testing.assert_close(out, f(z, torch.tensor(2)))
 
 

@@ -104,7 +104,7 @@ def test_a_new_shape_a_mask_and_an_offset_are_captured_anew(frozen):
         assert recorder.made == min(count, 4)  # the last is the first again
 
 
-def test_whatever_the_energy_reads_may_change(frozen):
+def test_whatever_the_energy_reads_may_change(frozen, compiler):
     """Parameters in place, without a new capture; anything else a graph could not see, with one."""
 
     class Scaled(nn.Module):
@@ -144,7 +144,7 @@ def test_whatever_the_energy_reads_may_change(frozen):
         before = state
 
 
-def test_a_closure_over_another_tensor_is_noticed(frozen):
+def test_a_closure_over_another_tensor_is_noticed(frozen, compiler):
     held = {"mean": torch.zeros(2)}
     captured, _, recorder = both(Langevin(), lambda x: 0.5 * (x - held["mean"]).square().sum(-1), compiled_transition)
     numbers, arguments = Langevin(0.1).numbers_on(None), (State(start()), *words(1, 2))
@@ -188,7 +188,7 @@ def test_a_compiler_that_fails_is_not_the_energys_fault(frozen, monkeypatch):
         AniLA().run(GaussianMixture(torch.eye(2)), start(), steps=2, seed=1)
 
 
-def test_what_cannot_be_captured_runs_uncaptured_and_says_so(frozen):
+def test_what_cannot_be_captured_runs_uncaptured_and_says_so(frozen, compiler):
     def refuse(function, device):
         raise RuntimeError("operation not permitted when stream is capturing\nand much more")
 
@@ -212,7 +212,7 @@ def test_few_shapes_and_lengths_are_held(frozen):
     assert max(len(held.graphs) for held in captured.held.values()) == kept_samplers.GRAPHS
 
 
-def test_a_rehearsal_launches_nothing_and_reads_what_a_run_reads(frozen):
+def test_a_rehearsal_launches_nothing_and_reads_what_a_run_reads(frozen, compiler):
     advance = compiled_transition(AniLA(), MLP(2, width=8))
     numbers, state, (seed, step) = AniLA().numbers_on(None), State(start()), words(1, 2)
 
@@ -257,7 +257,7 @@ def test_pieces(steps, watched, pieces):
     assert _pieces(steps, watched) == pieces
 
 
-def test_the_first_piece_of_an_exact_chain_does_not_undo_the_graphs_of_the_others(frozen, monkeypatch):
+def test_the_first_piece_of_an_exact_chain_does_not_undo_the_graphs_of_the_others(frozen, compiler, monkeypatch):
     """It begins without a proposal, which compiles as another graph; once each is captured, runs capture no more."""
     # as on CUDA, where numbers are read at their addresses too
     monkeypatch.setattr(graphs_, "_read", lambda x: x.data_ptr() if isinstance(x, torch.Tensor) else x)

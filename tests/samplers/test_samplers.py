@@ -214,7 +214,7 @@ def test_a_hamiltonian_transition_equals_the_formula(steps, mask):
 
 @pytest.mark.parametrize("norm", ["element", "chain"])
 @pytest.mark.parametrize("compile", [False, True])
-def test_refresh_update_freezes_the_gain_of_the_start(norm, compile):
+def test_refresh_update_freezes_the_gain_of_the_start(norm, compile, compiler):
     z = want = 3 * start()
     size = z.abs() if norm == "element" else z.norm(dim=1, keepdim=True)
     gamma = (0.7 / size.clamp(min=0.7)).expand_as(z)
@@ -261,7 +261,7 @@ COMPILED = [AdjustedAniLA(0.5, 0.5), HMC(0.1, 2)]
 
 
 @pytest.mark.parametrize("sampler", COMPILED, ids=str)
-def test_adjusted_samplers_compile_to_what_they_are_uncompiled(sampler):
+def test_adjusted_samplers_compile_to_what_they_are_uncompiled(sampler, compiler):
     energy, infos = MLP(2, width=16, features=8, confinement=0.5), ([], [])
     counters.clear()
     ends = [
@@ -431,7 +431,7 @@ def test_the_module_is_frozen_and_put_back(raises):
     assert all(p.grad is None for p in energy.parameters())
 
 
-def test_an_energy_that_does_not_trace_runs_eagerly_and_says_so():
+def test_an_energy_that_does_not_trace_runs_eagerly_and_says_so(compiler):
     class Untraceable(nn.Module):
         def forward(self, x):
             torch._dynamo.graph_break()
@@ -442,7 +442,7 @@ def test_an_energy_that_does_not_trace_runs_eagerly_and_says_so():
     assert torch.equal(z, AniLA().run(quadratic, start(), steps=3, seed=0, compile=False))
 
 
-def test_an_unhashable_energy():
+def test_an_unhashable_energy(compiler):
     @dataclasses.dataclass
     class Scaled:
         scale: float

@@ -29,6 +29,8 @@ from cases import (  # noqa: E402
     SLOW_ADJUSTED_MIXTURES,
     SLOW_ADJUSTED_NETWORKS,
     SQUEEZED,
+    one_in,
+    with_slow,
 )
 from fastanila import ops  # noqa: E402
 from fastanila.kernels import mlp  # noqa: E402
@@ -64,15 +66,14 @@ def test_a_mixture_compiles_for_every_target(target, adjusted):
     assert spilled(compiled) == 0
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
+@one_in(
+    2,
+    target=["sm_90", "gfx942"],
+    options=[
         dict(chain_norm=True), dict(frozen=True), dict(bounds=True), dict(pointers=False),
         dict(adjusted=True, chain_norm=True), dict(adjusted=True, pointers=False),
     ],
-    ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_every_variant_of_a_mixture_compiles(target, options):
     assert compile_mixture_trajectory(target, dim=3, components=40, **options).asm["ttgir"]
 
@@ -83,19 +84,17 @@ def test_a_mixture_stays_in_registers(dim, components):
     assert "MUFU" in found and not found & (SPILLS | {"BAR"})
 
 
-@pytest.mark.parametrize("chain_norm", [False, True])
-@pytest.mark.parametrize(("dim", "components"), [(1, 33), (2, 24), (3, 14), (8, 7), (8, 8)])
-def test_an_adjusted_mixture_stays_in_registers(dim, components, chain_norm):
+@one_in(2, chain_norm=[False, True], sizes=[(1, 33), (2, 24), (3, 14), (8, 7), (8, 8)])
+def test_an_adjusted_mixture_stays_in_registers(sizes, chain_norm):
     """At the most components that are held, and beyond."""
+    dim, components = sizes
     compiled = compile_mixture_trajectory("sm_90", dim=dim, components=components, adjusted=True, chain_norm=chain_norm)
     assert not opcodes(compiled) & (SPILLS | {"BAR"})
     assert mixture_constants(dim, components, True)["HELD"] == ((dim, components) != (8, 8))
     assert not mixture_constants(dim, components + 1, True)["HELD"]
 
 
-@pytest.mark.parametrize("adjusted", [False, True])
-@pytest.mark.parametrize("features", [0, 64])
-@pytest.mark.parametrize("target", TARGETS)
+@one_in(2, adjusted=[False, True], features=[0, 64], target=list(TARGETS))
 def test_a_network_compiles_for_every_target(target, features, adjusted):
     compiled = compile_mlp_trajectory(target, features=features, chains=512, adjusted=adjusted)
     assert 0 < compiled.metadata.shared <= SHARED_MEMORY[target]
@@ -116,24 +115,19 @@ def stray(target: str, features: int, adjusted: bool) -> bool:
     return (target, features, adjusted) in cases and triton.__version__.startswith("3.8.")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
+@one_in(
+    2,
+    target=["sm_90", "gfx942"],
+    options=[
         dict(chain_norm=True), dict(frozen=True), dict(bounds=True), dict(pointers=False), dict(silu=False),
         dict(adjusted=True, chain_norm=True), dict(adjusted=True, pointers=False, silu=False),
     ],
-    ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_every_variant_of_a_network_compiles(target, options):
     assert compile_mlp_trajectory(target, dim=3, width=20, depth=3, features=3, chains=9, **options).asm["ttgir"]
 
 
-@pytest.mark.parametrize("adjusted", [False, True])
-@pytest.mark.parametrize("chains", [64, 1024, 16384])
-@pytest.mark.parametrize("dim", [2, 8])
-@pytest.mark.parametrize("features", [0, 64])
-@pytest.mark.parametrize("width", [64, 128])
+@one_in(4, width=[64, 128], features=[0, 64], dim=[2, 8], chains=[64, 1024, 16384], adjusted=[False, True])
 def test_a_network_stays_on_chip(width, features, dim, chains, adjusted):
     """No spills, and products in full float32: not one instruction of a tensor core."""
     compiled = compile_mlp_trajectory(
@@ -174,9 +168,9 @@ def test_the_mixtures_of_the_parity_tests_compile(dim, components):
     assert not opcodes(compile_mixture_trajectory("sm_90", dim=dim, components=components, pointers=False)) & SPILLS
 
 
-@pytest.mark.parametrize(("count", "rows"), BATCHES)
-@pytest.mark.parametrize(("dim", "width", "depth", "features", "activation"), NETWORKS)
-def test_the_networks_of_the_parity_tests_compile(monkeypatch, dim, width, depth, features, activation, count, rows):
+@one_in(2, batch=BATCHES, network=NETWORKS)
+def test_the_networks_of_the_parity_tests_compile(monkeypatch, network, batch):
+    (dim, width, depth, features, activation), (count, rows) = network, batch
     monkeypatch.setattr(mlp, "PROGRAMS", -(-count // rows))
     compiled = compile_mlp_trajectory(
         "sm_90", dim=dim, width=width, depth=depth, features=features, chains=count, silu=activation == "silu",
@@ -185,7 +179,7 @@ def test_the_networks_of_the_parity_tests_compile(monkeypatch, dim, width, depth
     assert compiled.metadata.shared <= SHARED_MEMORY["sm_90"] and not opcodes(compiled) & TENSOR_CORES
 
 
-@pytest.mark.parametrize(("dim", "components", "norm"), [*ADJUSTED_MIXTURES, *SLOW_ADJUSTED_MIXTURES])
+@pytest.mark.parametrize(("dim", "components", "norm"), with_slow(ADJUSTED_MIXTURES, SLOW_ADJUSTED_MIXTURES))
 def test_the_adjusted_mixtures_of_the_parity_tests_compile(dim, components, norm):
     options = dict(adjusted=True, chain_norm=norm != "element", pointers=False)
     assert spilled(compile_mixture_trajectory("sm_90", dim=dim, components=components, **options)) == 0
@@ -193,7 +187,7 @@ def test_the_adjusted_mixtures_of_the_parity_tests_compile(dim, components, norm
 
 @pytest.mark.parametrize(
     ("dim", "width", "depth", "features", "activation", "norm", "count", "rows"),
-    [*ADJUSTED_NETWORKS, *SLOW_ADJUSTED_NETWORKS],
+    with_slow(ADJUSTED_NETWORKS, SLOW_ADJUSTED_NETWORKS),
 )
 def test_the_adjusted_networks_of_the_parity_tests_compile(
     monkeypatch, dim, width, depth, features, activation, norm, count, rows

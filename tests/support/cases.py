@@ -1,4 +1,28 @@
-"""Sizes and options that the parity tests run on a GPU, and that tests without one compile for it."""
+"""Sizes and options that the parity tests run on a GPU, and that tests without one compile for it; which are slow."""
+
+import itertools
+
+import pytest
+
+
+def with_slow(always, slow):
+    """The cases, and those that are slow."""
+    return [*always, *(pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=pytest.mark.slow) for c in slow)]
+
+
+def one_in(every: int, **axes):
+    """Parametrises by the product of the axes, of which one case in ``every`` is run always and the others are slow.
+
+    Run always are those whose places along the axes sum to a multiple of ``every``. Each value of a longer axis then
+    meets each of the others in some case, where one axis has ``every`` values or more, as in a Latin square.
+    """
+    cases = []
+    for places in itertools.product(*(range(len(values)) for values in axes.values())):
+        case = [values[place] for values, place in zip(axes.values(), places, strict=True)]
+        marks = [pytest.mark.slow] if sum(places) % every else []
+        cases.append(pytest.param(*case, marks=marks, id="-".join(map(str, case))))
+    return pytest.mark.parametrize(tuple(axes), cases)
+
 
 #: Batches for the norms and statistics: (B, ...).
 SHAPES = [

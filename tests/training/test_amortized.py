@@ -36,7 +36,7 @@ def run_directory(request, tmp_path_factory):
     return directory
 
 
-def test_fused_and_plain_give_the_same_numbers_without_a_graph_break(tmp_path):
+def test_fused_and_plain_give_the_same_numbers_without_a_graph_break(tmp_path, compiler):
     torch._dynamo.reset()
     counters.clear()
     for fused in (True, False):

@@ -324,6 +324,18 @@ def test_a_longer_run_says_how_it_changes_the_decay(tmp_path, init, capsys):
     assert not [line for line in said if line.startswith("note: ")]
 
 
+def test_a_fused_run_resumes_with_the_same_numbers(tmp_path, graphs):
+    options = SMALL | dict(save_every=8, fused=True)
+    quiet(Settings(**options, out=str(tmp_path / "whole")))
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    (tmp_path / "half" / "checkpoints" / "00000012.safetensors").unlink()
+    quiet(Settings(**options), resume=tmp_path / "half")
+    assert graphs and numbers(tmp_path / "half") == numbers(tmp_path / "whole")
+    a, b = final(tmp_path / "whole"), final(tmp_path / "half")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.slow
 def test_a_compiled_run_resumes_with_the_same_numbers(tmp_path):
     """In a fresh process each, as it happens."""
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()] + ["--save-every=8"]
