@@ -79,8 +79,10 @@ def head_matrix(ptr, SIZE: tl.constexpr, SIZE_P2: tl.constexpr, DIM_P2: tl.const
 
 @triton.jit
 def through(h, w):
-    """h @ w, (ROWS, N) and (N, DIM_P2), such that the threads of a warp hold different chains and columns, and the
-    warps share the sum. Over the first axis: a sum over the middle one becomes a tl.dot in triton 3.6, in TF32."""
+    """h @ w, of (ROWS, N) and (N, DIM_P2). Threads of a warp hold different chains and columns; warps share the sum.
+
+    The sum is over the first axis: of one over the middle axis Triton 3.6 makes a tl.dot in TF32, with 10 bits.
+    """
     return tl.sum(tl.trans(h)[:, :, None] * w[:, None, :], axis=0)
 
 
@@ -88,7 +90,7 @@ def through(h, w):
 def network_energy(h, head, head_bias, x, confinement):
     """(ROWS,), of the last layer's units h (ROWS, WIDTH_P2) at x (ROWS, DIM_P2), head as `head_matrix` has it.
 
-    By a product like the score's, so that energies come to lie as scores do. Were they summed where h lies, triton
-    would have the state there as well, and all noise drawn twice.
+    A product like the score's, so that energies lie in the same threads as scores. Summed where h lies, Triton would
+    keep the state there as well, and draw all noise twice.
     """
     return tl.sum(through(h, head) + 0.5 * confinement * (x * x), axis=1) + head_bias

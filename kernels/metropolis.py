@@ -3,8 +3,8 @@
 The definition is ops/reference.py's metropolis_step. A state is viewed as in step_rows.py, one program owns ROWS
 whole chains, and the sum of a chain's terms (common.log_ratio_terms) never leaves it.
 
-A chain that fits one tile is read once and stays in registers. A larger one is read again from L2 when the decision has
-fallen, only the state that was chosen; and where one norm is shared by the whole chain, once more ahead of the ratio.
+A chain that fits one tile is read once and stays in registers. Of a larger one, the state that was chosen is read again
+after the decision, from L2. Where the whole chain shares one norm, its scores are read once more, before the ratio.
 """
 
 import functools
@@ -35,10 +35,10 @@ from .step_rows import store_moved, tile_normals
 
 @functools.lru_cache(maxsize=64)
 def tile_of(channels: int, size: int, norm: str) -> step_rows.Tile:
-    """As `rows.tile_of`, but of four tensors a thread's registers hold no larger tile for chains that share a norm."""
+    """As `step_rows.tile_of`, but chains that share a norm get no larger tile: four tensors are held, not two."""
     tile = step_rows.tile_of(channels, size, "element" if norm == "chain" else norm)
     if size > tile.cols > 4 and (size % 4 or norm == "channel"):
-        # a loop whose quads straddle rows, or that has a norm a pixel, needs more registers than 16 warps leave
+        # Quads that straddle rows, or a norm a pixel, need more registers than 16 warps leave: the loop would spill.
         return tile._replace(cols=tile.cols // 2, num_warps=max(tile.num_warps // 2, 4))
     return tile
 
@@ -84,7 +84,7 @@ def metropolis_kernel(
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, COLS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Contiguous states (chains, channels, units * ALIGN) and float32 energies (chains,); chain 0 is the stream's
-    chain ``offset``. ALIGN and SINGLE are as in `rows.rows_kernel`."""
+    chain ``offset``. ALIGN and SINGLE are as in `step_rows.rows_kernel`."""
     threshold = scalar(threshold, THRESHOLD_PTR, tl.float32)
     step_size = scalar(step_size, STEP_SIZE_PTR, tl.float32)
     seed = scalar(seed, SEED_PTR, tl.int64)

@@ -87,7 +87,8 @@ def step_block(
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-# mask_ptr: known to be aligned, its words would be loaded four in a row and exchanged through shared memory.
+# mask_ptr: if Triton knew that it is aligned, a thread would load four words in a row, and the threads would exchange
+# them through shared memory.
 @triton.jit(do_not_specialize=["n", "first_quad", "seed", "step"], do_not_specialize_on_alignment=["mask_ptr"])
 def anisotropic_step_kernel(
     z_ptr, score_ptr, gamma_ptr, mask_ptr, out_ptr, n: tl.int64, first_quad: tl.int64,

@@ -75,7 +75,8 @@ def tile_of(channels: int, size: int, norm: str) -> Tile:
     """The tile for chains of (channels, size). The number of chains has no say, so that it cannot change a sum."""
     across = triton.next_power_of_2(channels)
     most = max(CHUNK // across, 4)
-    if norm == "chain" and size % 4 == 0:  # where quads straddle rows the noise takes the registers of a second score
+    # Not where quads straddle rows: there the noise takes as many registers as a second score would.
+    if norm == "chain" and size % 4 == 0:
         most = LARGEST
     cols = triton.next_power_of_2(size)
     if cols > most:
@@ -110,7 +111,8 @@ def store_moved(
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-# the statistics' pointers: parts of one buffer, whose alignment depends on the number of chains
+# The statistics are parts of one buffer, whose alignment depends on the number of chains. Triton would compile the
+# kernel once more for each alignment.
 @triton.jit(
     do_not_specialize=["chains", "channels", "units", "first", "seed", "step"],
     do_not_specialize_on_alignment=["gamma_mean_ptr", "score_rms_ptr", "clip_fraction_ptr"],

@@ -102,8 +102,10 @@ def log_ratio(
 
 @triton.jit
 def by_sum(x, z):
-    """x (ROWS,) as the sum of a row, of z's shape, that is x and zeros. A sum's result triton stores from where it
-    lies; x itself it would keep a second time, with all that x follows from, where the store wants it."""
+    """x (ROWS,), as the sum over rows of z's shape that hold x and zeros.
+
+    Without it Triton computes x twice, with all that x follows from: once where it lies, once where the store wants it.
+    """
     return tl.sum(tl.where(tl.arange(0, z.shape[1])[None, :] == 0, x[:, None], 0.0), axis=1)
 
 

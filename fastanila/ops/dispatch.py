@@ -56,8 +56,8 @@ def register(
 
 
 def direct(*tensors: Tensor) -> bool:
-    """Whether an operator's implementation may be called past torch's dispatcher, which takes longer than a small
-    kernel: nothing traces, transforms or watches the call, and these are tensors of no special kind."""
+    """Whether an operator's implementation may be called without torch's dispatcher, which takes longer than a small
+    kernel: nothing traces, transforms or watches the call, and no tensor is of a subclass."""
     if torch.compiler.is_compiling():
         return False
     return (
@@ -119,6 +119,9 @@ _plain_lock = threading.Lock()
 
 
 def aligned(t: Tensor) -> Tensor:
-    """The tensor, or a copy of one that does not begin at a multiple of 16 bytes: for such the compiler takes another
-    layout, whose sums have other roundings, and a chain's bits must not depend on its place in memory."""
+    """The tensor, or a copy if it does not begin at a multiple of 16 bytes.
+
+    For such a tensor Triton takes another layout, whose sums round differently: a chain's bits would depend on its
+    place in memory.
+    """
     return t if t.data_ptr() % 16 == 0 else t.clone()

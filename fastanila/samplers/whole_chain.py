@@ -4,7 +4,7 @@ The samplers are those whose transition is the anisotropic step, as it is (`samp
 rejected (`AdjustedAniLA`, `MALA`).
 
 The state stays in registers, the network on chip, and the noise is the stream of `fastanila.noise`, so that `run` gives
-what the transitions would give one by one, to rounding. It exists for `energies.GaussianMixture` and `energies.MLP` of
+what the transitions would give one by one, to rounding. It exists for `models.GaussianMixture` and `models.MLP` of
 limited size, float32, on CUDA (or in Triton's interpreter); `supports` says for which, and there is no fallback here.
 """
 
@@ -97,7 +97,7 @@ def run(
         bounds=bounds, adjusted=adjusted, seed=seed, step=step, steps=steps, offset=offset,
     )  # fmt: skip
     if isinstance(made, str):
-        raise ValueError(f"energy and z must be what fastanila.ops.whole_chain supports, but {made}")
+        raise ValueError(f"energy and z must be what fastanila.samplers.whole_chain supports, but {made}")
     out, statistics = made
     return Trajectory(out, *statistics.unbind())
 
