@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastanila import files
-from fastanila.training import checkpoint
+from fastanila.training import checkpoint, contents
 from fastanila.training.checkpoint import CheckpointError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.uint8)
@@ -497,3 +497,31 @@ def test_state_that_is_not_tensors_is_refused():
     optimizer.step(lambda: weight.square().sum())
     with pytest.raises(TypeError, match="not a tensor"):
         checkpoint.optimizer_tensors(optimizer, ["w"])
+
+
+def test_what_is_packed_is_read_back_by_its_own_names():
+    def network(base):
+        names = ("layers.weight", "energy.bias")
+        values = {name: torch.full((2,), base + i) for i, name in enumerate(names)}
+        return contents.Network(
+            values, {k: v + 10 for k, v in values.items()}, {"optimizer.exp_avg.x": values[names[0]]}
+        )
+
+    both = network(0.0), network(5.0)
+    z = torch.arange(6.0).reshape(3, 2)
+    of = contents.Contents(*both, {"population": z}, z, -z, 7, 1.5, {"training": {}}, (-4.0, 4.0))
+    tensors, state = contents.packed(of)
+    assert {"energy.layers.weight", "ema.layers.weight", "optimizer.exp_avg.x", "amortized.vae.energy.bias"} <= set(
+        tensors
+    )
+    assert {"start.population", "proposals"} <= set(tensors) and "chains" not in tensors
+    back = contents.unpacked(tensors, json.loads(json.dumps(state)))
+    assert back.box == of.box and back.iteration == 7 and back.fingerprint == of.fingerprint
+    for a, b in zip((back.energy, back.vae), both, strict=True):
+        for found, kept in zip(a, b, strict=True):
+            assert found.keys() == kept.keys() and all(torch.equal(found[k], kept[k]) for k in kept)
+    fresh = of._replace(vae=None, proposals=None, start={}, energy=both[0]._replace(average=None))
+    tensors, state = contents.packed(fresh)
+    assert torch.equal(tensors["chains"], z)
+    old = contents.unpacked(tensors, {"iteration": 7, "seconds": 1.5})  # as checkpoints of before had it
+    assert old.box is None and old.fingerprint is None and old.vae is None and old.energy.average is None
