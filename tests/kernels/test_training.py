@@ -29,7 +29,7 @@ def updates(request):
     """How many are made: enough for differences to grow, or few where nothing is compiled."""
     if request.param == "traced":
         request.getfixturevalue("graphs")
-    return 6 if request.param == "traced" else 20
+    return 4 if request.param == "traced" else 20
 
 
 SMALL = dict(sampler="anila", step_size=0.005, steps=6, chains=8, batch_size=8, threshold=1.0)

@@ -30,7 +30,6 @@ from cases import (  # noqa: E402
     SLOW_ADJUSTED_NETWORKS,
     SQUEEZED,
     one_in,
-    with_slow,
 )
 from fastanila import ops  # noqa: E402
 from fastanila.kernels import mlp  # noqa: E402
@@ -163,14 +162,16 @@ def test_networks_too_large_for_shared_memory_leave_matrices_out(target, sizes):
 # ------------------------------------------------------------------------- what the parity tests run, compiled for it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dim", "components"), sorted({*MIXTURES, (5, 3)}))
 def test_the_mixtures_of_the_parity_tests_compile(dim, components):
     assert not opcodes(compile_mixture_trajectory("sm_90", dim=dim, components=components, pointers=False)) & SPILLS
 
 
-@one_in(2, batch=BATCHES, network=NETWORKS)
-def test_the_networks_of_the_parity_tests_compile(monkeypatch, network, batch):
-    (dim, width, depth, features, activation), (count, rows) = network, batch
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "rows"), BATCHES)
+@pytest.mark.parametrize(("dim", "width", "depth", "features", "activation"), NETWORKS)
+def test_the_networks_of_the_parity_tests_compile(monkeypatch, dim, width, depth, features, activation, count, rows):
     monkeypatch.setattr(mlp, "PROGRAMS", -(-count // rows))
     compiled = compile_mlp_trajectory(
         "sm_90", dim=dim, width=width, depth=depth, features=features, chains=count, silu=activation == "silu",
@@ -179,15 +180,17 @@ def test_the_networks_of_the_parity_tests_compile(monkeypatch, network, batch):
     assert compiled.metadata.shared <= SHARED_MEMORY["sm_90"] and not opcodes(compiled) & TENSOR_CORES
 
 
-@pytest.mark.parametrize(("dim", "components", "norm"), with_slow(ADJUSTED_MIXTURES, SLOW_ADJUSTED_MIXTURES))
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "components", "norm"), [*ADJUSTED_MIXTURES, *SLOW_ADJUSTED_MIXTURES])
 def test_the_adjusted_mixtures_of_the_parity_tests_compile(dim, components, norm):
     options = dict(adjusted=True, chain_norm=norm != "element", pointers=False)
     assert spilled(compile_mixture_trajectory("sm_90", dim=dim, components=components, **options)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dim", "width", "depth", "features", "activation", "norm", "count", "rows"),
-    with_slow(ADJUSTED_NETWORKS, SLOW_ADJUSTED_NETWORKS),
+    [*ADJUSTED_NETWORKS, *SLOW_ADJUSTED_NETWORKS],
 )
 def test_the_adjusted_networks_of_the_parity_tests_compile(
     monkeypatch, dim, width, depth, features, activation, norm, count, rows
@@ -200,12 +203,14 @@ def test_the_adjusted_networks_of_the_parity_tests_compile(
     assert compiled.metadata.shared <= SHARED_MEMORY["sm_90"] and not opcodes(compiled) & TENSOR_CORES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", sorted({*DIMS} - {2, 3, 8}))  # which the networks above have
 def test_the_networks_of_every_dimension_compile(monkeypatch, dim):
     monkeypatch.setattr(mlp, "PROGRAMS", 2)
     assert opcodes(compile_mlp_trajectory("sm_90", dim=dim, width=20, chains=3, pointers=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "refresh", "bounds"), SAMPLERS)
 def test_the_samplers_of_the_parity_tests_compile(monkeypatch, norm, refresh, bounds):
     monkeypatch.setattr(mlp, "PROGRAMS", 2)
@@ -214,6 +219,7 @@ def test_the_samplers_of_the_parity_tests_compile(monkeypatch, norm, refresh, bo
     assert opcodes(compile_mlp_trajectory("sm_90", dim=3, width=20, chains=5, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", SHARED_MEMORIES[::2])
 def test_a_network_squeezed_compiles(shared):
     dim, width, depth, features = SQUEEZED
