@@ -6,7 +6,7 @@ import importlib
 import sys
 
 from . import __version__
-from .cli import exits
+from .cli import exits, parsers
 
 COMMANDS = {
     "train": "train an energy-based model with Langevin chains",
@@ -35,8 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command that the first argument names, with the other arguments; its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     if arguments and arguments[0] in COMMANDS:
+        name, rest = arguments[0], arguments[1:]
         exits.end_at_once_on_interrupt()  # the module imports torch, which takes seconds
-        return importlib.import_module(f".{arguments[0]}", __package__).main(arguments[1:])
+        if hasattr(parsers, name):  # train reads its own settings
+            exits.begin(getattr(parsers, name)(), rest)
+        return importlib.import_module(f".{name}", __package__).main(rest)
     return exits.exit_code(lambda: without_command(arguments))
 
 

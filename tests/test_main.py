@@ -87,7 +87,14 @@ def test_arguments_reach_the_command(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name", console.COMMANDS)
+def test_the_help_of_a_command_needs_no_torch(name, tmp_path):
+    end = without_torch(tmp_path, name, "--help")
+    assert end.returncode == 0 and f"fastanila.{name}" in end.stdout, end.stderr
+
+
+@pytest.mark.parametrize("name", console.COMMANDS)
 def test_ctrl_c_while_importing_leaves_no_traceback(name, tmp_path):
     interrupted = "import signal\nsignal.raise_signal(signal.SIGINT)\nraise SystemExit('went on')"
-    end = without_torch(tmp_path, name, torch=interrupted)
+    needed = {"sample": ["run"], "evaluate": ["run"], "compare": ["--out", "out"]}  # a line that parses
+    end = without_torch(tmp_path, name, *needed.get(name, []), torch=interrupted)
     assert (end.returncode, end.stderr) == (130, "interrupted\n")

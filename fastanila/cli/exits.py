@@ -26,11 +26,16 @@ class Refused(Exception):
     """What was asked for cannot be done; the message says why, in one line."""
 
 
-def begin(parser: argparse.ArgumentParser) -> None:
+def begin(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> None:
     """The start of a command's process: --help, and a command line that does not parse, end it here, without torch;
     Ctrl-C ends it at once while the rest is imported."""
     end_at_once_on_interrupt()
-    if code := exit_code(lambda: parser.parse_args() and DONE):
+
+    def parsed() -> int:
+        parser.parse_args(argv)
+        return DONE
+
+    if code := exit_code(parsed):
         sys.exit(code)
     end_at_once_on_interrupt()
 

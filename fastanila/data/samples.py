@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import noise
 from .completion import Completions
 from .densities import STREAMS, Density
-from .images import Images
+from .images import Images, to_pixels
 
 _EVERY = 10  #: one row in so many is held out, the first included
 _ROOM = 0.05  #: of the data's range, that the box has beyond it at each end
@@ -118,8 +118,8 @@ def _pixels(images: Tensor) -> Tensor:
         raise ValueError(f"data of images must be floats in [-1, 1] or uint8, got floats from {low:.4g} to {high:.4g}")
     if low >= 0:
         warnings.warn("data: no pixel is below 0, so they are taken as in [0, 1], where 0 is black", stacklevel=4)
-        return (images * 255).round().to(torch.uint8)
-    return ((images.float() + 1) * 127.5).round().to(torch.uint8)
+        return to_pixels(images, (0.0, 1.0))
+    return to_pixels(images)
 
 
 def _stacked(items) -> Tensor:

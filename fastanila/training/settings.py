@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args, get_type_hints
 
+from .defaults import IMAGES, PLANES
+
 
 def setting(default: Any, help: str) -> Any:
     """A field of Settings with the line that --help shows for it."""
@@ -18,8 +20,8 @@ class Settings:
 
     data: str = setting(
         "rings",
-        "Data set: rings, 8gaussians, 25gaussians, pinwheel, two-moons, swiss-roll, checkerboard (2-D); "
-        "digits, image-folder, cifar10, flowers102; or package.module:function, which returns data of your own.",
+        f"Data set: {', '.join(PLANES)} (2-D); {', '.join(IMAGES)}; or package.module:function, which returns data of "
+        "your own.",
     )
     data_dir: str | None = setting(None, "Folder that holds the images (image-folder, cifar10, flowers102).")
     download: bool = setting(False, "Fetch cifar10 or flowers102 into --data-dir if they are missing.")
