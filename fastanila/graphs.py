@@ -102,6 +102,10 @@ def watching(*, rehearsing: bool = False) -> Iterator[Reads]:
         _watched.watch = before
 
 
+#: One thread at a time: what another launches on the stream of a capture would become part of its graph.
+_capture_stream_held = threading.RLock()
+
+
 def cuda_graph(function: Callable[[], T], device: torch.device) -> Callable[[], T]:
     """What ``function`` launches on the device, captured once: each call of the result replays it, on the current
     stream, and returns the same tensors, which the next call overwrites.
@@ -114,7 +118,7 @@ def cuda_graph(function: Callable[[], T], device: torch.device) -> Callable[[], 
             was before: random numbers, freed memory and later captures work.
         torch.OutOfMemoryError: the device's memory does not hold what it needs.
     """
-    with torch.cuda.device(device):
+    with _capture_stream_held, torch.cuda.device(device):
         index = torch.cuda.current_device()
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         # the outer context, because torch 2.11 leaves the capture's stream current when a capture fails
@@ -156,8 +160,8 @@ def captured(
 
 
 def replayed(function: Callable[[], T], device: torch.device, name: str, *, warm_up: float) -> Callable[[], T]:
-    """The function, whose first ``warm_up`` calls run it as it is. Then it is `captured`, and the
-    others replay it; what cannot be captured goes on as it is."""
+    """The function, whose first ``warm_up`` calls run it as it is. Then it is `captured`, and other calls replay it;
+    what cannot be captured goes on as it is."""
     calls, replay = itertools.count(), None
 
     def run() -> T:
@@ -177,10 +181,11 @@ def on_capture_stream(function: Callable[[], T], device: torch.device) -> T:
     if device.type != "cuda":
         return function()
     side, current = capture_stream(device), torch.cuda.current_stream(device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        result = function()
-    current.wait_stream(side)
+    with _capture_stream_held:
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            result = function()
+        current.wait_stream(side)
     return result
 
 

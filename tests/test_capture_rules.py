@@ -145,6 +145,10 @@ def test_calls_are_replayed_after_a_warm_up_on_the_stream_of_the_capture(refused
     assert case["streams"] == 3 and case["one"]  # twice as it is, once captured
 
 
+def test_another_thread_that_warms_up_waits_for_the_end_of_a_capture(refused):
+    assert refused("threads") == dict(nodes=[1], added=2)
+
+
 # ----------------------------------------------------------------------------------------------- after a failed capture
 
 

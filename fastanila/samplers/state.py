@@ -15,7 +15,11 @@ from ..ops.reference import Statistics
 
 
 class State(NamedTuple):
-    """What a chain carries from transition to transition; all but z are None where a chain starts, or has no use."""
+    """What a chain carries from transition to transition; all but z are None where a chain starts, or has no use.
+
+    A sampler that carries something else has a named tuple of its own, with a ``z``. Where a chain starts it is given a
+    State nevertheless, and each `Sampler.run` starts one.
+    """
 
     z: Tensor  #: (B, ...)
     gamma: Tensor | None = None  #: the frozen gain, of z's shape, for refresh="update"

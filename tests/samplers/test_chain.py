@@ -5,8 +5,10 @@ that can go wrong on our side of a capture, are those of the real one. tests/ker
 """
 
 import contextlib
+import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,12 +17,14 @@ from torch import nn
 from fastanila import MALA, AdjustedAniLA, AniLA, Langevin, noise
 from fastanila import graphs as graphs_
 from fastanila.models import MLP, GaussianMixture
+from fastanila.ops import reference
 from fastanila.samplers import captured as captured_samplers
 from fastanila.samplers import chain as chain_samplers
 from fastanila.samplers import kept as kept_samplers
 from fastanila.samplers import stepwise as stepwise_samplers
 from fastanila.samplers.captured import Captured
-from fastanila.samplers.state import State, leaves
+from fastanila.samplers.sampler import Sampler
+from fastanila.samplers.state import Info, State, leaves
 from fastanila.samplers.stepwise import Stepwise, compiled_transition
 
 
@@ -80,6 +84,42 @@ def test_captured_chains_equal_chains_made_one_by_one(frozen, sampler, monkeypat
         got = captured(count, numbers, State(start()), *words(3, 5))
         assert_same(got, stepwise(count, numbers, State(start()), *words(3, 5)))
         assert recorder.made == graphs
+
+
+class Moving(NamedTuple):
+    z: torch.Tensor
+    momentum: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Underdamped(Sampler):
+    """A sampler whose state is its own."""
+
+    step_size: float | torch.Tensor = 0.1
+    is_exact = False
+    numbers = ("step_size",)
+
+    def transition(self, evaluate, state, *, seed, step, offset=0, mask=None, statistics=True):
+        energy, score = evaluate(state.z)
+        before = state.momentum if isinstance(state, Moving) else torch.zeros_like(state.z)
+        momentum = 0.5 * before + self.step_size * score + noise.normal(score.shape, seed=seed, step=step)
+        after = Moving(state.z + self.step_size * momentum, momentum)
+        return after, Info.of(energy, reference.statistics(score, math.inf)) if statistics else None
+
+
+def test_a_sampler_may_carry_a_state_of_its_own(frozen, monkeypatch):
+    monkeypatch.setattr(captured_samplers, "_LONGEST", 4)
+    sampler = Underdamped()
+    captured, stepwise, recorder = both(sampler, GaussianMixture(torch.eye(2)))
+    got = want = State(start())
+    for step, graphs in ((0, 2), (9, 3), (18, 3)):  # 3 + 3 + 3 transitions: from z, from their own end, from a Moving
+        arguments = sampler.numbers_on(None), words(1, step)
+        got, _ = captured(9, arguments[0], got, *arguments[1])
+        want, _ = stepwise(9, arguments[0], want, *arguments[1])
+        assert isinstance(got, Moving) and recorder.made == graphs
+        assert_same(got, want)
+    run = sampler.run(GaussianMixture(torch.eye(2)), start(), steps=9, seed=1, compile=False)
+    assert torch.equal(run, stepwise(9, sampler.numbers_on(None), State(start()), *words(1, 0))[0].z)
 
 
 def test_replays_draw_new_noise_and_see_new_numbers(frozen):

@@ -6,13 +6,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 
 import torch
 
 import fake_device
-from fastanila.graphs import cuda_graph, replayed
+from fastanila.graphs import cuda_graph, on_capture_stream, replayed
 
 MEGABYTE = 1 << 20
 
@@ -218,6 +219,26 @@ def calls_that_are_replayed() -> dict:
     return found | dict(streams=len(streams), one=len({*streams, torch.cuda.current_stream()}) == 2)
 
 
+def warms_up_in_another_thread() -> dict:
+    """A capture in which another thread warms up, which has to wait for its end."""
+    device, x, added = fake_device.Device(), torch.ones(8, device="cuda"), []
+
+    def warm_up():
+        added.append(on_capture_stream(lambda: x + 2, torch.device("cuda")))
+
+    def function():
+        other.start()
+        other.join(0.5)
+        return x + 1
+
+    other = threading.Thread(target=warm_up)
+    warm_up()  # once ahead, which loads what is needed
+    device.clear()
+    cuda_graph(function, torch.device("cuda"))
+    other.join()
+    return dict(nodes=[len(nodes) for nodes in device.graphs], added=len(added))
+
+
 # ----------------------------------------------------------------------------------------------- after a failed capture
 
 
@@ -292,6 +313,7 @@ OTHERS = {
     "permitted": permitted,
     "replayed": copies_and_fills_are_replayed,
     "calls": calls_that_are_replayed,
+    "threads": warms_up_in_another_thread,
     "draws": draws_after_a_failure,
     "replays": replays_after_a_failure,
     "memory": memory_after_a_failure,
