@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data import registry
 from ..evaluation import plots, quadrature
 from ..samplers import SAMPLERS
 from ..samplers.sampler import Sampler
-from ..training.run import Run
+from ..training.run import Run, box_of
 from . import conditions, markov, targets
 from .targets import ROOM, Target
 
@@ -25,7 +24,7 @@ def learned(run: Run) -> Target:
     """
     if run.chains.shape[1:] != (2,):
         raise ValueError(f"the run must be one in two dimensions, got chains of shape {tuple(run.chains.shape[1:])}")
-    side = run.sampler.bounds or quadrature.widened(registry.box_of(run.settings.data), ROOM)
+    side = run.sampler.bounds or quadrature.widened(box_of(run), ROOM)
     # the network computes in its own float32; the grid around it is float64
     return Target(f"{run.settings.data} (learned)", lambda x: run.energy(x.float()).to(x.dtype), (tuple(side),) * 2)
 
