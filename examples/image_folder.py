@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from fastanila import generate
 from fastanila.evaluation import plots
 from fastanila.training.loop import train
+from fastanila.training.run import box_of
 from fastanila.training.settings import Settings
 
 
@@ -49,5 +50,5 @@ with tempfile.TemporaryDirectory() as drawn:
     settings = Settings(iterations=arguments.iterations, width=8, fused=arguments.fused, out=arguments.run)
     run = train(settings, data=Folder(arguments.folder or drawn))  # read whole, once
 samples = generate.sample(run, 64, fused=arguments.fused)  # where the chains went on to
-plots.save_images(arguments.out, samples, run.box)
+plots.save_images(arguments.out, samples, box_of(run))
 print(f"the picture is in {arguments.out}")

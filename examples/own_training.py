@@ -47,7 +47,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
 
     settings = Settings(iterations=arguments.iterations, lr=2e-3, fused=arguments.fused, out=arguments.run)
-    best = []  # a callback sees every row of metrics.jsonl
+    best: list[float] = []  # a callback sees every row of metrics.jsonl
     run = train(settings, energy=network(), data=spiral(), on_log=lambda row: best.append(row.get("nll", math.inf)))
     print(f"least nll {min(best):.3f}; {run.iteration} updates; sampler {run.sampler}")
     shutil.copy(f"{run.settings.out}/figure.png", arguments.out)

@@ -153,7 +153,7 @@ def trained(argv: list[str] | None) -> int:
     except Diverged as stop:
         exits.complain(f"error: {stop}")
         return exits.DIVERGED
-    except torch._dynamo.exc.BackendCompilerFailed as error:
+    except torch._dynamo.exc.TorchDynamoException as error:
         reason = graphs.first_line(error)
         exits.complain(f"error: compiling failed; --no-fused runs without a compiler ({reason})")
         return exits.FAILED

@@ -6,6 +6,7 @@ What runs is `step_operators`: a Triton kernel on CUDA tensors, the plain defini
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def anisotropic_step(
     mask: Tensor | None = None,
     bounds: tuple[float, float] | None = None,
     statistics: bool = False,
-) -> Tensor | tuple[Tensor, Statistics]:
+) -> Tensor | Any:
     """One anisotropic Langevin transition of a batch of chains (STANLEY: Karimi, Xie and Li, Algorithm 1).
 
         gamma_i = b / max(b, |s_i|)
@@ -120,7 +121,7 @@ def anisotropic_step_(
     mask: Tensor | None = None,
     bounds: tuple[float, float] | None = None,
     statistics: bool = False,
-) -> Tensor | tuple[Tensor, Statistics]:
+) -> Tensor | Any:
     """`anisotropic_step`, written into z, which is returned. z may have any layout and may require grad."""
     target, score, arguments = prepare(
         z, score, threshold, step_size, noise_scale, norm, seed, step, offset, gamma, mask, bounds

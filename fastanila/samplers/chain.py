@@ -98,7 +98,8 @@ class _FallingBack:
         result = self.plain(*arguments)  # where the energy itself is at fault, it says so here
         self.kept.refusal = reason
         warnings.warn(
-            f"the energy does not compile as one graph and runs eagerly ({reason}); compile=False says so", stacklevel=3
+            f"the energy does not compile as one graph and runs eagerly ({reason}); compile=False (--no-fused) says so",
+            stacklevel=3,
         )
         return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ _ABOVE_ALL = 1e30  #: an energy that no state has
 
 
 class Adapted(NamedTuple):
-    sampler: Adjusted  #: with the step size found, which stays as it is
+    sampler: Any  #: of the same type, with the step size found, which stays as it is
     z: Tensor  #: (B, ...) the chains, which went on meanwhile
 
 

@@ -20,7 +20,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from ..ops.reference import NORMS, REFRESHES, Proposal
 from .calibration import calibrate
 from .chain import chain_of, whole_run
 from .state import Info, State
+
+S = TypeVar("S", bound="Sampler")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +175,7 @@ class Sampler:
             chain = chain_of(self, energy, score, z=z, mask=mask, compile=compile, whole=whole)
             yield chain, State(z), noise.as_word64(seed, z.device), noise.as_word64(step, z.device)
 
-    def calibrate(self, energy, z, *, score=None, clip_fraction: float = 0.05, stability: float = 0.1) -> Sampler:
+    def calibrate(self: S, energy, z, *, score=None, clip_fraction: float = 0.05, stability: float = 0.1) -> S:
         """This sampler with the step size, and the threshold if it has one, that `calibrate` proposes at z."""
         found = calibrate(
             energy,

@@ -25,6 +25,7 @@ from ..noise import Stream
 from ..samplers.chain import chain_of
 from ..samplers.state import Info, State
 from . import build
+from .defaults import ENERGIES
 from .job import Job
 from .learner import as_number, averaged_parameters, clipped_norm, follow, gradients, move
 from .losses import ELBO, Likelihood, elbo, likelihood
@@ -60,7 +61,9 @@ def build_update(job: Job) -> Callable[[], Update]:
     s, device = job.settings, job.device
     energy = build.at_precision(job.ebm.module, s.precision)
     on_chains = for_chains(energy) if s.fused else energy
-    chain = chain_of(job.sampler, on_chains, z=job.chains, compile=s.fused, capture=False, strict=True)
+    # An energy of the user's own that does not compile may run eagerly, with a warning; not where all is one graph.
+    strict = s.energy in ENERGIES or compiles_once(device)
+    chain = chain_of(job.sampler, on_chains, z=job.chains, compile=s.fused, capture=False, strict=strict)
     numbers = job.sampler.numbers_on(device)
     seed = noise.as_word64(s.seed, device)
     one = torch.ones((), dtype=torch.float32, device=device)

@@ -129,6 +129,20 @@ def test_an_energy_and_data_given_from_python(tmp_path):
         fastanila.load(out, energy=Net(3))
 
 
+class Branching(Net):
+    """Does not compile as one graph: which way it goes depends on a value."""
+
+    def forward(self, x):
+        return super().forward(x) * (2.0 if x.sum().item() > 1e9 else 1.0)
+
+
+def test_an_energy_that_does_not_compile_runs_eagerly_and_says_so(tmp_path):
+    settings = Settings(**SMALL | dict(iterations=2, fused=True), out=str(tmp_path / "run"))
+    with pytest.warns(UserWarning, match="does not compile as one graph and runs eagerly"):
+        run = quietly(settings, energy=Branching(2), data=points())
+    assert run.iteration == 2
+
+
 def test_references_on_the_command_line(tmp_path, mine, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = f"--energy {mine}:energy --data {mine}:points --no-fused --iterations 3 --steps 2".split()
