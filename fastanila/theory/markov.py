@@ -96,7 +96,7 @@ def transition_kernel(sampler: Sampler, target: Target, grid: Cells) -> Kernel:
     Raises ValueError for a sampler whose transition is no draw from normals (HMC, gradient descent), or that remembers
     more than its state (refresh="update"), and for a target whose score is not finite on the grid.
     """
-    if type(sampler).proposal is Sampler.proposal:
+    if getattr(sampler.proposal, "__func__", None) is Sampler.proposal:
         raise ValueError(
             f"sampler must draw its proposals from normals about a mean, which {type(sampler).__name__} does not"
         )

@@ -35,6 +35,10 @@ class Network(NamedTuple):
     optimizer: dict[str, Tensor]  #: by the names of `checkpoint.optimizer_tensors`
 
 
+#: Of a network that a checkpoint lacks: loading it says so.
+MISSING = Network({}, None, {})
+
+
 class Contents(NamedTuple):
     """A run as a checkpoint has it."""
 

@@ -16,7 +16,7 @@ from ..data import images
 from ..samplers import chain, sampler
 from . import build, checkpoint, config, learner, own, run_directory
 from .config import tensorboard_writer
-from .contents import Contents, packed, unpacked
+from .contents import MISSING, Contents, packed, unpacked
 from .learner import Learner
 from .run import read_settings, refuse_given
 from .settings import Settings
@@ -133,7 +133,7 @@ def restore(job: Job, changed_data: bool = False) -> None:
         )
     learner.restore(job.ebm, found.energy, job.directory)
     if job.vae is not None:
-        learner.restore(job.vae, found.vae, job.directory)
+        learner.restore(job.vae, found.vae or MISSING, job.directory)
         job.proposals.copy_(found.proposals)
     for name, tensor in job.start.tensors().items():
         tensor.copy_(found.start[name])

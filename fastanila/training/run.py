@@ -19,7 +19,7 @@ from ..samplers.sampler import Sampler
 from . import checkpoint, config, defaults, own
 from .build import Dataset, at_precision, build_energy, build_sampler, build_vae, device_of, load_data
 from .checkpoint import load_parameters
-from .contents import Network, unpacked
+from .contents import MISSING, Network, unpacked
 from .settings import Settings
 
 
@@ -69,7 +69,7 @@ def _load(directory: Path, device: torch.device, energy: nn.Module | None, data:
 
     network = build_energy(settings, shape, copy.deepcopy(energy))
     model = at_precision(trained(network, found.energy), settings.precision)
-    proposer = trained(build_vae(settings, shape, box), found.vae) if settings.init == "vae" else None
+    proposer = trained(build_vae(settings, shape, box), found.vae or MISSING) if settings.init == "vae" else None
     sampler = build_sampler(settings, box)
     return Run(model, sampler, found.chains, settings, found.iteration, proposer, found.fingerprint, box, data)
 

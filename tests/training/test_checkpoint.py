@@ -260,7 +260,7 @@ def test_load_latest_passes_over_damaged_ones(tmp_path):
 
 WRITERS = """
 import builtins, os, sys, time, torch
-from fastanila import checkpoint
+from fastanila.training import checkpoint
 
 def slow_open(*arguments, real=builtins.open, **options):
     file = real(*arguments, **options)

@@ -100,7 +100,7 @@ def test_a_run_that_fails_while_it_begins_leaves_its_name_free(tmp_path, monkeyp
         elif where == "config":
             patched.setattr(files, "write_text", fails)
         else:
-            patched.setattr(loop, "save", fails)
+            patched.setattr(job_training, "save", fails)
         with pytest.raises(Failed):
             quiet(settings)
     assert quiet(settings).iteration == 3

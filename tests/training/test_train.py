@@ -20,7 +20,7 @@ import fastanila
 from fastanila import evaluate, sample
 from fastanila import train as command
 from fastanila.evaluation import plane
-from fastanila.samplers import chain
+from fastanila.samplers import stepwise
 from fastanila.training import checkpoint, config, learner, loop
 from fastanila.training import job as job_training
 from fastanila.training import update as update_training
@@ -585,7 +585,7 @@ def test_no_number_of_a_run_is_a_constant_of_a_graph(monkeypatch, tmp_path, more
         return torch.compile(function, fullgraph=True, backend=backend)
 
     monkeypatch.setattr(update_training, "compiles_once", lambda device: True)
-    for module in (update_training, chain):
+    for module in (update_training, stepwise):
         monkeypatch.setattr(module, "compiled", compiled)
 
     def graphs_of(out, **settings):
