@@ -125,6 +125,7 @@ def bare(tmp_path):
     return tmp_path, dict(os.environ, PYTHONPATH=str(hook))
 
 
+@pytest.mark.slow
 def test_bench_gpu_runs_from_a_bare_checkout(bare):
     root, environment = bare
     out = root / "out"

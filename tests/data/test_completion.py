@@ -62,7 +62,7 @@ def test_a_conditional_energy_has_a_score_where_chains_may_move():
 
 
 @pytest.mark.parametrize("sampler", [AniLA(0.5, 0.1), AniLA(0.5, 0.1, norm="chain"), AdjustedAniLA(0.5, 0.1)])
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_known_pixels_never_move(sampler, compile):
     z = completion.state(torch.rand(3, 1, 8, 8), completion.region("blocks", 3, 8, seed=0, step=0))
     free = completion.free(z)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cases import with_slow
 from fastanila import ops
 from fastanila.ops import dispatch
 from fastanila.samplers import whole_chain
@@ -35,7 +36,7 @@ def updates(request):
 SMALL = dict(sampler="anila", step_size=0.005, steps=6, chains=8, batch_size=8, threshold=1.0)
 
 
-@pytest.mark.parametrize("way", ["whole chains", "one by one", "exact", "exact, one by one"])
+@pytest.mark.parametrize("way", with_slow(["whole chains", "exact, one by one"], ["one by one", "exact"]))
 def test_the_updates(tmp_path, monkeypatch, way, updates):
     """The default job's sampler is the exact one."""
     if "one by one" in way:
@@ -47,7 +48,7 @@ def test_the_updates(tmp_path, monkeypatch, way, updates):
 
 
 # slow: in the interpreter it takes minutes to compile; on a GPU `-m gpu` runs both
-@pytest.mark.parametrize("task", [pytest.param("generation", marks=pytest.mark.slow), "completion"])
+@pytest.mark.parametrize("task", [pytest.param(task, marks=pytest.mark.slow) for task in ("generation", "completion")])
 def test_updates_with_a_vae(tmp_path, monkeypatch, task):
     """Chains of completions move by the step's mask, which is part of the same launch."""
     if task == "generation":

@@ -103,7 +103,7 @@ def few_programs(monkeypatch):
 # --------------------------------------------------------------------------------------------------------- the numbers
 
 
-@one_in(3, count=[1, 3, 33], sizes=MIXTURES)
+@one_in(5, count=[1, 3, 33], sizes=MIXTURES)
 def test_a_mixture(poisoned, sizes, count):
     dim, components = sizes
     energy, z = mixture(dim, components), chains(count, dim)
@@ -113,7 +113,7 @@ def test_a_mixture(poisoned, sizes, count):
     assert torch.equal(z, before)
 
 
-@one_in(2, batch=BATCHES, network=NETWORKS)
+@one_in(4, batch=BATCHES, network=NETWORKS)
 def test_a_network(poisoned, monkeypatch, network, batch):
     (dim, width, depth, features, activation), (count, rows) = network, batch
     monkeypatch.setattr("fastanila.kernels.mlp.PROGRAMS", -(-count // rows))
@@ -151,7 +151,7 @@ def test_plain_langevin(few_programs, kind):
     assert (out.gamma_mean == 1).all() and not out.clip_fraction.any()
 
 
-@one_in(2, kind=list(ENERGIES), dim=DIMS)
+@one_in(3, kind=list(ENERGIES), dim=DIMS)
 def test_noise_is_the_stream(few_programs, kind, dim):
     """Whatever lanes a chain's elements take, at any offset, step and seed."""
     energy, z = ENERGIES[kind](dim), chains(3, dim)

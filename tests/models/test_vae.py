@@ -232,6 +232,7 @@ def joint_job(kl_weight=0.25, iterations=1500, **changes):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_joint_scheme_finds_a_gaussian():
     """Data N(m, s^2), U quadratic, both networks affine, MALA: everything that is learned has a closed form. With v the
     weight of KL: a = 1 / s^2, b = m / s^2, g(z) = m + w z, w^2 = s^2 - v, reconstruction v / 2, KL log(s^2 / v) / 2.
