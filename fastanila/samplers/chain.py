@@ -51,7 +51,7 @@ def chain_of(
 
 
 def makes_whole_chains(sampler, energy, z: Tensor, mask: Tensor | None = None) -> bool:
-    """Whether a single kernel can make the chain's transitions: see `fastanila.ops.whole_chain`."""
+    """Whether a single kernel can make the chain's transitions: see `samplers.whole_chain`."""
     return sampler.whole_chain and energy is not None and whole_chain.supports(energy, z, mask=mask)
 
 
