@@ -36,10 +36,9 @@ BUDGETS = {
     "update: rings, a vae proposes": 95,
     "update: images, bf16": 1150,
 }
-#: What is run every time: kernels of each kind, in few compilations.
+#: What is run every time: kernels of each kind but convolutions, in few compilations.
 QUICK = {
     "transition: mlp, 128-d",
-    "transition: convnet, bf16",
     "transition: mlp, adjusted",
     "run: mixture",
     "run: mlp",

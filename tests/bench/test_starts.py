@@ -56,7 +56,7 @@ def test_spread_and_tables():
 @pytest.mark.parametrize(
     ("data_set", "inits", "seeds"),
     [
-        ("rings", ["vae"], ["1"]),
+        pytest.param("rings", ["vae"], ["1"], marks=pytest.mark.slow),
         pytest.param("rings", ["noise", "vae"], ["0", "1"], marks=pytest.mark.slow),
         pytest.param("digits", ["vae"], ["0", "1"], marks=pytest.mark.slow),
     ],

@@ -41,6 +41,7 @@ def check_table(works, tmp_path, capsys):
     return printed
 
 
+@pytest.mark.slow
 def test_the_table_times_every_way(graphs, tmp_path, capsys, monkeypatch):
     small = workloads.Chains("mixture", (64, 2), 5)
     monkeypatch.setattr(rows, "chain_rows", lambda kind: [chain_rows.chain_row(kind, small)])

@@ -274,6 +274,7 @@ def test_chain_distances_by_their_definitions():
     assert all(value > 1.2 * floor > 0 for value, floor in found.values())  # and chains too wide are seen by all
 
 
+@pytest.mark.slow
 def test_distances_of_chains_tell_the_samplers_error_from_the_models():
     n = 4000
 

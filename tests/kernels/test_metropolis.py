@@ -305,7 +305,7 @@ def transitions(z, threshold, seed, step, norm, count):
     return z, score, energy, proposal, acceptance
 
 
-@pytest.mark.parametrize("norm", with_slow(["chain"], ["element", "channel"]))
+@pytest.mark.parametrize("norm", with_slow([], ["chain", "element", "channel"]))
 def test_compiled_with_the_kernel_inside(norm):
     z = draw((9, 5, 2), torch.float32)[0]
     args = (torch.tensor(2.0, device=DEVICE), torch.tensor(1, device=DEVICE), torch.tensor(2, device=DEVICE))

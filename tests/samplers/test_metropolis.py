@@ -355,7 +355,7 @@ def test_dual_averaging_equals_the_algorithm():
     assert oracle.dual_averaging(acceptances, 0.66, 0.02)[1] != pytest.approx(kept, rel=1e-1)
 
 
-@pytest.mark.parametrize("factor", [0.01, 100.0])
+@pytest.mark.parametrize("factor", [0.01, pytest.param(100.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sampler", [MALA(), AdjustedAniLA(4.0, norm="chain"), AdjustedAniLA(2.0), HMC()], ids=str)
 def test_adapt_finds_the_step_size_of_the_target_acceptance(sampler, factor):
     """On 20 normals, from step sizes a hundred times too large and too small."""
