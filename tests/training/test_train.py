@@ -365,7 +365,7 @@ def test_a_signal_leaves_a_checkpoint(tmp_path, number, code):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.1)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == code and f"--resume {tmp_path / 'run'}" in err
     made = rows(tmp_path / "run")[-1]["iteration"]
     assert checkpoint.load_latest(tmp_path / "run" / "checkpoints")[1]["iteration"] == made
