@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ class Images:
     train: Tensor  #: uint8 (N, C, H, W)
     held_out: Tensor  #: uint8 (M, C, H, W)
     box: tuple[float, float] = (-1.0, 1.0)
+    train_labels: Tensor | None = None  #: int64 (N,), the class of each from 0 on; None where there are no classes
+    held_out_labels: Tensor | None = None  #: int64 (M,)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -62,7 +65,9 @@ class Images:
         }
 
     def to(self, device) -> Images:
-        return replace(self, train=self.train.to(device), held_out=self.held_out.to(device))
+        tensors = ("train", "held_out", "train_labels", "held_out_labels")
+        here = {name: getattr(self, name) for name in tensors}
+        return replace(self, **{name: None if x is None else x.to(device) for name, x in here.items()})
 
     def draw(
         self, count: int, *, seed: int | Tensor, step: int | Tensor, purpose="train", offset: int = 0, device=None
@@ -89,34 +94,48 @@ def changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> list[s
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A loader returns (training, held-out) pixels, uint8 (N, C, H, W), on the CPU. Of the options of `registry.load` it has
-# those that it takes: root (the data_dir), size, channels, download.
+# A loader returns (training, held-out), each `Labelled`, on the CPU. Of the options of `registry.load` it has those
+# that it takes: root (the data_dir), size, channels, download.
 
 
-def digits() -> tuple[Tensor, Tensor]:
+class Labelled(NamedTuple):
+    """Images, and which class each is of."""
+
+    pixels: Tensor  #: uint8 (N, C, H, W)
+    labels: Tensor  #: int64 (N,), classes counted from 0
+
+    def at(self, rows: Tensor) -> Labelled:
+        """Those that ``rows``, a mask or indices, names."""
+        return Labelled(self.pixels[rows], self.labels[rows])
+
+
+def digits() -> tuple[Labelled, Labelled]:
     from sklearn.datasets import load_digits
 
-    values = torch.from_numpy(load_digits().images)  # (1797, 8, 8), 0..16
-    return _split((values * (255 / 16)).round().to(torch.uint8)[:, None], every=5)
+    source = load_digits()
+    values = torch.from_numpy(source.images)  # (1797, 8, 8), 0..16
+    pixels = (values * (255 / 16)).round().to(torch.uint8)[:, None]
+    return _split(Labelled(pixels, _labels(source.target)), every=5)
 
 
-def cifar10(root: Path, download: bool) -> tuple[Tensor, Tensor]:
+def cifar10(root: Path, download: bool) -> tuple[Labelled, Labelled]:
     from torchvision.datasets import CIFAR10
 
     # CIFAR10 unpickles its files, and does so only after it has found the checksum of each to be right.
     sets = (_from_torchvision(CIFAR10, root, download, train=train) for train in (True, False))
-    return tuple(_channels_first(dataset.data) for dataset in sets)
+    return tuple(Labelled(_channels_first(dataset.data), _labels(dataset.targets)) for dataset in sets)
 
 
-def flowers102(root: Path, size: int, channels: int, download: bool) -> tuple[Tensor, Tensor]:
+def flowers102(root: Path, size: int, channels: int, download: bool) -> tuple[Labelled, Labelled]:
     from torchvision.datasets import Flowers102
 
-    def read(*splits: str) -> Tensor:
-        paths = []
+    def read(*splits: str) -> Labelled:
+        items = []
         for split in splits:  # with a loader that gives the path, for torchvision's tells of no broken file which it is
             dataset = _from_torchvision(Flowers102, root, download, split=split, loader=str)
-            paths += [dataset[i][0] for i in range(len(dataset))]
-        return _read_images(paths, size, channels)
+            items += [dataset[i] for i in range(len(dataset))]
+        paths, labels = zip(*items, strict=True)
+        return Labelled(_read_images(paths, size, channels), _labels(labels))
 
     return read("train", "val"), read("test")
 
@@ -133,30 +152,45 @@ def _from_torchvision(kind: type, root: Path, download: bool, **options):
         raise ValueError(f"{kind.__name__} is broken: a file in {folder} is missing or damaged; {advice}") from error
 
 
-def image_folder(root: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
+def image_folder(root: Path, size: int, channels: int) -> tuple[Labelled, Labelled]:
+    """The class is the folder below ``root``, or below its train/ and test/: counted in the order of the names."""
     if not root.is_dir():
         raise FileNotFoundError(f"no images: {root} is not a folder; pass --data-dir for where the class folders lie")
     parts = image_files.parts(root)
     if parts is None:
-        return _apart(*_split(_read_images([*_found(root, least=2).values()], size, channels), every=10))
-    train, held_out = (_found(part, least=1) for part in parts)
-    if both := [train[identity] for identity in train if identity in held_out]:
+        paths = _found(root, least=2).values()
+        (labels,) = _class_labels({root: paths})
+        return _apart(*_split(Labelled(_read_images([*paths], size, channels), labels), every=10))
+    found = [_found(part, least=1) for part in parts]
+    if both := [found[0][identity] for identity in found[0] if identity in found[1]]:
         number = "1 image is" if len(both) == 1 else f"{len(both)} images are"
         raise ValueError(f"{number} in both {parts[0]} and {parts[1]}, by a link: {both[0]}")
-    train, held_out = (_read_images([*part.values()], size, channels) for part in (train, held_out))
-    if copies := int(_copies(train, held_out).sum()):
-        _tell(f"{copies} of {len(held_out)} held-out images equal a training image, pixel by pixel")
+    labels = _class_labels({root: paths.values() for root, paths in zip(parts, found, strict=True)})
+    train, held_out = (
+        Labelled(_read_images([*paths.values()], size, channels), of) for paths, of in zip(found, labels, strict=True)
+    )
+    if copies := int(_copies(train.pixels, held_out.pixels).sum()):
+        _tell(f"{copies} of {len(held_out.pixels)} held-out images equal a training image, pixel by pixel")
     return train, held_out
 
 
-def _apart(train: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
+def _class_labels(found: dict[Path, Collection[str]]) -> list[Tensor]:
+    """The class of each path, by the first folder below its root: one tensor a root. The classes of all are counted
+    together, so that a folder of the same name is the same class below each."""
+    names = [[os.path.relpath(path, root).split(os.sep)[0] for path in paths] for root, paths in found.items()]
+    number = {name: i for i, name in enumerate(sorted({name for part in names for name in part}))}
+    return [_labels([number[name] for name in part]) for part in names]
+
+
+def _apart(train: Labelled, held_out: Labelled) -> tuple[Labelled, Labelled]:
     """Both, where the split is ours: held-out images of which there is a copy in training go there too."""
-    copies = _copies(train, held_out)
+    copies = _copies(train.pixels, held_out.pixels)
     if copies.all():  # nothing would be held out
-        _tell(f"all {len(held_out)} held-out images equal a training image, pixel by pixel")
+        _tell(f"all {len(copies)} held-out images equal a training image, pixel by pixel")
     elif copies.any():
         _tell(f"not held out: {int(copies.sum())} of the images, which have copies, pixel by pixel, in training")
-        return torch.cat([train, held_out[copies]]), held_out[~copies]
+        moved = held_out.at(copies)
+        return Labelled(*(torch.cat(both) for both in zip(train, moved, strict=True))), held_out.at(~copies)
     return train, held_out
 
 
@@ -191,14 +225,18 @@ def _channels_first(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def _split(images: Tensor, every: int) -> tuple[Tensor, Tensor]:
+def _labels(classes) -> Tensor:
+    return torch.as_tensor(classes, dtype=torch.int64)
+
+
+def _split(images: Labelled, every: int) -> tuple[Labelled, Labelled]:
     """Holds out every ``every``-th image, the first included."""
-    held_out = torch.arange(len(images), device=images.device) % every == 0
-    return images[~held_out], images[held_out]
+    held_out = torch.arange(len(images.labels)) % every == 0
+    return images.at(~held_out), images.at(held_out)
 
 
 #: By the data set's name.
-LOADERS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+LOADERS: dict[str, Callable[..., tuple[Labelled, Labelled]]] = {
     "digits": digits,
     "image-folder": image_folder,
     "cifar10": cifar10,

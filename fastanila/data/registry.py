@@ -46,4 +46,5 @@ def load(
     root = Path("data" if data_dir is None else data_dir)
     given = dict(root=root, size=size, channels=channels, download=download)
     train, held_out = images.LOADERS[name](**{option: given[option] for option in images.options(name)})
-    return Images(name, train, held_out).to(device)
+    labels = dict(train_labels=train.labels, held_out_labels=held_out.labels)
+    return Images(name, train.pixels, held_out.pixels, **labels).to(device)

@@ -327,6 +327,12 @@ def test_digits_are_scikit_learns():
     assert images.train.dtype == torch.uint8
     np.testing.assert_array_equal(images.held_out[3, 0].numpy(), np.round(source[15] * 255 / 16))
     np.testing.assert_array_equal(images.train[0, 0].numpy(), np.round(source[1] * 255 / 16))
+    classes = torch.from_numpy(load_digits().target).long()
+    assert images.train_labels.dtype == images.held_out_labels.dtype == torch.int64
+    assert torch.equal(images.held_out_labels, classes[::5])
+    assert torch.equal(images.train_labels, classes[torch.arange(1797) % 5 > 0])
+    moved = images.to("meta")
+    assert moved.train_labels.device.type == moved.held_out_labels.device.type == "meta"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -374,6 +380,8 @@ def test_image_folder_reads_what_torchvision_would(folder, channels, mode):
     assert images.shape == (channels, 16, 16) and images.train.dtype == torch.uint8
     assert torch.equal(images.held_out, expected[[0, 10]])  # every tenth
     assert torch.equal(images.train, expected[[*range(1, 10), 11]])
+    assert images.held_out_labels.tolist() == [0, 1]  # a and b; a/deep is a
+    assert images.train_labels.tolist() == [0, *[1] * 9]
 
 
 def test_image_folder_enlarges_small_images(folder):
@@ -388,6 +396,19 @@ def test_image_folder_takes_train_and_test(tmp_path):
     images = data.load("image-folder", data_dir=tmp_path, size=8)
     assert len(images.train) == 3 and len(images.held_out) == 1
     assert torch.equal(images.held_out[0], reference_pixels(tmp_path / "test" / "x" / "0.png", 8))
+
+
+def test_classes_are_the_folders_names_in_order_and_the_same_in_both_sets(tmp_path, monkeypatch):
+    for i, name in enumerate(("train/b", "train/a", "train/c", "test/c", "test/a/deeper/still")):
+        flat(tmp_path / name / "x.png", i)
+    monkeypatch.chdir(tmp_path)
+    images = data.load("image-folder", data_dir=".", size=4)
+    assert greys(images.train) == [1, 0, 2] and images.train_labels.tolist() == [0, 1, 2]
+    assert greys(images.held_out) == [4, 3] and images.held_out_labels.tolist() == [0, 2]
+    assert images.train_labels.dtype == torch.int64
+    flat(tmp_path / "test" / "aa" / "x.png", 9)  # a class that training lacks has a number of its own
+    images = data.load("image-folder", data_dir=".", size=4)
+    assert images.train_labels.tolist() == [0, 2, 3] and images.held_out_labels.tolist() == [0, 1, 3]
 
 
 def test_a_broken_image_is_named(folder):
@@ -489,13 +510,15 @@ def test_an_image_in_both_sets_is_refused(tmp_path):
 
 def test_copies_of_an_image_stay_together(tmp_path):
     for i in range(21):
-        flat(tmp_path / "a" / f"{i:02d}.png", 13 if i == 10 else i)  # the eleventh, to be held out, is as one after it
+        kind = "b" if i == 20 else "a"
+        flat(tmp_path / kind / f"{i:02d}.png", 13 if i == 10 else i)  # the eleventh, to be held out, is as one after it
     with pytest.warns(
         UserWarning, match="not held out: 1 of the images, which have copies, pixel by pixel, in training"
     ):
         images = data.load("image-folder", data_dir=tmp_path, size=4)
     assert greys(images.held_out) == [0, 20]
     assert sorted(greys(images.train)) == sorted([*range(1, 10), *range(11, 20), 13])
+    assert images.held_out_labels.tolist() == [0, 1] and images.train_labels.tolist() == [0] * 19
 
 
 def test_copies_that_are_held_out_are_told(tmp_path):
@@ -609,6 +632,7 @@ def test_cifar10_reads_its_files(tmp_path, cifar10):
     assert images.shape == (3, 32, 32)
     assert torch.equal(images.train, expected[:40]) and torch.equal(images.held_out, expected[40:])
     assert images.train.is_contiguous()
+    assert images.train_labels.tolist() == [*range(8)] * 5 and images.held_out_labels.tolist() == [*range(8)]
 
 
 @pytest.mark.parametrize("name", ("data_batch_2", "test_batch", "batches.meta"))
@@ -656,6 +680,8 @@ def test_flowers102_reads_its_files(tmp_path, flowers102):
     expected = [reference_pixels(flowers102 / "jpg" / f"image_{i:05d}.jpg", 24) for i in range(1, 13)]
     assert torch.equal(images.train, torch.stack([expected[i - 1] for i in (2, 1, 5, 6, 3, 9, 4)]))
     assert torch.equal(images.held_out, torch.stack([expected[i - 1] for i in (7, 8, 12, 11, 10)]))
+    assert images.train_labels.tolist() == [1, 0, 4, 5, 2, 8, 3]  # the file counts classes from 1
+    assert images.held_out_labels.tolist() == [6, 7, 11, 10, 9]
 
 
 def test_flowers102_refuses_damaged_files(tmp_path, flowers102):
