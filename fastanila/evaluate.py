@@ -4,11 +4,13 @@ Two dimensions: nll (the data's, held out, under the normalised model), entropy 
 gap, kl, tv (model against data density), boundary_mass, all by quadrature, with quadrature_error; and total variation,
 sliced Wasserstein distance and MMD of the chains, to the data (tv_chains, sw_chains, mmd_chains) and to the model's own
 law (tv_chains_model, ...), each beside what exact draws of their number give (..._floor): see `plane.evaluate`. Images:
-Frechet distances to held-out images on principal components: of the chains, of where they started, and of baselines.
+kid, frechet, precision, recall, density and coverage to held-out images by a network's features (kid_start: of where
+the chains started), whether samples are copies of training images, and all that of baselines:
+`evaluation.features.evaluate_images` says what each is. --fid adds the FID of papers.
 Vectors of your own: distances of the chains to held-out ones, and in two dimensions nll: see `vectors.evaluate`.
 
 A run with init=vae is judged by fresh pairs of a proposal and what K transitions make of it: the numbers of chains are
-those of the revised states, frechet_start and mmd_start those of the proposals; energy_proposals, energy_revised and
+those of the revised states, kid_start and frechet_start those of the proposals; energy_proposals, energy_revised and
 moved (how far an element moves) say what the revision does, and tv_proposals_model how far proposals are from the
 model's law. A run with task=completion: errors in the missing regions, see `completed`. Densities with modes:
 modes_covered_model and modes_covered_chains.
@@ -40,8 +42,8 @@ from . import checks, generate
 from .cli import exits, parsers
 from .cli.flags import refuse
 from .data import Images, Vectors, completion, densities
-from .data.images import from_pixels
-from .evaluation import diagnostics, distances, plane, plots, vectors
+from .data.images import from_pixels, to_pixels
+from .evaluation import diagnostics, distances, features, inception, plane, plots, vectors
 from .training import build, checkpoint, config, needs, run_directory
 from .training.run import Run, data_of, load, updates_past
 
@@ -51,21 +53,29 @@ _COMPLETIONS = 8  # of an image
 _BATCH = 1024  # states whose energy is taken at a time
 
 
-def evaluate(run: Run, *, data_dir: str | None = None, fused: bool = True) -> dict[str, float]:
-    """The numbers above, as Python floats. Raises FileNotFoundError where a run's images are not there."""
+def evaluate(
+    run: Run, *, data_dir: str | None = None, fused: bool = True, count: int = 2000, fid: bool = False
+) -> dict[str, Any]:
+    """The numbers above, as Python has them. Of images at most ``count`` of each set are compared; ``fid`` adds FID.
+
+    Raises FileNotFoundError where a run's images are not there, ModuleNotFoundError where they are compared by a
+    network whose package is missing, and OSError for a FID whose weights cannot be had.
+    """
     with build.arithmetic(run.settings.precision):
-        return _evaluate(run, data_dir, fused)
+        return _evaluate(run, data_dir, fused, count, fid)
 
 
-def _evaluate(run: Run, data_dir: str | None, fused: bool) -> dict[str, float]:
+def _evaluate(run: Run, data_dir: str | None, fused: bool, count: int, fid: bool) -> dict[str, Any]:
     device, settings = run.chains.device, run.settings
     dataset = data_of(run, data_dir)
-    report: dict[str, float] = {"iteration": run.iteration}
+    report: dict[str, Any] = {"iteration": run.iteration}
     if settings.task == "completion":
         return report | completed(run, dataset, fused=fused)
     in_plane, of_vectors = isinstance(dataset, densities.Density), isinstance(dataset, Vectors)
     if not in_plane and not of_vectors:
         _check_counts(run, dataset)
+        if fid:
+            inception.torch_fidelity()  # ahead of the work
     chains, start = run.chains, None
     if run.vae is not None:
         start, chains = generate.pairs(run, _PLANE_PAIRS if in_plane or of_vectors else _IMAGE_PAIRS, fused=fused)
@@ -79,8 +89,10 @@ def _evaluate(run: Run, data_dir: str | None, fused: bool) -> dict[str, float]:
     if start is None:
         started = build.build_start(settings, dataset, device)
         start = started.tensors().get("population", started.draw(0))
-    held_out, train = from_pixels(dataset.held_out), from_pixels(dataset.train)
-    return report | distances.evaluate_images(chains, held_out, train, start)
+    labels = dict(train_labels=dataset.train_labels, held_out_labels=dataset.held_out_labels)
+    sets = chains, dataset.held_out, dataset.train, start
+    report |= features.evaluate_images(*sets, box=dataset.box, count=count, **labels)
+    return report | ({"fid": inception.fid(to_pixels(chains, dataset.box), dataset.held_out)} if fid else {})
 
 
 def _check_counts(run: Run, images: Images) -> None:
@@ -166,7 +178,14 @@ def save_mixing(path: Path, found: dict[str, Any], trace: diagnostics.Trace, tit
 
 def main(argv: list[str] | None = None) -> int:
     return exits.run(
-        parsers.evaluate(), argv, evaluated, ValueError, TypeError, ModuleNotFoundError, checkpoint.CheckpointError
+        parsers.evaluate(),
+        argv,
+        evaluated,
+        ValueError,
+        TypeError,
+        OSError,
+        ModuleNotFoundError,
+        checkpoint.CheckpointError,
     )
 
 
@@ -185,14 +204,21 @@ def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
         title = f"{arguments.run}: {found['chains']} chains, {type(run.sampler).__name__}"
         save_mixing(directory / "chains.png", found, trace, title)
         chains = {"chains": _finite(found)}
-    report = evaluate(run, data_dir=arguments.data_dir, fused=arguments.fused)
+    options = dict(data_dir=arguments.data_dir, fused=arguments.fused, count=arguments.count, fid=arguments.fid)
+    report = evaluate(run, **options)
     exits.say(json.dumps({"run": str(arguments.run), **_finite(report), **chains}, indent=2))
     return exits.DONE
 
 
-def _finite(report: dict[str, float]) -> dict[str, float | None]:
+def _finite(report: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN or infinity."""
-    return {k: v if math.isfinite(v) else None for k, v in report.items()}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _finite(value)
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: plain(value) for name, value in report.items()}
 
 
 if __name__ == "__main__":
