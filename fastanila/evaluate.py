@@ -178,14 +178,7 @@ def save_mixing(path: Path, found: dict[str, Any], trace: diagnostics.Trace, tit
 
 def main(argv: list[str] | None = None) -> int:
     return exits.run(
-        parsers.evaluate(),
-        argv,
-        evaluated,
-        ValueError,
-        TypeError,
-        OSError,
-        ModuleNotFoundError,
-        checkpoint.CheckpointError,
+        parsers.evaluate(), argv, evaluated, ValueError, TypeError, ModuleNotFoundError, checkpoint.CheckpointError
     )
 
 
@@ -196,6 +189,8 @@ def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
     run = load(arguments.run, arguments.device)
     for reason in needs.idle(run.settings, given & {"data_dir"}).values():
         raise ValueError(reason)
+    if run.settings.task == "completion" or run.chains.dim() != 4:
+        refuse(given, ["count", "fid"], "but on a model of whole images")
     chains: dict[str, Any] = {}
     if arguments.chains:
         directory = config.path_of("run", arguments.run)
