@@ -165,7 +165,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for (sampler, threshold), group in itertools.groupby(lines, lambda line: (line["sampler"], line["threshold"])):
         group = list(group)
         well = [line for line in group if not line["diverged"]]
-        first = "gap" if any("gap" in line for line in well) else "kid"
+        first = "gap" if any("gap" in line for line in well) else "frechet"
         numbers = [
             k for k in (first, "tv", "tv_chains", "clip_fraction", "acceptance", "seconds") if well and k in well[0]
         ]

@@ -25,7 +25,7 @@ from .. import files, noise
 _SIDE = 128  #: pixels that EfficientNet-Lite0 sees along a side
 _BATCH = 16  #: images at a time: more of them leave the processor's caches, and take twice the time
 _VERSION = 1  #: of what is done to images ahead of a network; another one makes kept features stale
-_STEPS, _ROWS, _RATE, _HIDDEN = 300, 256, 3e-3, 64  #: of the classifier
+_STEPS, _ROWS, _RATE, _HIDDEN = 200, 256, 3e-3, 64  #: of the classifier
 
 
 class Extractor(NamedTuple):
@@ -72,7 +72,7 @@ def classifier(train: Tensor, labels: Tensor, held_out: Tensor, held_out_labels:
     """64 features of a small network, trained to tell the classes of images (N, C, H, W), uint8; labels (N,) int64.
 
     Two convolutions and a hidden layer, whose activations are the features, scaled to a mean square of one over the
-    training images. 300 steps of Adam, each on one image in so many: a function of the images, labels and seed, and
+    training images. 200 steps of Adam, each on one image in so many: a function of the images, labels and seed, and
     seconds on a CPU; kept as features are (`features_of`). Raises ValueError for images of one class.
     """
     classes = int(torch.cat([labels, held_out_labels]).max()) + 1
