@@ -53,7 +53,7 @@ class Stream(enum.IntEnum):
     BASELINE = 13  #: what a model is compared with, and the directions of sliced distances
     POSTERIOR = 14  #: the VAE's reparametrised draws; step = update
     MASKS = 15  #: which regions of images are missing; step = update, as the data's
-    SUBSETS = 16  #: which rows a distance is taken of; step = which of its sets
+    SUBSETS = 18  #: which rows a distance is taken of; step = which of its sets
 
 
 def words(

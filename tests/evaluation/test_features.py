@@ -67,7 +67,7 @@ def crops(count, seed, size=32):
     """Crops of scikit-learn's two photographs, reduced to ``size``, and which photograph each is of."""
     from sklearn.datasets import load_sample_images
 
-    photos = [torch.from_numpy(photo).permute(2, 0, 1) for photo in load_sample_images().images]
+    photos = [torch.tensor(photo).permute(2, 0, 1) for photo in load_sample_images().images]
     which = torch.arange(count) * 2 // count
     corners = torch.rand(count, 2, generator=generator(seed))
     made = []
