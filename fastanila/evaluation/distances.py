@@ -144,7 +144,7 @@ def neighbours(samples: Tensor, truth: Tensor, *, k: int = 3, k_density: int = 5
 class Nearest(NamedTuple):
     """Of each row, the nearest of a pool."""
 
-    index: Tensor  #: (N,) int64
+    which: Tensor  #: (N,) int64, its index
     distance: Tensor  #: (N,) float64, Euclidean
     ratio: Tensor  #: (N,) float64, the distance over the mean distance of the k nearest: near 0 for a copy
 
@@ -157,7 +157,7 @@ def nearest(rows: Tensor, pool: Tensor, *, k: int = 50) -> Nearest:
     """
     rows, pool = rows.float(), pool.float()
     squares, k = pool.square().sum(1), min(k, len(pool))
-    found, distances, ratios = [], [], []
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
     for part in rows.split(_BLOCK):
         gaps = torch.addmm(squares, part, pool.T, alpha=-2) + part.square().sum(1, keepdim=True)
         close = gaps.topk(k, dim=1, largest=False)
@@ -165,8 +165,8 @@ def nearest(rows: Tensor, pool: Tensor, *, k: int = 50) -> Nearest:
         distance = (part.double() - pool[index].double()).norm(dim=1)
         others = close.values[:, 1:].double().clamp(min=0).sqrt().sum(1)
         mean = ((others + distance) / k).clamp(min=1e-100)  # all of them copies: 0 over 0 is a copy too
-        found, distances, ratios = [*found, index], [*distances, distance], [*ratios, distance / mean]
-    return Nearest(torch.cat(found), torch.cat(distances), torch.cat(ratios))
+        found.append((index, distance, distance / mean))
+    return Nearest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def _radii(x: Tensor, k: int) -> Tensor:

@@ -100,7 +100,8 @@ def classifier(train: Tensor, labels: Tensor, held_out: Tensor, held_out_labels:
 def _scaled(pixels: Tensor) -> Tensor:
     """(B, C, H, W) float32 in [-1, 1], of at most 16 pixels along a side."""
     x = pixels.to(torch.float32) / 127.5 - 1
-    return F.adaptive_avg_pool2d(x, tuple(min(side, 16) for side in x.shape[-2:]))
+    height, width = x.shape[-2:]
+    return F.adaptive_avg_pool2d(x, (min(height, 16), min(width, 16)))
 
 
 def _network(channels: int, classes: int) -> nn.Sequential:
@@ -119,6 +120,7 @@ def _trained(network: nn.Sequential, pixels: Tensor, labels: Tensor, seed: int) 
                 shape, fan_in = layer.weight.shape, layer.weight[0].numel()
                 xi = noise.normal(shape, seed=seed, step=i, stream=noise.Stream.INITIAL)
                 layer.weight.copy_(xi * (2 / fan_in) ** 0.5)
+                assert layer.bias is not None
                 layer.bias.zero_()
     optimizer = torch.optim.Adam(network.parameters(), lr=_RATE)
     stride = -(-len(pixels) // _ROWS)
@@ -177,7 +179,7 @@ def _path(key: list[Any]) -> Path | None:
 
 
 def _digest(x: Tensor) -> str:
-    return hashlib.sha256(x.cpu().contiguous().numpy()).hexdigest()
+    return hashlib.sha256(x.cpu().contiguous().numpy().data).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

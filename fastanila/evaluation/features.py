@@ -119,7 +119,7 @@ def _reference(extractor: Extractor, train: Tensor, held_out: Tensor, count: int
     truth = features_of(extractor, held_out, keep=True)
     known = features_of(extractor, baselines.spaced(train, count), keep=True)
     pixel = distances.nearest(_lines(held_out), _lines(train))
-    return _Reference(extractor, train, truth, known, pixel.index, pixel, distances.nearest(truth, known))
+    return _Reference(extractor, train, truth, known, pixel.which, pixel, distances.nearest(truth, known))
 
 
 def _baselines(reference: _Reference, count: int, *, seed: int) -> Mapping[str, Tensor]:

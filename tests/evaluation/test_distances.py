@@ -213,7 +213,7 @@ def test_nearest_by_its_definition(monkeypatch):
     found = distances.nearest(rows, pool, k=6)
     for i, row in enumerate(rows):
         gaps = sorted(((row - y).norm().item(), j) for j, y in enumerate(pool))
-        assert found.index[i] == gaps[0][1]
+        assert found.which[i] == gaps[0][1]
         assert found.distance[i].item() == pytest.approx(gaps[0][0], rel=1e-5)  # of rows that were rounded to float32
         assert found.ratio[i].item() == pytest.approx(gaps[0][0] * 6 / sum(gap for gap, _ in gaps[:6]), rel=1e-5)
     assert found.distance[3] == found.ratio[3] == 0 and found.distance.dtype == torch.float64
