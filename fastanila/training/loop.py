@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import signal
 import time
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .. import graphs
+from .. import checks, graphs
 from . import build, own
 from .job import (
     Diverged,
@@ -74,6 +75,7 @@ def train(
     say: Callable[[str], None] = print,
     *,
     changed_data: bool = False,
+    minutes: float = math.inf,
     energy: nn.Module | None = None,
     data: Any = None,
     on_log: Callable[[dict[str, float]], Any] | None = None,
@@ -82,6 +84,8 @@ def train(
 ) -> Run:
     """Train as the settings say; or go on with the run in ``resume``, of which they may only differ where harmless.
 
+    ``minutes``: of wall time, from where the loop over the updates begins, after which the run stops between two
+    updates, with a checkpoint from which ``resume`` goes on. Where it stops changes no number.
     ``energy``: an nn.Module of your own, (B, ...) to (B,) float32, in place of the settings' network. Training begins
     with its parameters and moves them in place; those that require no gradient stay.
     ``data``: of your own, in place of the settings': a tensor (N, D) or (N, C, H, W), an indexable data set, or a 2-D
@@ -95,21 +99,24 @@ def train(
     Raises ValueError, TypeError or FileNotFoundError for what cannot be, `Diverged`, `Interrupted`, and OSError, with
     the run's state saved if that can be, where a file cannot be written.
     """
+    checks.positive("minutes", minutes)
     job = prepare(settings, resume, changed_data=changed_data, energy=energy, data=data)
-    return run(job, say, Callbacks(on_log, on_picture, on_checkpoint))
+    return run(job, say, Callbacks(on_log, on_picture, on_checkpoint), minutes)
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def run(job: Job, say: Callable[[str], None] = print, callbacks: Callbacks = NO_CALLBACKS) -> Run:
-    """Make the updates that are left, and leave the run directory complete."""
+def run(
+    job: Job, say: Callable[[str], None] = print, callbacks: Callbacks = NO_CALLBACKS, minutes: float = math.inf
+) -> Run:
+    """Make the updates that are left, or those that ``minutes`` have room for, and leave the run directory complete."""
     with run_directory_of(job), caught_signals() as caught:
         say = heard(say, caught)
         for line in notes(job):
             say(line)
         begin(job)
         try:
-            make_updates(job, say, caught, callbacks)
+            make_updates(job, say, caught, callbacks, minutes)
             figure = job.directory / "figure.png"
             picture(job, figure)
             call(job, callbacks.on_picture, figure)
@@ -117,7 +124,11 @@ def run(job: Job, say: Callable[[str], None] = print, callbacks: Callbacks = NO_
             raise with_what_is_kept(job, error) from error
         except _Raised as raised:
             raise raised.error from None
-        say(f"done: {job.iteration} updates in {job.seconds:.0f} s; everything is in {job.directory}")
+        if job.iteration < job.settings.iterations:
+            at = f"update {job.iteration} of {job.settings.iterations}"
+            say(f"stopped after {minutes:g} minutes at {at}; go on with --resume {job.directory}")
+        else:
+            say(f"done: {job.iteration} updates in {job.seconds:.0f} s; everything is in {job.directory}")
         own_data = job.data if own.is_own(job.settings.data) else None
         return load(job.directory, str(job.device), energy=job.given, data=own_data)
 
@@ -135,9 +146,16 @@ def call(job: Job, callback: Callable[[Any], Any] | None, thing: Any) -> None:
         raise _Raised(error) from error
 
 
-def make_updates(job: Job, say: Callable[[str], None], caught: list[int], callbacks: Callbacks = NO_CALLBACKS) -> None:
-    """The loop over the updates that are left, in a folder in which the run has begun; ``caught`` ends it."""
-    s = job.settings
+def make_updates(
+    job: Job,
+    say: Callable[[str], None],
+    caught: list[int],
+    callbacks: Callbacks = NO_CALLBACKS,
+    minutes: float = math.inf,
+) -> None:
+    """The loop over the updates that are left, in a folder in which the run has begun; ``caught`` ends it, and so does
+    the wall time of ``minutes`` from here."""
+    s, ends = job.settings, time.perf_counter() + 60 * minutes
     say(describe(job))
     if s.fused and graphs.compiles():
         say(compiling(job.device))
@@ -153,10 +171,11 @@ def make_updates(job: Job, say: Callable[[str], None], caught: list[int], callba
             began = time.perf_counter()
             made = update()
             job.iteration += 1
-            if caught or any(job.iteration % every == 0 for every in looks(s)) or job.iteration == s.iterations:
+            last = job.iteration == s.iterations
+            over = time.perf_counter() >= ends and not last
+            if caught or over or last or any(job.iteration % every == 0 for every in looks(s)):
                 check_finite(job)  # waits for the device
             job.seconds += time.perf_counter() - began
-            last = job.iteration == s.iterations
             pictured = bool(s.sample_every) and (job.iteration % s.sample_every == 0 or last)
             if job.iteration % s.log_every == 0 or pictured or last:
                 row = summary(job, made) | (exact_numbers(job) if pictured else {})
@@ -176,6 +195,9 @@ def make_updates(job: Job, say: Callable[[str], None], caught: list[int], callba
                 save(job)
                 where = f"stopped after update {job.iteration}, saved; go on with --resume {job.directory}"
                 raise Interrupted(f"{signal.Signals(caught[0]).name}: {where}", caught[0])
+            if over:
+                call(job, callbacks.on_checkpoint, save(job))
+                return
 
 
 def looks(settings: Settings) -> list[int]:
