@@ -1,7 +1,6 @@
 """Runs in slices of time, and what a run does when it diverges."""
 
 import itertools
-import shutil
 import types
 
 import pytest
