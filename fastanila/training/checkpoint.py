@@ -150,6 +150,11 @@ def latest(directory: str | Path) -> Path | None:
     return max(_numbered(Path(directory)), key=_number, default=None)
 
 
+def numbers(directory: str | Path) -> list[int]:
+    """Of the checkpoints in a directory, lowest first; not verified."""
+    return [_number(path) for path in _numbered(Path(directory))]
+
+
 def load_latest(directory: str | Path, device="cpu") -> tuple[dict[str, Tensor], dict]:
     """`load` the newest checkpoint that is whole, with a warning for each damaged one that is passed over.
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
 import signal
@@ -32,15 +31,16 @@ from .job import (
     save,
     with_what_is_kept,
 )
-from .metrics import Metrics, Progress, Watch, exact_numbers, picture, summary
+from .metrics import Metrics, Progress, exact_numbers, picture, summary
+from .rollback import roll_back
 from .run import Run, load
 from .settings import Settings
+from .signals import caught_signals, heard
 from .update import build_update, compiles_once
+from .watch import Watch
 
 #: Updates after which the run looks, at the latest, whether they are finite.
 _LOOK_EVERY = 100
-#: Those that end a run between two updates, as far as the system has them: Ctrl-C, kill, and a terminal that closes.
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Interrupted(RuntimeError):
@@ -167,15 +167,21 @@ def make_updates(
         Progress(job.iteration, s.iterations, say) as progress,
     ):
         watch = Watch(s)
+        for line in watch.recall(metrics.rows):
+            progress.note(line)
         while job.iteration < s.iterations:
             began = time.perf_counter()
             made = update()
             job.iteration += 1
             last = job.iteration == s.iterations
             over = time.perf_counter() >= ends and not last
-            if caught or over or last or any(job.iteration % every == 0 for every in looks(s)):
-                check_finite(job)  # waits for the device
+            looked = caught or over or last or any(job.iteration % every == 0 for every in looks(s))
+            broken = looked and job.broken.item()  # waits for the device
             job.seconds += time.perf_counter() - began
+            if broken:
+                if not rolled_back(job, int(job.made) + 1, metrics, progress, watch):
+                    check_finite(job)
+                continue
             pictured = bool(s.sample_every) and (job.iteration % s.sample_every == 0 or last)
             if job.iteration % s.log_every == 0 or pictured or last:
                 row = summary(job, made) | (exact_numbers(job) if pictured else {})
@@ -184,8 +190,11 @@ def make_updates(
                 for line in watch.see(row):
                     progress.note(line)
                 call(job, callbacks.on_log, dict(row))
+                if watch.diverged and rolled_back(job, job.iteration, metrics, progress, watch):
+                    continue
             if job.iteration % s.save_every == 0 or last:
-                call(job, callbacks.on_checkpoint, save(job))
+                healthy = job.iteration % s.save_every == 0 and not watch.running_away
+                call(job, callbacks.on_checkpoint, save(job, good=healthy))
             if pictured:
                 path = job.directory / "samples" / f"{job.iteration:08d}.png"
                 picture(job, path)
@@ -198,6 +207,18 @@ def make_updates(
             if over:
                 call(job, callbacks.on_checkpoint, save(job))
                 return
+
+
+def rolled_back(job: Job, diverged: int, metrics: Metrics, progress: Progress, watch: Watch) -> bool:
+    """Whether the run has gone back to where it had not yet diverged, and its rows and what follows them too."""
+    line = roll_back(job, diverged)
+    if line is None:
+        return False
+    metrics.back_to(job.iteration)
+    progress.back_to(job.iteration)
+    watch.recall(metrics.rows)
+    progress.note(line)
+    return True
 
 
 def looks(settings: Settings) -> list[int]:
@@ -231,50 +252,3 @@ def threads(job: Job) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-# ------------------------------------------------------------------------------------------------------- its signals
-
-
-def heard(say: Callable[[str], None], caught: list[int]) -> Callable[[str], None]:
-    """``say``, where a reader that has gone (| head) ends the run as a signal does. A terminal that has gone does not:
-    who closes it on a run that is to go on has nobody to tell."""
-
-    def told(line: str) -> None:
-        try:
-            say(line)
-        except BrokenPipeError:
-            caught.append(getattr(signal, "SIGPIPE", signal.SIGTERM))
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-
-    return told
-
-
-@contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """SIGINT, SIGTERM and SIGHUP are noted, to be acted on between updates; a second one acts at once. One that is
-    ignored stays so: a run in the background, or under nohup, goes on."""
-    caught: list[int] = []
-    before = {}
-
-    def note(number, frame):
-        caught.append(number)
-        for n, handler in before.items():
-            signal.signal(n, handler)
-        if number == signal.SIGINT:  # by os.write, because a handler may have interrupted a print
-            with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping after this update; Ctrl-C again stops at once\n")
-
-    try:
-        for number in _SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: whoever runs this thread handles signals
-        pass
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

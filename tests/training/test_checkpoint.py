@@ -647,6 +647,7 @@ def test_what_is_packed_is_read_back_by_its_own_names():
     both = network(0.0), network(5.0)
     z = torch.arange(6.0).reshape(3, 2)
     of = contents.Contents(*both, {"population": z}, z, -z, 7, 1.5, {"training": {}}, (-4.0, 4.0))
+    of = of._replace(rollbacks=[contents.Rollback(6, 4, 2**64 - 3, 0.5)], good=[2, 4])
     tensors, state = contents.packed(of)
     assert {"energy.layers.weight", "ema.layers.weight", "optimizer.exp_avg.x", "amortized.vae.energy.bias"} <= set(
         tensors
@@ -654,6 +655,7 @@ def test_what_is_packed_is_read_back_by_its_own_names():
     assert {"start.population", "proposals"} <= set(tensors) and "chains" not in tensors
     back = contents.unpacked(tensors, json.loads(json.dumps(state)))
     assert back.box == of.box and back.iteration == 7 and back.fingerprint == of.fingerprint
+    assert back.rollbacks == of.rollbacks and back.good == of.good
     for a, b in zip((back.energy, back.vae), both, strict=True):
         for found, kept in zip(a, b, strict=True):
             assert found.keys() == kept.keys() and all(torch.equal(found[k], kept[k]) for k in kept)
@@ -661,4 +663,11 @@ def test_what_is_packed_is_read_back_by_its_own_names():
     tensors, state = contents.packed(fresh)
     assert torch.equal(tensors["chains"], z)
     old = contents.unpacked(tensors, {"iteration": 7, "seconds": 1.5})  # as checkpoints of before had it
-    assert old.box is None and old.fingerprint is None and old.vae is None and old.energy.average is None
+    assert (
+        not old.rollbacks
+        and not old.good
+        and old.box is None
+        and old.fingerprint is None
+        and old.vae is None
+        and old.energy.average is None
+    )
