@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 #: Those that end a run between two updates, as far as the system has them: Ctrl-C, kill, and a terminal that closes.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -33,7 +34,7 @@ def caught_signals() -> Iterator[list[int]]:
     """SIGINT, SIGTERM and SIGHUP are noted, to be acted on between updates; a second one acts at once. One that is
     ignored stays so: a run in the background, or under nohup, goes on."""
     caught: list[int] = []
-    before = {}
+    before: dict[int, Any] = {}
 
     def note(number, frame):
         caught.append(number)
