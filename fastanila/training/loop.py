@@ -54,9 +54,7 @@ class Interrupted(RuntimeError):
 class Callbacks(NamedTuple):
     """What is called as the run goes on; what one of them raises ends the run, with its state saved."""
 
-    on_log: Callable[[dict[str, float]], Any] | None = (
-        None  #: of each row of metrics.jsonl; after a rollback, of those updates again
-    )
+    on_log: Callable[[dict[str, float]], Any] | None = None  #: of each row of metrics.jsonl, also of dropped ones
     on_picture: Callable[[Path], Any] | None = None  #: of each picture that has been written
     on_checkpoint: Callable[[Path], Any] | None = None  #: of each checkpoint that has been written
 

@@ -259,6 +259,17 @@ def test_a_rollback_changes_values_where_they_are(tmp_path, init):
         assert all(torch.equal(v, tensors(fresh)[k]) for k, v in tensors(job).items())
 
 
+def test_nothing_is_compiled_anew_after_a_rollback(tmp_path, monkeypatch, graphs):
+    """Of an update that is compiled as a whole, as it is on a GPU."""
+    monkeypatch.setattr(update_training, "compiles_once", lambda device: True)
+    breaking(monkeypatch, 7)
+    compiled = []
+    settings = Settings(**BACK | dict(fused=True, iterations=9), out=str(tmp_path / "run"))
+    loop.train(settings, say=lambda line: None, on_log=lambda row: compiled.append(len(graphs)))
+    assert len(compiled) == 6 + 4 and compiled[2] > 1 and set(compiled[2:]) == {compiled[2]}
+    assert state(tmp_path / "run")["rollbacks"][0]["back_to"] == 5
+
+
 # ---------------------------------------------------------------------------------------- what announces a divergence
 
 
