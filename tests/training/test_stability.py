@@ -259,6 +259,7 @@ def test_a_rollback_changes_values_where_they_are(tmp_path, init):
         assert all(torch.equal(v, tensors(fresh)[k]) for k, v in tensors(job).items())
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_anew_after_a_rollback(tmp_path, monkeypatch, graphs):
     """Of an update that is compiled as a whole, as it is on a GPU."""
     monkeypatch.setattr(update_training, "compiles_once", lambda device: True)
