@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import sys
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ EXTRA = {
     "config": (str, "TOML file of settings, or a run's config.json; flags win over it."),
     "resume": (str, "Run directory to go on with: its settings hold, and only flags that change no number may differ."),
     "changed_data": (bool, "With --resume: go on although the images are not those that the run was trained on."),
+    "minutes": (float, "Stop cleanly after so many minutes of training, with a checkpoint; --resume RUN goes on."),
     "dry_run": (bool, "Check everything, print the resolved settings, and stop."),
 }
 
@@ -24,6 +26,7 @@ class Asked(NamedTuple):
     resume: str | None
     dry_run: bool
     changed_data: bool
+    minutes: float = math.inf  #: of wall time, after which training stops
     data: Any = None  #: what --data has read, where it is package.module:function; on the CPU
 
 
@@ -58,12 +61,16 @@ def parse(argv: list[str] | None) -> Asked:
         shape = data.shape
     values = vars(cli(argv, defaults.defaults(dataset, sampler, init, task, shape) | under))
     resume, dry_run, file = values.pop("resume"), values.pop("dry_run"), values.pop("config")
-    changed_data = values.pop("changed_data")
+    changed_data, minutes = values.pop("changed_data"), values.pop("minutes")
     if changed_data and resume is None:
         raise ValueError("changed_data can be given with resume only: a new run has no other data")
     settings = Settings(**values)
     check_effects(settings, argv, resume=resume, file=file, under=under, shape=shape)
-    return Asked(settings, resume, dry_run, changed_data, data)
+    minutes = math.inf if minutes is None else minutes
+    from . import checks  # imports torch, for which --help need not wait
+
+    checks.positive("minutes", minutes)
+    return Asked(settings, resume, dry_run, changed_data, minutes, data)
 
 
 def check_effects(
@@ -149,7 +156,7 @@ def trained(argv: list[str] | None) -> int:
         return exits.DONE
     try:
         with exits.refusing(run_directory.Taken):
-            loop.run(job, exits.say)
+            loop.run(job, exits.say, minutes=asked.minutes)
     except Diverged as stop:
         exits.complain(f"error: {stop}")
         return exits.DIVERGED

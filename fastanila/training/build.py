@@ -155,9 +155,13 @@ def build_sampler(settings: Settings, box: tuple[float, float]) -> Sampler:
     return kind(**own)
 
 
-def build_start(settings: Settings, dataset: Dataset, device, proposer: vae.VAE | None = None):
-    """The chain start of the settings' ``init``; ``proposer`` is that of "vae"."""
-    count, seed = settings.batch_size, noise.as_word64(settings.seed, device)
+def build_start(
+    settings: Settings, dataset: Dataset, device, proposer: vae.VAE | None = None, seed: Tensor | None = None
+):
+    """The chain start of the settings' ``init``; ``proposer`` is that of "vae", and ``seed`` a 0-dim int64 tensor in
+    place of the settings' number."""
+    count = settings.batch_size
+    seed = noise.as_word64(settings.seed, device) if seed is None else seed
     if settings.init == "vae":
         return starts.AmortizedStart(count, proposer, seed=seed)
     if settings.init == "data":

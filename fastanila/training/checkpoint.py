@@ -5,6 +5,11 @@ A checkpoint is one safetensors file: named tensors, and in the header's metadat
 is written under a temporary name beside its place, forced to disk, and only then renamed: whatever stops the
 writer, and whenever, the name holds the old content or the new.
 
+No file is larger than 16 MB: what does not fit goes on in shards beside it, safetensors files too, named by the digest
+(NAME-1-DIGEST.safetensors). A tensor too large for what is left of a file is cut between two rows, and a tensor of that
+name stands in each. All shards are on disk before the file that names them replaces the old one, so the checkpoint is
+new as a whole when that one name is. The digest is over the tensors put together again.
+
 One writer at a time for each directory; any number of readers.
 """
 
@@ -14,7 +19,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -22,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import write_bytes
+from . import shards
 
 _NUMBERED = re.compile(r"(\d{8,})\.safetensors")
 _UNTOUCHED = "untouched"
@@ -33,20 +39,30 @@ class CheckpointError(RuntimeError):
     """A checkpoint is damaged, or does not fit what it is restored into."""
 
 
-def save(path: str | Path, tensors: dict[str, Tensor], state: dict) -> None:
-    """Write ``tensors`` (any dtype safetensors knows, device, layout and aliasing) and the JSON-able ``state``.
+def save(path: str | Path, tensors: dict[str, Tensor], state: dict) -> list[Path]:
+    """Write ``tensors`` (any dtype safetensors knows, device, layout and aliasing) and the JSON-able ``state``; returns
+    the paths of its shards.
 
-    The directory must exist. What JSON cannot hold raises TypeError, a full disk OSError; the file at ``path``, if
-    there is one, is then untouched.
+    The directory must exist. What JSON cannot hold raises TypeError, a full disk OSError; the checkpoint at ``path``,
+    if there is one, is then untouched.
     """
+    path = Path(path)
     # a copy of each: safetensors refuses storage shared between tensors and writes what is contiguous
     tensors = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
     text = json.dumps(state)
-    metadata = {"state": text, "sha256": _digest(tensors, text)}  # and nothing that the digest does not cover
-    write_bytes(path, safetensors.torch.save(tensors, metadata))
+    digest = _digest(tensors, text)
+    first, *others = shards.parts(tensors, shards.LARGEST)
+    beside = shards.paths(path, digest, len(others))
+    for shard, part in zip(beside, others, strict=True):
+        write_bytes(shard, safetensors.torch.save(part))
+    metadata = {"state": text, "sha256": digest}  # and nothing that the digest does not cover
+    if beside:  # whose names and number it covers by what they hold
+        metadata["shards"] = json.dumps([shard.name for shard in beside])
+    write_bytes(path, safetensors.torch.save(first, metadata))
+    return beside
 
 
 def load(path: str | Path, device="cpu") -> tuple[dict[str, Tensor], dict]:
@@ -54,7 +70,33 @@ def load(path: str | Path, device="cpu") -> tuple[dict[str, Tensor], dict]:
 
     CheckpointError names the file and what is wrong with it; a file that is not there is FileNotFoundError.
     """
-    blob = Path(path).read_bytes()  # read, not mapped: what is verified is what is returned
+    path = Path(path)
+    blob = path.read_bytes()  # read, not mapped: what is verified is what is returned
+    tensors, metadata = _read(path, blob)
+    if "state" not in metadata or "sha256" not in metadata:
+        raise CheckpointError(f"{path}: a safetensors file without fastanila's state and digest")
+    parts = [tensors]
+    try:
+        for name in json.loads(metadata.get("shards", "[]")):
+            shard = path.with_name(Path(name).name)
+            parts.append(_read(shard, shard.read_bytes())[0])
+    except FileNotFoundError as error:
+        if path.read_bytes() != blob:  # saved anew meanwhile
+            return load(path, device)
+        raise CheckpointError(f"{path}: its shard {error.filename} is missing") from None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: the names of its shards cannot be read ({error})") from None
+    try:
+        tensors = shards.joined(parts)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path}: the pieces of its tensors do not go together ({error})") from None
+    if _digest(tensors, metadata["state"]) != metadata["sha256"]:
+        raise CheckpointError(f"{path}: the content does not match its digest, so the file is damaged")
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, json.loads(metadata["state"])
+
+
+def _read(path: Path, blob: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file."""
     try:
         tensors = safetensors.torch.load(blob)
         metadata = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")]).get("__metadata__", {})
@@ -62,17 +104,19 @@ def load(path: str | Path, device="cpu") -> tuple[dict[str, Tensor], dict]:
         raise
     except Exception as error:  # a damaged header surfaces as any of half a dozen types
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
-    if "state" not in metadata or "sha256" not in metadata:
-        raise CheckpointError(f"{path}: a safetensors file without fastanila's state and digest")
-    if _digest(tensors, metadata["state"]) != metadata["sha256"]:
-        raise CheckpointError(f"{path}: the content does not match its digest, so the file is damaged")
-    return {name: tensor.to(device) for name, tensor in tensors.items()}, json.loads(metadata["state"])
+    return tensors, metadata
 
 
 def save_numbered(
-    directory: str | Path, iteration: int, tensors: dict[str, Tensor], state: dict, keep: int = 2
+    directory: str | Path,
+    iteration: int,
+    tensors: dict[str, Tensor],
+    state: dict,
+    keep: int = 2,
+    also: Collection[int] = (),
 ) -> Path:
-    """Save as ``directory/00001234.safetensors``; once it is safe, delete all but the ``keep`` highest numbers.
+    """Save as ``directory/00001234.safetensors``; once it is safe, delete all but the ``keep`` highest numbers and
+    those in ``also``.
 
     The file just written is never deleted, also where older ones have higher numbers. Returns its path.
     """
@@ -82,17 +126,33 @@ def save_numbered(
     directory.mkdir(parents=True, exist_ok=True)
     for stale in directory.glob(".*.safetensors.*.tmp"):  # first, since a killed writer may have filled the disk
         stale.unlink(missing_ok=True)
+    shards.delete_alone(directory)
     path = directory / f"{iteration:08d}.safetensors"
-    save(path, tensors, state)
+    beside = save(path, tensors, state)
     for old in _numbered(directory)[:-keep]:
-        if old != path:
+        if old != path and _number(old) not in also:
             old.unlink(missing_ok=True)
+    shards.delete_alone(directory, path, beside)
     return path
+
+
+def delete_after(directory: str | Path, iteration: int) -> None:
+    """Delete the checkpoints with higher numbers, the highest first, so that whenever it is stopped the rest are those
+    of a run that came less far."""
+    for path in reversed(_numbered(Path(directory))):
+        if _number(path) > iteration:
+            path.unlink(missing_ok=True)
+    shards.delete_alone(Path(directory))
 
 
 def latest(directory: str | Path) -> Path | None:
     """The checkpoint with the highest number, or None; not verified, see `load_latest`."""
     return max(_numbered(Path(directory)), key=_number, default=None)
+
+
+def numbers(directory: str | Path) -> list[int]:
+    """Of the checkpoints in a directory, lowest first; not verified."""
+    return [_number(path) for path in _numbered(Path(directory))]
 
 
 def load_latest(directory: str | Path, device="cpu") -> tuple[dict[str, Tensor], dict]:

@@ -23,10 +23,12 @@ except ModuleNotFoundError:  # Python 3.10
 # Threshold and step size are those of sampler="anila", which `defaults` translates for the others.
 
 
-#: What may differ when a run is resumed. Of these only iterations changes numbers: it stretches a linear lr decay.
-RESUMABLE = frozenset(
-    {"data_dir", "download", "iterations", "device", "fused", "log_every", "sample_every", "save_every", "tensorboard"}
-)  # fmt: skip
+#: What may differ when a run is resumed. Of these only iterations changes numbers: it stretches a linear lr decay. In a
+#: run that rolls back, log_every, sample_every and save_every say when it does, and to where.
+RESUMABLE = frozenset({
+    "data_dir", "download", "iterations", "device", "fused", "log_every", "sample_every", "save_every", "tensorboard",
+    "on_divergence", "rollbacks",
+})  # fmt: skip
 
 
 def resolve(settings: Settings, shape: tuple[int, ...] | None = None) -> Settings:
@@ -81,7 +83,7 @@ def check(settings: Settings, shape: tuple[int, ...] | None = None) -> None:
     for name in ("log_every", "save_every"):
         checks.count(name, getattr(settings, name))
     checks.count("chains", settings.chains)
-    for name in ("depth", "features", "sample_every", "vae_warm_up", "seed"):
+    for name in ("depth", "features", "sample_every", "vae_warm_up", "seed", "rollbacks"):
         checks.count(name, getattr(settings, name), least=0)
     if settings.seed >= 1 << 63:
         raise ValueError(f"seed must be below 2**63, got {settings.seed}")

@@ -12,12 +12,14 @@ The tensors of the file:
     start.<name>                      what the chain start keeps: start.population (chains, ...) of init="persistent"
     chains                            (B, ...) where the last update left its chains, unless they are in a population
 
-Its state, as JSON: iteration (updates made), seconds (spent in them), data (the data's fingerprint, or null) and box
-(low, high of the data). Checkpoints of before have no box, and the oldest no data.
+Its state, as JSON: iteration (updates made), seconds (spent in them), data (the data's fingerprint, or null), box
+(low, high of the data), rollbacks (each as a `Rollback`) and good (the checkpoints that one may go back to, by their
+updates). Checkpoints of before have neither rollbacks nor good, those before them no box, and the oldest no data.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -39,6 +41,15 @@ class Network(NamedTuple):
 MISSING = Network({}, None, {})
 
 
+class Rollback(NamedTuple):
+    """A run that diverged went back to an earlier checkpoint."""
+
+    diverged: int  #: the update that was not finite, or at which the energies had run away
+    back_to: int  #: the updates that it went on from
+    seed: int  #: of all noise from there on, in place of the settings'
+    rate: float  #: what the settings' learning rates are multiplied by from there on
+
+
 class Contents(NamedTuple):
     """A run as a checkpoint has it."""
 
@@ -51,6 +62,8 @@ class Contents(NamedTuple):
     seconds: float
     fingerprint: dict[str, Any] | None
     box: tuple[float, float] | None
+    rollbacks: Sequence[Rollback] = ()
+    good: Sequence[int] = ()
 
 
 def packed(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -64,7 +77,8 @@ def packed(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors["chains"] = contents.chains
     box = None if contents.box is None else list(contents.box)
     state = {"iteration": contents.iteration, "seconds": contents.seconds, "data": contents.fingerprint, "box": box}
-    return tensors, state
+    history = {"rollbacks": [rollback._asdict() for rollback in contents.rollbacks], "good": list(contents.good)}
+    return tensors, state | history
 
 
 def unpacked(tensors: dict[str, Tensor], state: dict[str, Any]) -> Contents:
@@ -81,6 +95,8 @@ def unpacked(tensors: dict[str, Tensor], state: dict[str, Any]) -> Contents:
         seconds=state["seconds"],
         fingerprint=state.get("data"),
         box=None if box is None else (box[0], box[1]),
+        rollbacks=[Rollback(**made) for made in state.get("rollbacks", [])],
+        good=state.get("good", []),
     )
 
 

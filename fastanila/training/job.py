@@ -11,14 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import files, graphs
+from .. import files, graphs, noise
 from ..data import images
 from ..samplers import chain, sampler
 from . import build, checkpoint, config, learner, own, run_directory
 from .config import tensorboard_writer
-from .contents import MISSING, Contents, packed, unpacked
+from .contents import MISSING, Contents, Rollback, packed, unpacked
 from .learner import Learner
-from .run import read_settings, refuse_given
+from .run import read_settings, refuse_given, resumed_settings
 from .settings import Settings
 
 
@@ -62,7 +62,8 @@ def prepare(
     if own.is_own(settings.energy):
         build.check_energy(network, dataset.draw(_TRIED, seed=settings.seed, step=0).to(_device(network)))
     ebm = learner.build(network, settings, settings.lr, settings.lr_decay, device, first)
-    start = build.build_start(settings, dataset, device, vae and vae.model)
+    seed = noise.as_word64(settings.seed, device)
+    start = build.build_start(settings, dataset, device, vae and vae.model, seed)
     with torch.no_grad():
         chains = start.draw(0, dataset.draw(settings.batch_size, seed=settings.seed, step=0, device=device)).clone()
     job = Job(
@@ -78,6 +79,8 @@ def prepare(
         proposals=None if vae is None else chains.clone(),
         made=torch.zeros((), dtype=torch.int64, device=device),
         broken=torch.zeros((), dtype=torch.bool, device=device),
+        seed=seed,
+        lr_factor=torch.ones((), dtype=torch.float32, device=device),
         given=energy,
         begins=None if resume is not None else "numbered" if settings.out is None else "named",
     )
@@ -93,11 +96,13 @@ def check_finite(job: Job) -> None:
     if job.broken.item():
         job.iteration = int(job.made)
         save(job)
+        count = len(job.rolled_back)
+        after = f" after {count} rollback{'s' if count > 1 else ''}" if count else ""
         also, rates = ("", "--lr") if job.vae is None else (", the VAE's gradient", "--lr, --vae-lr")
         raise Diverged(
-            f"diverged at update {job.iteration + 1}: the energies, their gradient{also} or the chains are no longer "
-            f"finite. {job.directory} holds the last finite state; a smaller {rates} or --step-size, or a larger "
-            "--threshold (fewer clipped elements, less bias), may help"
+            f"diverged at update {job.iteration + 1}{after}: the energies, their gradient{also} or the chains are no "
+            f"longer finite. {job.directory} holds the last finite state; a smaller {rates} or --step-size, or a "
+            "larger --threshold (fewer clipped elements, less bias), may help"
         )
 
 
@@ -107,8 +112,14 @@ def describe(job: Job) -> str:
     return chain.describe(job.sampler, energy, job.chains, fused=job.settings.fused, update=True)
 
 
-def save(job: Job) -> Path:
-    """Write a checkpoint; its path."""
+#: Checkpoints kept that a run may go back to.
+_GOOD = 3
+
+
+def save(job: Job, *, good: bool = False) -> Path:
+    """Write a checkpoint; its path. ``good``: one that a run which rolls back may go back to."""
+    if good and job.settings.on_divergence == "rollback":
+        job.good = [*(made for made in job.good if made < job.iteration), job.iteration][-_GOOD:]
     contents = Contents(
         energy=learner.contents(job.ebm),
         vae=None if job.vae is None else learner.contents(job.vae),
@@ -119,11 +130,15 @@ def save(job: Job) -> Path:
         seconds=job.seconds,
         fingerprint=job.data.fingerprint,
         box=job.data.box,
+        rollbacks=job.rolled_back,
+        good=job.good,
     )
-    return checkpoint.save_numbered(job.directory / "checkpoints", job.iteration, *packed(contents))
+    folder = job.directory / "checkpoints"
+    return checkpoint.save_numbered(folder, job.iteration, *packed(contents), also=job.good)
 
 
 def restore(job: Job, changed_data: bool = False) -> None:
+    """The newest checkpoint, into a job of the run's settings."""
     found = unpacked(*checkpoint.load_latest(job.directory / "checkpoints", job.device))
     changed = images.changes(found.fingerprint, job.data.fingerprint)  # a checkpoint of before has none
     if changed and not changed_data:
@@ -131,6 +146,16 @@ def restore(job: Job, changed_data: bool = False) -> None:
             f"data are not what {job.directory} was trained on: {'; '.join(changed)}. Put them back, or go on with "
             "these, and other numbers, by --changed-data"
         )
+    put_back(job, found)
+    job.seconds, job.rolled_back = found.seconds, list(found.rollbacks)
+    if job.settings.on_divergence == "rollback":  # of a run that did not mean to, all that are there
+        there = checkpoint.numbers(job.directory / "checkpoints")
+        job.good = list(found.good) or [made for made in there if made <= job.iteration]
+    set_noise_and_rates(job)
+
+
+def put_back(job: Job, found: Contents) -> None:
+    """What a checkpoint holds of an update's tensors, into those of the job, which stay where they are."""
     learner.restore(job.ebm, found.energy, job.directory)
     if job.vae is not None:
         learner.restore(job.vae, found.vae or MISSING, job.directory)
@@ -138,8 +163,16 @@ def restore(job: Job, changed_data: bool = False) -> None:
     for name, tensor in job.start.tensors().items():
         tensor.copy_(found.start[name])
     job.chains.copy_(found.chains[: job.settings.batch_size])
-    job.iteration, job.seconds = found.iteration, found.seconds
+    job.iteration = found.iteration
     job.made.fill_(job.iteration)
+    job.broken.fill_(False)
+
+
+def set_noise_and_rates(job: Job) -> None:
+    """Seed and learning rates as the job's rollbacks have left them, as values of the tensors that updates read."""
+    seed = job.rolled_back[-1].seed if job.rolled_back else job.settings.seed
+    job.seed.copy_(noise.as_word64(seed))
+    job.lr_factor.fill_(job.rate)
 
 
 def with_own(settings: Settings, resume: str | Path | None, energy: Any, data: Any) -> Settings:
@@ -168,16 +201,6 @@ def _device(network: nn.Module) -> torch.device:
     return next((p.device for p in network.parameters()), torch.device("cpu"))
 
 
-def resumed_settings(settings: Settings, directory: str | Path) -> Settings:
-    """The settings to go on with. Raises ValueError for one that would change the numbers of the run."""
-    before = read_settings(directory)
-    for field in dataclasses.fields(Settings):
-        was, now = getattr(before, field.name), getattr(settings, field.name)
-        if was != now and field.name not in config.RESUMABLE and field.name != "out":
-            raise ValueError(f"{field.name} cannot change when a run is resumed: {directory} has {was!r}, got {now!r}")
-    return settings
-
-
 def notes(job: Job) -> list[str]:
     """What somebody who goes on with a run may not expect, a line each."""
     if job.begins is not None:
@@ -185,7 +208,7 @@ def notes(job: Job) -> list[str]:
     before, now, found = read_settings(job.directory).iterations, job.settings.iterations, []
     for flag, taught in (("--lr-decay", job.ebm), ("--vae-lr-decay", job.vae)):
         if taught is not None and taught.rate.decay == "linear" and before != now:
-            was, rate = (taught.rate._replace(iterations=n).at(job.iteration) for n in (before, now))
+            was, rate = (job.rate * taught.rate._replace(iterations=n).at(job.iteration) for n in (before, now))
             ends = f"now ends at update {now}, not {before}"
             found.append(f"note: the decay of {flag} linear {ends}: it goes on at {rate:.3g} where it was {was:.3g}")
     return found
@@ -231,7 +254,7 @@ def begin(job: Job) -> None:
     (job.directory / "samples").mkdir(exist_ok=True)
     files.write_text(job.directory / "config.json", config.dump(job.settings))
     if job.begins is not None:
-        save(job)
+        save(job, good=True)
         job.begins = None
 
 
@@ -251,10 +274,19 @@ class Job:
     proposals: Tensor | None  #: (B, ...) where it started them, of init="vae"
     made: Tensor  #: updates made, 0-dim int64 on the device
     broken: Tensor  #: 0-dim bool on the device: an update was not finite, and none was made since
+    seed: Tensor  #: 0-dim int64 on the device: of all noise of the updates
+    lr_factor: Tensor  #: 0-dim float32 on the device: by which the learning rates are multiplied
     given: nn.Module | None = None  #: the energy, where it was given from Python
     iteration: int = 0  #: updates asked for
     seconds: float = 0.0  #: spent in updates
     begins: Literal["named", "numbered"] | None = None  #: in ``directory``, or under the next free name; None: goes on
+    rolled_back: list[Rollback] = dataclasses.field(default_factory=list)
+    good: list[int] = dataclasses.field(default_factory=list)  #: updates of the checkpoints that one may go back to
+
+    @property
+    def rate(self) -> float:
+        """What the settings' learning rates are multiplied by."""
+        return self.rolled_back[-1].rate if self.rolled_back else 1.0
 
     @property
     def learners(self) -> list[Learner]:

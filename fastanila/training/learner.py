@@ -135,11 +135,18 @@ def contents(learner: Learner) -> Network:
 
 
 def restore(learner: Learner, found: Network, where: Path) -> None:
-    """The inverse of `contents`."""
+    """The inverse of `contents`. Tensors of a network that has learned stay where they are, for a captured update reads
+    them there."""
     load_parameters(learner.module, found.parameters, where)
     if learner.average is not None:
         load_parameters(learner.average, found.average or {}, where)
+    before = dict(learner.optimizer.state)
     checkpoint.restore_optimizer(learner.optimizer, _names(learner), found.optimizer)
+    for parameter, held in before.items():
+        state = learner.optimizer.state.get(parameter, {})
+        for kind, tensor in held.items():  # of Adam, whose state begins at zero
+            tensor.copy_(state[kind] if kind in state else torch.zeros_like(tensor))
+        learner.optimizer.state[parameter] = held
 
 
 def _names(learner: Learner) -> list[str]:

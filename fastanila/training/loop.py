@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import math
 import os
 import signal
 import time
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .. import graphs
+from .. import checks, graphs
 from . import build, own
 from .job import (
     Diverged,
@@ -31,15 +31,16 @@ from .job import (
     save,
     with_what_is_kept,
 )
-from .metrics import Metrics, Progress, Watch, exact_numbers, picture, summary
+from .metrics import Metrics, Progress, exact_numbers, picture, summary
+from .rollback import roll_back
 from .run import Run, load
 from .settings import Settings
+from .signals import caught_signals, heard
 from .update import build_update, compiles_once
+from .watch import Watch
 
 #: Updates after which the run looks, at the latest, whether they are finite.
 _LOOK_EVERY = 100
-#: Those that end a run between two updates, as far as the system has them: Ctrl-C, kill, and a terminal that closes.
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Interrupted(RuntimeError):
@@ -53,7 +54,7 @@ class Interrupted(RuntimeError):
 class Callbacks(NamedTuple):
     """What is called as the run goes on; what one of them raises ends the run, with its state saved."""
 
-    on_log: Callable[[dict[str, float]], Any] | None = None  #: of each row of metrics.jsonl
+    on_log: Callable[[dict[str, float]], Any] | None = None  #: of each row of metrics.jsonl, also of dropped ones
     on_picture: Callable[[Path], Any] | None = None  #: of each picture that has been written
     on_checkpoint: Callable[[Path], Any] | None = None  #: of each checkpoint that has been written
 
@@ -74,6 +75,7 @@ def train(
     say: Callable[[str], None] = print,
     *,
     changed_data: bool = False,
+    minutes: float = math.inf,
     energy: nn.Module | None = None,
     data: Any = None,
     on_log: Callable[[dict[str, float]], Any] | None = None,
@@ -82,6 +84,8 @@ def train(
 ) -> Run:
     """Train as the settings say; or go on with the run in ``resume``, of which they may only differ where harmless.
 
+    ``minutes``: of wall time, from where the loop over the updates begins, after which the run stops between two
+    updates, with a checkpoint from which ``resume`` goes on. Where it stops changes no number.
     ``energy``: an nn.Module of your own, (B, ...) to (B,) float32, in place of the settings' network. Training begins
     with its parameters and moves them in place; those that require no gradient stay.
     ``data``: of your own, in place of the settings': a tensor (N, D) or (N, C, H, W), an indexable data set, or a 2-D
@@ -95,21 +99,24 @@ def train(
     Raises ValueError, TypeError or FileNotFoundError for what cannot be, `Diverged`, `Interrupted`, and OSError, with
     the run's state saved if that can be, where a file cannot be written.
     """
+    checks.positive("minutes", minutes)
     job = prepare(settings, resume, changed_data=changed_data, energy=energy, data=data)
-    return run(job, say, Callbacks(on_log, on_picture, on_checkpoint))
+    return run(job, say, Callbacks(on_log, on_picture, on_checkpoint), minutes)
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def run(job: Job, say: Callable[[str], None] = print, callbacks: Callbacks = NO_CALLBACKS) -> Run:
-    """Make the updates that are left, and leave the run directory complete."""
+def run(
+    job: Job, say: Callable[[str], None] = print, callbacks: Callbacks = NO_CALLBACKS, minutes: float = math.inf
+) -> Run:
+    """Make the updates that are left, or those that ``minutes`` have room for, and leave the run directory complete."""
     with run_directory_of(job), caught_signals() as caught:
         say = heard(say, caught)
         for line in notes(job):
             say(line)
         begin(job)
         try:
-            make_updates(job, say, caught, callbacks)
+            make_updates(job, say, caught, callbacks, minutes)
             figure = job.directory / "figure.png"
             picture(job, figure)
             call(job, callbacks.on_picture, figure)
@@ -117,7 +124,11 @@ def run(job: Job, say: Callable[[str], None] = print, callbacks: Callbacks = NO_
             raise with_what_is_kept(job, error) from error
         except _Raised as raised:
             raise raised.error from None
-        say(f"done: {job.iteration} updates in {job.seconds:.0f} s; everything is in {job.directory}")
+        if job.iteration < job.settings.iterations:
+            at = f"update {job.iteration} of {job.settings.iterations}"
+            say(f"stopped after {minutes:g} minutes at {at}; go on with --resume {job.directory}")
+        else:
+            say(f"done: {job.iteration} updates in {job.seconds:.0f} s; everything is in {job.directory}")
         own_data = job.data if own.is_own(job.settings.data) else None
         return load(job.directory, str(job.device), energy=job.given, data=own_data)
 
@@ -135,9 +146,16 @@ def call(job: Job, callback: Callable[[Any], Any] | None, thing: Any) -> None:
         raise _Raised(error) from error
 
 
-def make_updates(job: Job, say: Callable[[str], None], caught: list[int], callbacks: Callbacks = NO_CALLBACKS) -> None:
-    """The loop over the updates that are left, in a folder in which the run has begun; ``caught`` ends it."""
-    s = job.settings
+def make_updates(
+    job: Job,
+    say: Callable[[str], None],
+    caught: list[int],
+    callbacks: Callbacks = NO_CALLBACKS,
+    minutes: float = math.inf,
+) -> None:
+    """The loop over the updates that are left, in a folder in which the run has begun; ``caught`` ends it, and so does
+    the wall time of ``minutes`` from here."""
+    s, ends = job.settings, time.perf_counter() + 60 * minutes
     say(describe(job))
     if s.fused and graphs.compiles():
         say(compiling(job.device))
@@ -149,14 +167,21 @@ def make_updates(job: Job, say: Callable[[str], None], caught: list[int], callba
         Progress(job.iteration, s.iterations, say) as progress,
     ):
         watch = Watch(s)
+        for line in watch.recall(metrics.rows):
+            progress.note(line)
         while job.iteration < s.iterations:
             began = time.perf_counter()
             made = update()
             job.iteration += 1
-            if caught or any(job.iteration % every == 0 for every in looks(s)) or job.iteration == s.iterations:
-                check_finite(job)  # waits for the device
-            job.seconds += time.perf_counter() - began
             last = job.iteration == s.iterations
+            over = time.perf_counter() >= ends and not last
+            looked = caught or over or last or any(job.iteration % every == 0 for every in looks(s))
+            broken = looked and job.broken.item()  # waits for the device
+            job.seconds += time.perf_counter() - began
+            if broken:
+                if not rolled_back(job, int(job.made) + 1, metrics, progress, watch):
+                    check_finite(job)
+                continue
             pictured = bool(s.sample_every) and (job.iteration % s.sample_every == 0 or last)
             if job.iteration % s.log_every == 0 or pictured or last:
                 row = summary(job, made) | (exact_numbers(job) if pictured else {})
@@ -165,8 +190,11 @@ def make_updates(job: Job, say: Callable[[str], None], caught: list[int], callba
                 for line in watch.see(row):
                     progress.note(line)
                 call(job, callbacks.on_log, dict(row))
+                if watch.diverged and rolled_back(job, job.iteration, metrics, progress, watch):
+                    continue
             if job.iteration % s.save_every == 0 or last:
-                call(job, callbacks.on_checkpoint, save(job))
+                healthy = job.iteration % s.save_every == 0 and not watch.running_away
+                call(job, callbacks.on_checkpoint, save(job, good=healthy))
             if pictured:
                 path = job.directory / "samples" / f"{job.iteration:08d}.png"
                 picture(job, path)
@@ -176,6 +204,21 @@ def make_updates(job: Job, say: Callable[[str], None], caught: list[int], callba
                 save(job)
                 where = f"stopped after update {job.iteration}, saved; go on with --resume {job.directory}"
                 raise Interrupted(f"{signal.Signals(caught[0]).name}: {where}", caught[0])
+            if over:
+                call(job, callbacks.on_checkpoint, save(job))
+                return
+
+
+def rolled_back(job: Job, diverged: int, metrics: Metrics, progress: Progress, watch: Watch) -> bool:
+    """Whether the run has gone back to where it had not yet diverged, and its rows and what follows them too."""
+    line = roll_back(job, diverged)
+    if line is None:
+        return False
+    metrics.back_to(job.iteration)
+    progress.back_to(job.iteration)
+    watch.recall(metrics.rows)
+    progress.note(line)
+    return True
 
 
 def looks(settings: Settings) -> list[int]:
@@ -209,50 +252,3 @@ def threads(job: Job) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-# ------------------------------------------------------------------------------------------------------- its signals
-
-
-def heard(say: Callable[[str], None], caught: list[int]) -> Callable[[str], None]:
-    """``say``, where a reader that has gone (| head) ends the run as a signal does. A terminal that has gone does not:
-    who closes it on a run that is to go on has nobody to tell."""
-
-    def told(line: str) -> None:
-        try:
-            say(line)
-        except BrokenPipeError:
-            caught.append(getattr(signal, "SIGPIPE", signal.SIGTERM))
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-
-    return told
-
-
-@contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """SIGINT, SIGTERM and SIGHUP are noted, to be acted on between updates; a second one acts at once. One that is
-    ignored stays so: a run in the background, or under nohup, goes on."""
-    caught: list[int] = []
-    before = {}
-
-    def note(number, frame):
-        caught.append(number)
-        for n, handler in before.items():
-            signal.signal(n, handler)
-        if number == signal.SIGINT:  # by os.write, because a handler may have interrupted a print
-            with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping after this update; Ctrl-C again stops at once\n")
-
-    try:
-        for number in _SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: whoever runs this thread handles signals
-        pass
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

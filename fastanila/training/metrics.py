@@ -8,7 +8,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -20,28 +20,30 @@ from ..samplers import starts
 from . import build
 from .config import tensorboard_writer
 from .job import Job
-from .settings import Settings
 from .update import Update, revision
-
-#: Mean energies beyond this are not those of a model that still learns.
-_EXPLODING = 1e4
-_PATIENCE = 5  #: rows in a row, ahead of a warning
-_UNSETTLED = 100  #: updates, and those of a VAE's warm-up, of which none is given
-_COLLAPSED = 0.1  #: nats, of all latents together
-_ALIKE = 0.02  #: of the revised states' spread
 
 
 class Metrics:
-    """metrics.jsonl, and TensorBoard's event files where wanted; rows after the resumed update are dropped."""
+    """metrics.jsonl, and TensorBoard's event files where wanted; rows after the resumed update are dropped.
+
+    rows: those of before, as the file has them."""
 
     def __init__(self, directory: Path, iteration: int, tensorboard: bool):
-        self.path = directory / "metrics.jsonl"
+        self.path, self.events = directory / "metrics.jsonl", directory / "tensorboard" if tensorboard else None
+        self.rows = self._begin(iteration)
+
+    def _begin(self, iteration: int) -> list[dict]:
         rows = read_rows(self.path) if iteration else []
         kept = [row for row in rows if row["iteration"] <= iteration]
         files.write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.board = None
-        if tensorboard:
-            self.board = tensorboard_writer()(str(directory / "tensorboard"), purge_step=iteration + 1)
+        self.board = self.events and tensorboard_writer()(str(self.events), purge_step=iteration + 1)
+        return kept
+
+    def back_to(self, iteration: int) -> None:
+        """Drop the rows after an update, as when a run is resumed there."""
+        self.__exit__()
+        self.rows = self._begin(iteration)
+        self.__enter__()
 
     def __enter__(self):
         self.file = open(self.path, "a", encoding="utf-8")
@@ -76,45 +78,6 @@ def read_rows(path: Path) -> list[dict]:
             if number < len(lines):
                 warnings.warn(f"{path}: line {number} is no JSON, and left out", stacklevel=2)
     return rows
-
-
-class Watch:
-    """Tells, once each, what a run's rows say is going wrong, and what to change."""
-
-    def __init__(self, settings: Settings):
-        self.settings = settings
-        self.count = {name: 0 for name in ("exploding", "dead", "collapse")}
-        self.told: set[str] = set()
-
-    def see(self, row: dict) -> list[str]:
-        found = []
-        for name, line in self._found(row):
-            self.count[name] = self.count[name] + 1 if line else 0
-            if line and self.count[name] == _PATIENCE and name not in self.told:
-                self.told.add(name)
-                found.append(f"warning: update {row['iteration']}: {line}")
-        return found
-
-    def _found(self, row: dict) -> Iterator[tuple[str, str | None]]:
-        """What is wrong by this row, None for each thing that is not."""
-        s = self.settings
-        settled = row["iteration"] >= _UNSETTLED + (s.vae_warm_up if s.init == "vae" else 0)
-        largest = max((row[k] for k in ("energy_data", "energy_chains", "energy_proposals") if k in row), key=abs)
-        exploding = settled and abs(largest) > _EXPLODING
-        collapsed = settled and row.get("kl", math.inf) < _COLLAPSED
-        dead = settled and not collapsed and (row.get("spread", 1.0) < _ALIKE or row.get("vae_grad_norm") == 0)
-        lines = {
-            "exploding": exploding
-            and f"the energies explode (mean energy {largest:.3g}): lower --lr (now {s.lr:g}), or raise --energy-l2 "
-            f"(now {s.energy_l2:g}) or --steps (now {s.steps})",
-            "collapse": collapsed
-            and f"posterior collapse (kl {row['kl']:.2g} nats over {s.latent} latents): the decoder ignores its "
-            f"latents; lower --kl-weight (now {s.kl_weight:g})",
-            "dead": dead
-            and f"the VAE is dead (its proposals vary {row['spread']:.1%} as much as the revised states): raise "
-            f"--vae-lr (now {s.vae_lr:g}) or --vae-width (now {s.vae_width})",
-        }
-        yield from ((name, line or None) for name, line in lines.items())
 
 
 class Progress:
@@ -154,6 +117,12 @@ class Progress:
             self.say(f"update {row['iteration']:>6}  {shown}  {rate:.1f} updates/s")
             self.next = row["iteration"] + self.every
 
+    def back_to(self, iteration: int) -> None:
+        """Go on from an earlier update."""
+        self.first, self.began, self.next = iteration, time.perf_counter(), iteration + self.every
+        if self.bar is not None:
+            self.bar.update(iteration - self.bar.n)
+
     def note(self, line: str) -> None:
         """A line of its own, above the bar where there is one."""
         if self.bar is not None:
@@ -181,12 +150,14 @@ def summary(job: Job, made: Update) -> dict[str, float | int]:
         "gamma_mean": 1 - (1 - made.info.gamma_mean.mean().item()) / gains,
         "acceptance": made.info.acceptance.mean().item(),
         "grad_norm": made.grad_norms[0].item(),
-        "lr": job.ebm.rate.at(job.iteration - 1),
+        "lr": job.rate * job.ebm.rate.at(job.iteration - 1),
         "seconds": job.seconds,
     }
     if made.teaching is not None:
         row |= {name: value.item() for name, value in made.teaching._asdict().items()} | revision(job)
-        row |= {"vae_grad_norm": made.grad_norms[1].item(), "vae_lr": job.vae.rate.at(job.iteration - 1)}
+        row |= {"vae_grad_norm": made.grad_norms[1].item(), "vae_lr": job.rate * job.vae.rate.at(job.iteration - 1)}
+    if job.rolled_back:
+        row |= {"rollback": len(job.rolled_back), "diverged": job.rolled_back[-1].diverged}
     return row
 
 

@@ -122,6 +122,16 @@ def read_settings(directory: str | Path) -> Settings:
     return config.resolve(Settings(**config.read(path)))
 
 
+def resumed_settings(settings: Settings, directory: str | Path) -> Settings:
+    """The settings to go on with. Raises ValueError for one that would change the numbers of the run."""
+    before = read_settings(directory)
+    for field in dataclasses.fields(Settings):
+        was, now = getattr(before, field.name), getattr(settings, field.name)
+        if was != now and field.name not in config.RESUMABLE and field.name != "out":
+            raise ValueError(f"{field.name} cannot change when a run is resumed: {directory} has {was!r}, got {now!r}")
+    return settings
+
+
 def data_of(run: Run, data_dir: str | None = None) -> Dataset:
     """`load_data` of a trained run, on its chains' device, with a warning if they are not what it was trained on.
 

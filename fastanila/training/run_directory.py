@@ -23,7 +23,11 @@ except ModuleNotFoundError:  # Windows: names are taken as elsewhere, and nobody
 
 _LOCK = ".lock"
 #: What is in a run's folders ahead of its first update, beside files of `files.write_bytes` that were cut short.
-_BEGINNINGS = {"samples": (), "checkpoints": ("00000000.safetensors",), "tensorboard": ("events.out.tfevents.*",)}
+_BEGINNINGS = {
+    "samples": (),
+    "checkpoints": ("00000000.safetensors", "00000000-*-*.safetensors"),
+    "tensorboard": ("events.out.tfevents.*",),
+}
 #: What a file system without locks says.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
 

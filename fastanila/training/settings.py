@@ -118,6 +118,13 @@ class Settings:
         "Decay per update of the parameters' moving average, which sampling and evaluation use; 0 for none.",
     )
 
+    on_divergence: Literal["stop", "rollback"] = setting(
+        "stop",
+        "Where an update is not finite: stop (exit code 3), or rollback to the last good checkpoint, with half the "
+        "learning rates and a new seed; then also where the energies run away.",
+    )
+    rollbacks: int = setting(3, "Rollbacks of a run at most; then it stops.")
+
     seed: int = setting(0, "Names every random number of the run.")
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA where there is one.")
     precision: Literal["float32", "tf32", "bf16"] = setting(

@@ -65,7 +65,6 @@ def build_update(job: Job) -> Callable[[], Update]:
     strict = s.energy in ENERGIES or compiles_once(device)
     chain = chain_of(job.sampler, on_chains, z=job.chains, compile=s.fused, capture=False, strict=strict)
     numbers = job.sampler.numbers_on(device)
-    seed = noise.as_word64(s.seed, device)
     one = torch.ones((), dtype=torch.float32, device=device)
     # tensors, because a number would be a constant of what is compiled, and another one would compile it anew
     steps, ema, energy_l2, clip_grad, kl, warm_up, data_noise = (
@@ -73,6 +72,7 @@ def build_update(job: Job) -> Callable[[], Update]:
         for x in (s.steps, s.ema, s.energy_l2, s.clip_grad, s.kl_weight, s.vae_warm_up, s.data_noise)
     )
     schedules = [learner.rate.on(device) for learner in job.learners]
+    seed, factor = job.seed, job.lr_factor
     rates = [group["lr"] for learner in job.learners for group in learner.optimizer.param_groups]
 
     def begin(iteration: Tensor):
@@ -100,7 +100,7 @@ def build_update(job: Job) -> Callable[[], Update]:
         finite = small.all() & torch.isfinite(z).all() & torch.isfinite(torch.stack(totals)).all()
         broken = job.broken | ~finite
         for rate, schedule in zip(rates, schedules, strict=True):
-            rate.copy_(schedule.at(iteration) * one)
+            rate.copy_(schedule.at(iteration) * factor)
         decays = [torch.where(broken, 1.0, average_decay(iteration - x.first, ema)) for x in schedules]
         job.start.keep(iteration, z, unless=broken)
         job.chains.copy_(torch.where(broken, job.chains, z))

@@ -18,8 +18,8 @@ from fastanila.training import checkpoint, loop
 from fastanila.training import job as job_training
 from fastanila.training import run as run_training
 from fastanila.training import update as update_training
-from fastanila.training.metrics import Watch
 from fastanila.training.settings import Settings
+from fastanila.training.watch import Watch
 from run_files import final, numbers, quiet, rows
 
 SMALL = dict(

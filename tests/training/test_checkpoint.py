@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastanila import files
-from fastanila.training import checkpoint, contents
+from fastanila.training import checkpoint, contents, shards
 from fastanila.training.checkpoint import CheckpointError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.uint8)
@@ -324,6 +324,143 @@ def test_sigkill_at_any_moment_loses_no_finished_checkpoint(tmp_path):
     assert leftovers(directory) == []
 
 
+# ------------------------------------------------------------------------------------------------------------ shards
+
+
+def large():
+    """Some of which must be cut between rows at 1,000 bytes a file: first, last, alone, and rows larger than a file."""
+    torch.manual_seed(3)
+    return {
+        "small": torch.randn(3),
+        "chains": torch.randn(77, 3, 2),  # 1,848 bytes
+        "exactly a file": torch.randn(25, 10),
+        "number": torch.tensor(7),
+        "bytes": torch.arange(255, dtype=torch.uint8).repeat(12).reshape(-1, 4)[:, :3],  # not contiguous
+        "two rows": torch.randn(2, 300).to(torch.bfloat16),  # rows of 600 bytes
+        "long rows": torch.randn(2, 400),  # 1,600 bytes each: they cannot be cut
+        "transposed": torch.randn(40, 30).T,
+        "empty": torch.empty(0, 4),
+        "one element": torch.randn(1),
+    }
+
+
+def sizes(directory):
+    """Bytes of tensors by file."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in directory.iterdir():
+        with safe_open(path, framework="pt") as file:
+            found[path.name] = [file.get_tensor(name).nbytes for name in file.keys()]  # noqa: SIM118
+    return found
+
+
+def test_what_is_large_goes_into_shards_and_comes_back_bit_for_bit(tmp_path, monkeypatch):
+    path, state = tmp_path / "00000003.safetensors", {"iteration": 3}
+    assert checkpoint.save(path, large(), state) == [] and len(list(tmp_path.iterdir())) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "LARGEST", 1000)
+        beside = checkpoint.save(path, large(), state)
+    held = sizes(tmp_path)
+    assert len(beside) == len(held) - 1 > 8 and {shard.name for shard in beside} == held.keys() - {path.name}
+    assert all(sum(of) <= 1000 or of == [1600] for of in held.values())
+    loaded, loaded_state = checkpoint.load(path)
+    assert loaded_state == state and loaded.keys() == large().keys()
+    assert all(same_bits(loaded[name], tensor) for name, tensor in large().items())
+
+
+def test_the_files_of_a_large_run_stay_below_16_mb(tmp_path):
+    checkpoint.save(tmp_path / "a.safetensors", {"start.population": torch.zeros(1400, 3, 32, 32)}, {})  # 17.2 MB
+    written = [path.stat().st_size for path in tmp_path.iterdir()]
+    assert len(written) == 2 and max(written) < 16_000_000
+
+
+def test_shards_that_are_damaged_missing_or_of_another_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "LARGEST", 1000)
+    path, other = tmp_path / "00000003.safetensors", tmp_path / "00000004.safetensors"
+    beside = checkpoint.save(path, large(), {})
+    others = checkpoint.save(other, {k: v + 1 for k, v in large().items()}, {})
+    for shard, another in zip(beside, others, strict=True):
+        whole = shard.read_bytes()
+        for content in (b"", whole[:-1], whole + b"\0", whole[:-1] + bytes([whole[-1] ^ 1]), another.read_bytes()):
+            shard.write_bytes(content)
+            with pytest.raises(CheckpointError):
+                checkpoint.load(path)
+        shard.unlink()
+        with pytest.raises(CheckpointError, match=rf"shard .*{shard.name} is missing"):
+            checkpoint.load(path)
+        shard.write_bytes(whole)
+    checkpoint.load(path)
+    whole = path.read_bytes()
+    for place in range(whole.index(b'"shards"'), whole.index(b"]", whole.index(b'"shards"'))):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(CheckpointError):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_save_in_shards_replaces_all_or_nothing(tmp_path, monkeypatch, call):
+    """A number saved anew, stopped at each of its files: what was there before is whole, and nothing is left over once
+    a later save ends."""
+    monkeypatch.setattr(shards, "LARGEST", 1000)
+    checkpoint.save_numbered(tmp_path, 3, large(), {"turn": 0})
+    before = sorted(tmp_path.iterdir())
+    real, count = getattr(os, call), len(before)
+    for stopped_at in range(count):
+        calls = iter(range(count))
+
+        def stop(*arguments, calls=calls, stopped_at=stopped_at):
+            directories = call == "fsync" and os.path.isdir(f"/proc/self/fd/{arguments[0]}")
+            if not directories and next(calls) == stopped_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, stop)
+            with pytest.raises(OSError):
+                checkpoint.save_numbered(tmp_path, 3, {k: v + 1 for k, v in large().items()}, {"turn": 1})
+        tensors, state = checkpoint.load_latest(tmp_path)
+        assert state == {"turn": 0} and all(same_bits(tensors[k], v) for k, v in large().items())
+    checkpoint.save_numbered(tmp_path, 3, large(), {"turn": 2})
+    assert checkpoint.load_latest(tmp_path)[1] == {"turn": 2} and len(list(tmp_path.iterdir())) == count
+
+
+def test_shards_go_with_their_checkpoint_and_nothing_else_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "LARGEST", 1000)
+    (tmp_path / "00000009-1-0123abcd.safetensors").write_bytes(b"of a killed writer")
+    mine = tmp_path / "00000009-best.safetensors"
+    mine.write_text("mine")
+    for iteration in (1, 2, 3, 4):
+        checkpoint.save_numbered(tmp_path, iteration, large(), {"iteration": iteration}, also=(1,))
+    names = {path.name for path in tmp_path.iterdir() if path != mine}
+    assert mine.exists() and {name[:8] for name in names} == {"00000001", "00000003", "00000004"}
+    for iteration in (1, 3, 4):
+        assert checkpoint.load(tmp_path / f"{iteration:08d}.safetensors")[1] == {"iteration": iteration}
+    checkpoint.delete_after(tmp_path, 1)
+    assert {path.name[:8] for path in tmp_path.iterdir() if path != mine} == {"00000001"}
+    assert checkpoint.load_latest(tmp_path)[1] == {"iteration": 1}
+
+
+def test_a_reader_beside_a_writer_finds_shards_that_go_together(tmp_path, monkeypatch):
+    """What it has read the first file of is saved anew, or deleted for a later one, before it reads the shards."""
+    monkeypatch.setattr(shards, "LARGEST", 1000)
+    path = checkpoint.save_numbered(tmp_path, 3, large(), {"turn": 0})
+    real, then = checkpoint._read, []
+
+    def read(path, blob):
+        if then:
+            then.pop()()
+        return real(path, blob)
+
+    monkeypatch.setattr(checkpoint, "_read", read)
+    then.append(lambda: checkpoint.save_numbered(tmp_path, 3, {k: v + 1 for k, v in large().items()}, {"turn": 1}))
+    assert checkpoint.load(path)[1] == {"turn": 1}
+    then.append(lambda: checkpoint.save_numbered(tmp_path, 4, large(), {"turn": 2}, keep=1))
+    assert checkpoint.load_latest(tmp_path)[1] == {"turn": 2}
+
+
 def test_write_text_replaces_a_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
     files.write_text(path, "first é\n")
@@ -510,6 +647,7 @@ def test_what_is_packed_is_read_back_by_its_own_names():
     both = network(0.0), network(5.0)
     z = torch.arange(6.0).reshape(3, 2)
     of = contents.Contents(*both, {"population": z}, z, -z, 7, 1.5, {"training": {}}, (-4.0, 4.0))
+    of = of._replace(rollbacks=[contents.Rollback(6, 4, 2**64 - 3, 0.5)], good=[2, 4])
     tensors, state = contents.packed(of)
     assert {"energy.layers.weight", "ema.layers.weight", "optimizer.exp_avg.x", "amortized.vae.energy.bias"} <= set(
         tensors
@@ -517,6 +655,7 @@ def test_what_is_packed_is_read_back_by_its_own_names():
     assert {"start.population", "proposals"} <= set(tensors) and "chains" not in tensors
     back = contents.unpacked(tensors, json.loads(json.dumps(state)))
     assert back.box == of.box and back.iteration == 7 and back.fingerprint == of.fingerprint
+    assert back.rollbacks == of.rollbacks and back.good == of.good
     for a, b in zip((back.energy, back.vae), both, strict=True):
         for found, kept in zip(a, b, strict=True):
             assert found.keys() == kept.keys() and all(torch.equal(found[k], kept[k]) for k in kept)
@@ -524,4 +663,11 @@ def test_what_is_packed_is_read_back_by_its_own_names():
     tensors, state = contents.packed(fresh)
     assert torch.equal(tensors["chains"], z)
     old = contents.unpacked(tensors, {"iteration": 7, "seconds": 1.5})  # as checkpoints of before had it
-    assert old.box is None and old.fingerprint is None and old.vae is None and old.energy.average is None
+    assert (
+        not old.rollbacks
+        and not old.good
+        and old.box is None
+        and old.fingerprint is None
+        and old.vae is None
+        and old.energy.average is None
+    )

@@ -187,7 +187,7 @@ def test_a_full_disk_ends_in_one_line_that_says_how_to_go_on(tmp_path, monkeypat
             patched.setattr("builtins.print", lambda *a, file=None, **k: file or full())
         else:
             saved = checkpoint.save_numbered
-            patched.setattr(checkpoint, "save_numbered", lambda d, n, *a: full() if n else saved(d, n, *a))
+            patched.setattr(checkpoint, "save_numbered", lambda d, n, *a, **k: full() if n else saved(d, n, *a, **k))
         flags = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items() if k not in ("fused", "save_every")]
         patched.setattr(exits, "complain", said.append)
         assert command.main([*flags, "--no-fused", "--save-every=1", f"--out={directory}"]) == 2
