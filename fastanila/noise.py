@@ -54,6 +54,9 @@ class Stream(enum.IntEnum):
     POSTERIOR = 14  #: the VAE's reparametrised draws; step = update
     MASKS = 15  #: which regions of images are missing; step = update, as the data's
     SUBSETS = 18  #: which rows a distance is taken of; step = which of its sets
+    MATCHING = 19  #: the noise that the way to the data begins in; step = update
+    TIMES = 20  #: how far on that way; step = update
+    FLIPS = 21  #: which images of the data are mirrored; step = update
 
 
 def words(

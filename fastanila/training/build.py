@@ -75,7 +75,7 @@ def build_energy(settings: Settings, shape: tuple[int, ...], given: nn.Module | 
                 confinement=confinement,
                 seed=settings.seed,
             )
-        network = ConvNet(shape[0], shape[1], settings.width, confinement=confinement)
+        network = ConvNet(shape[0], shape[1], settings.width, confinement=confinement, activation=settings.activation)
         return wrappers.ConditionalEnergy(network) if settings.task == "completion" else network
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..samplers import EXACT
 from . import own
-from .defaults import DEFAULTS, ENERGIES, IMAGES, defaults, of_data
+from .defaults import DEFAULTS, ENERGIES, IMAGES, PLANES, defaults, of_data
 from .settings import Settings, without_none
 
 try:
@@ -83,15 +83,18 @@ def check(settings: Settings, shape: tuple[int, ...] | None = None) -> None:
     for name in ("log_every", "save_every"):
         checks.count(name, getattr(settings, name))
     checks.count("chains", settings.chains)
-    for name in ("depth", "features", "sample_every", "vae_warm_up", "seed", "rollbacks"):
+    for name in ("depth", "features", "sample_every", "vae_warm_up", "matching", "seed", "rollbacks"):
         checks.count(name, getattr(settings, name), least=0)
     if settings.seed >= 1 << 63:
         raise ValueError(f"seed must be below 2**63, got {settings.seed}")
     for name in ("threshold", "reference_sd"):
         checks.positive(name, getattr(settings, name))
-    for name in ("step_size", "lr", "vae_lr"):
+    for name in ("step_size", "lr", "matching_lr", "vae_lr"):
         checks.positive(name, getattr(settings, name), finite=True)
-    for name in ("noise_scale", "confinement", "feature_scale", "energy_l2", "kl_weight", "data_noise", "clip_grad"):
+    for name in (
+        "noise_scale", "confinement", "feature_scale", "energy_l2", "matching_weight", "kl_weight", "data_noise",
+        "clip_grad",
+    ):  # fmt: skip
         checks.nonnegative(name, getattr(settings, name))
     for name in ("reinit", "ema"):
         if not 0 <= getattr(settings, name) <= 1:
@@ -106,6 +109,13 @@ def check(settings: Settings, shape: tuple[int, ...] | None = None) -> None:
     if settings.init == "vae" and settings.vae_warm_up >= settings.iterations:
         wanted = f"below iterations ({settings.iterations}), or the energy never learns"
         raise ValueError(f"vae_warm_up must be {wanted}, got {settings.vae_warm_up}")
+    if settings.matching >= settings.iterations:
+        wanted = f"below iterations ({settings.iterations}), or chains never take over"
+        raise ValueError(f"matching must be {wanted}, got {settings.matching}")
+    if settings.init == "vae" and (settings.matching or settings.matching_weight):
+        raise ValueError("matching and matching_weight must be 0 with init=vae, where proposals lead to the data")
+    if settings.flips and (len(shape) != 3 if shape else settings.data in PLANES):
+        raise ValueError(f"flips must be false for {settings.data}, which has no images to mirror")
     if settings.task == "completion":
         own_images = own.is_own(settings.data) and (shape is None or len(shape) == 3)
         if settings.data not in IMAGES and not own_images:

@@ -61,7 +61,7 @@ def prepare(
     network = build.build_energy(settings, dataset.shape, energy)
     if own.is_own(settings.energy):
         build.check_energy(network, dataset.draw(_TRIED, seed=settings.seed, step=0).to(_device(network)))
-    ebm = learner.build(network, settings, settings.lr, settings.lr_decay, device, first)
+    ebm = learner.build(network, settings, settings.lr, settings.lr_decay, device, first, matching=True)
     seed = noise.as_word64(settings.seed, device)
     start = build.build_start(settings, dataset, device, vae and vae.model, seed)
     with torch.no_grad():

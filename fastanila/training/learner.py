@@ -34,10 +34,11 @@ class Learner:
 
 
 def build(
-    network: nn.Module, settings: Settings, lr: float, decay: str, device: torch.device, first: int = 0
-) -> Learner:
+    network: nn.Module, settings: Settings, lr: float, decay: str, device: torch.device, first: int = 0,
+    matching: bool = False,
+) -> Learner:  # fmt: skip
     """The network on the device, with its Adam and, where the settings want one, its moving average; it stands still
-    ahead of update ``first``."""
+    ahead of update ``first``. ``matching``: it has a warm-up by matching, if the settings do."""
     network = network.to(device)
     optimizer = torch.optim.Adam(
         [p for _, p in trained(network)],
@@ -48,24 +49,33 @@ def build(
         capturable=device.type == "cuda",
     )
     rate = Schedule(lr, decay, settings.iterations, first)
+    if matching:
+        rate = rate._replace(matching=settings.matching, matching_lr=settings.matching_lr)
     return Learner(network, optimizer, averaged(network) if settings.ema else None, rate)
 
 
 class Schedule(NamedTuple):
-    """A learning rate that falls to zero over the iterations, or (decay="none") stays; zero ahead of the ``first``."""
+    """A learning rate that falls to zero over the iterations, or (decay="none") stays; zero ahead of the ``first``.
+
+    In a warm-up of ``matching`` updates it falls from ``matching_lr`` to zero, and then begins anew at ``lr``."""
 
     lr: float | Tensor
     decay: str
     iterations: int | Tensor
     first: int | Tensor = 0
+    matching: int | Tensor = 0
+    matching_lr: float | Tensor = 0.0
 
     def at(self, iteration: int | Tensor) -> float | Tensor:
-        left = 1 - iteration / self.iterations if self.decay == "linear" else 1.0
-        return self.lr * left * (iteration >= self.first)
+        made, all_of = iteration - self.matching, self.iterations - self.matching
+        left = 1 - made / all_of if self.decay == "linear" else 1.0
+        # 1 / matching without a warm-up divides by none
+        warm = -made / (self.matching + (self.matching == 0)) * (made < 0)
+        return self.lr * left * (iteration >= self.first) * (made >= 0) + self.matching_lr * warm
 
     def on(self, device: torch.device) -> Schedule:
         """The same with 0-dim tensors for its numbers, which are then no constants of what is compiled with it."""
-        numbers = dict(lr=self.lr, iterations=self.iterations, first=self.first)
+        numbers = {name: x for name, x in self._asdict().items() if name != "decay"}
         return self._replace(**{name: as_number(x, device) for name, x in numbers.items()})
 
 
@@ -89,7 +99,12 @@ def averaged(energy: nn.Module) -> nn.Module:
 
 
 def gradients(learner: Learner) -> list[Tensor]:
-    return [p.grad for _, p in trained(learner.module)]
+    """The parameters' gradients; zero where the loss does not depend on one, as no score does on a level."""
+    parameters = [p for _, p in trained(learner.module)]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    return [p.grad for p in parameters]
 
 
 def clipped_norm(norms: list[Tensor], grads: list[Tensor], clip: float | Tensor | None) -> Tensor:

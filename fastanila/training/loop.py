@@ -159,7 +159,8 @@ def make_updates(
     say(describe(job))
     if s.fused and graphs.compiles():
         say(compiling(job.device))
-    update = build_update(job)
+    learn = build_update(job)
+    match = build_update(job, matches=True) if job.iteration < s.matching else learn
     with (
         threads(job),
         build.arithmetic(s.precision, fused=s.fused),
@@ -171,7 +172,7 @@ def make_updates(
             progress.note(line)
         while job.iteration < s.iterations:
             began = time.perf_counter()
-            made = update()
+            made = (match if job.iteration < s.matching else learn)()
             job.iteration += 1
             last = job.iteration == s.iterations
             over = time.perf_counter() >= ends and not last

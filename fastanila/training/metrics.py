@@ -104,9 +104,10 @@ class Progress:
     def show(self, row: dict) -> None:
         shown = (
             f"energy data {row['energy_data']:.3f} chains {row['energy_chains']:.3f} gap {row['energy_gap']:+.3f} "
-            f"clipped {row['clip_fraction']:.1%}"
+            + (f"clipped {row['clip_fraction']:.1%}" if "clip_fraction" in row else "")
+            + (f" matching {row['matching']:.3f}" if "matching" in row else "")
             + (f" moved {row['moved']:.3f} recon {row['reconstruction']:.3f} kl {row['kl']:.2f}" if "kl" in row else "")
-            + (f" accepted {row['acceptance']:.1%}" if row["acceptance"] < 1 else "")
+            + (f" accepted {row['acceptance']:.1%}" if row.get("acceptance", 1) < 1 else "")
             + (f" nll {row['nll']:.3f}" if "nll" in row else "")
         )
         if self.bar is not None:
@@ -145,14 +146,19 @@ def summary(job: Job, made: Update) -> dict[str, float | int]:
         "energy_data": on_data,
         "energy_chains": on_chains,
         "energy_gap": on_chains - on_data,
-        "score_rms": (made.info.score_rms.square().mean() / free).sqrt().item(),
-        "clip_fraction": made.info.clip_fraction.mean().item() / gains,
-        "gamma_mean": 1 - (1 - made.info.gamma_mean.mean().item()) / gains,
-        "acceptance": made.info.acceptance.mean().item(),
         "grad_norm": made.grad_norms[0].item(),
         "lr": job.rate * job.ebm.rate.at(job.iteration - 1),
         "seconds": job.seconds,
     }
+    if made.info is not None:
+        row |= {
+            "score_rms": (made.info.score_rms.square().mean() / free).sqrt().item(),
+            "clip_fraction": made.info.clip_fraction.mean().item() / gains,
+            "gamma_mean": 1 - (1 - made.info.gamma_mean.mean().item()) / gains,
+            "acceptance": made.info.acceptance.mean().item(),
+        }
+    if made.matching is not None:
+        row["matching"] = made.matching.item()
     if made.teaching is not None:
         row |= {name: value.item() for name, value in made.teaching._asdict().items()} | revision(job)
         row |= {"vae_grad_norm": made.grad_norms[1].item(), "vae_lr": job.rate * job.vae.rate.at(job.iteration - 1)}

@@ -53,6 +53,8 @@ NEEDS = (
     _one_of(("mask",), "task", "completion"),
     _one_of(("width", "confinement", "reference_sd"), "energy", *ENERGIES),
     _one_of(("depth", "features", "feature_scale"), "energy", "mlp"),
+    _one_of(("activation",), "energy", "convnet"),
+    Need(("matching_lr",), "matching", lambda matching: matching > 0, "matching above 0"),
     Need(("feature_scale",), "features", lambda features: features > 0, "features above 0"),
     *_of_samplers(),
     _one_of(("reinit",), "init", "persistent"),

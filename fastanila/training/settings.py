@@ -40,6 +40,10 @@ class Settings:
         "Energy network: mlp for vectors, convnet (five layers) for images; or package.module:function, which returns "
         "an nn.Module of your own, (B, ...) to (B,), and is given the data's shape if it takes an argument.",
     )
+    activation: Literal["leaky-relu", "silu"] | None = setting(
+        None,
+        "Activation of the convnet: leaky-relu as the papers have it, or silu, which a score learned by matching needs smooth.",
+    )
     width: int | None = setting(None, "Units of a hidden layer (mlp), or channels of the first layer (convnet).")
     depth: int | None = setting(None, "Hidden layers (mlp).")
     features: int | None = setting(None, "Random Fourier features ahead of the network (mlp); 0 for none.")
@@ -108,8 +112,18 @@ class Settings:
     vae_lr_decay: Literal["linear", "none"] = setting("linear", "The VAE's learning rate over the run, as --lr-decay.")
 
     iterations: int | None = setting(None, "Updates of the parameters.")
-    lr: float | None = setting(None, "Learning rate of the energy's Adam at the start.")
+    lr: float | None = setting(None, "Learning rate of the energy's Adam at the start; after a warm-up by matching.")
     lr_decay: Literal["linear", "none"] = setting("linear", "Learning rate over the run: linear to zero, or constant.")
+    matching: int | None = setting(
+        None,
+        "Updates at the start without chains, in which the energy learns by matching: its score is to lead from uniform "
+        "noise to the data.",
+    )
+    matching_lr: float | None = setting(None, "Learning rate of Adam where the warm-up by matching begins.")
+    matching_weight: float | None = setting(
+        None, "Weight of the matching loss beside the likelihood's, once chains have taken over; 0 for none."
+    )
+    flips: bool | None = setting(None, "Mirror every other image of the data, left to right.")
     energy_l2: float | None = setting(None, "Weight of the mean squared energies in the loss.")
     data_noise: float | None = setting(None, "Standard deviation of Gaussian noise added to the data, units of data.")
     clip_grad: float | None = setting(None, "Largest norm of the parameters' gradient; 0 for no clipping.")

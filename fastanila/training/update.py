@@ -2,8 +2,8 @@
 
 An update draws data, starts chains, moves them K transitions of the sampler, and takes an Adam step along
 mean grad U(data) - mean grad U(chains). With init="vae" the chains start at what a VAE proposes, and the VAE takes an
-Adam step of its own along its ELBO's gradient at where the chains end (Xie, Zheng and Li). An update reads nothing
-back: the number of updates made and whether they are still finite are tensors too, so that on CUDA the whole of it is
+Adam step of its own along its ELBO's gradient at where the chains end (Xie, Zheng and Li). Updates of a warm-up by
+matching have no chains: see `matching`. An update reads nothing back: the number of updates made and whether they are still finite are tensors too, so that on CUDA the whole of it is
 one graph, captured once and replayed.
 """
 
@@ -22,6 +22,7 @@ from ..graphs import compiled, replayed
 from ..models.score import sampling
 from ..models.wrappers import for_chains
 from ..noise import Stream
+from ..samplers import starts
 from ..samplers.chain import chain_of
 from ..samplers.state import Info, State
 from . import build
@@ -29,6 +30,7 @@ from .defaults import ENERGIES
 from .job import Job
 from .learner import as_number, averaged_parameters, clipped_norm, follow, gradients, move
 from .losses import ELBO, Likelihood, elbo, likelihood
+from .matching import matching
 
 #: An energy beyond this has left everything that training could bring back.
 _LARGEST_ENERGY = 1e8
@@ -51,13 +53,15 @@ class Update(NamedTuple):
     energy_data: Tensor  #: 0-dim, as are the next two
     energy_chains: Tensor
     grad_norms: list[Tensor]  #: of each learner, ahead of clipping; 0-dim
-    info: Info  #: the chains' last transition
+    matching: Tensor | None  #: the matching loss, 0-dim
+    info: Info | None  #: the chains' last transition
     teaching: Teaching | None  #: of init="vae"
 
 
-def build_update(job: Job) -> Callable[[], Update]:
+def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
     """update(), which draws, samples and moves the parameters, unless something is not finite: then ``job.broken`` is
-    set and nothing else changes, in this call and in all that follow."""
+    set and nothing else changes, in this call and in all that follow. ``matches``: an update of the warm-up by
+    matching, which moves no chains."""
     s, device = job.settings, job.device
     energy = build.at_precision(job.ebm.module, s.precision)
     on_chains = for_chains(energy) if s.fused else energy
@@ -65,11 +69,21 @@ def build_update(job: Job) -> Callable[[], Update]:
     strict = s.energy in ENERGIES or compiles_once(device)
     chain = chain_of(job.sampler, on_chains, z=job.chains, compile=s.fused, capture=False, strict=strict)
     numbers = job.sampler.numbers_on(device)
+    step_size = as_number(float(s.step_size), device)
     one = torch.ones((), dtype=torch.float32, device=device)
     # tensors, because a number would be a constant of what is compiled, and another one would compile it anew
-    steps, ema, energy_l2, clip_grad, kl, warm_up, data_noise = (
+    steps, ema, energy_l2, clip_grad, kl, warm_up, data_noise, matching_weight = (
         as_number(x, device)
-        for x in (s.steps, s.ema, s.energy_l2, s.clip_grad, s.kl_weight, s.vae_warm_up, s.data_noise)
+        for x in (
+            s.steps,
+            s.ema,
+            s.energy_l2,
+            s.clip_grad,
+            s.kl_weight,
+            s.vae_warm_up,
+            s.data_noise,
+            s.matching_weight,
+        )  # fmt: skip
     )
     schedules = [learner.rate.on(device) for learner in job.learners]
     seed, factor = job.seed, job.lr_factor
@@ -84,6 +98,12 @@ def build_update(job: Job) -> Callable[[], Update]:
             shape = (s.batch_size, job.vae.module.latent)
             xi = noise.normal(shape, seed=seed, step=iteration, stream=Stream.POSTERIOR, device=device)
         return batch, free, start, xi, iteration * steps
+
+    def match(batch: Tensor, iteration: Tensor) -> Tensor:
+        how = dict(seed=seed, step=iteration, device=device)
+        begins = starts.from_noise(batch.shape, job.data.box, stream=Stream.MATCHING, **how)
+        times = noise.uniform((len(batch), *[1] * (batch.dim() - 1)), stream=Stream.TIMES, **how)
+        return matching(energy, batch, begins, times, step_size)
 
     def learn(batch: Tensor, chains: Tensor) -> Likelihood:
         return likelihood(energy, batch, chains, energy_l2 if s.energy_l2 else 0.0)
@@ -121,11 +141,18 @@ def build_update(job: Job) -> Callable[[], Update]:
             learner.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad(), sampling(energy):
             batch, free, start, xi, first = begin_of(job.made)
-            if s.fused:
-                for_chains(energy)  # the parameters of now
-            state, info = chain(s.steps, numbers, State(start), seed, first, 0, free)
-        result = learn_of(batch, state.z)
-        result.loss.backward(one)
+            state, info = State(start), None
+            if not matches:
+                if s.fused:
+                    for_chains(energy)  # the parameters of now
+                state, info = chain(s.steps, numbers, state, seed, first, 0, free)
+        matched = match(batch, job.made) if matches or s.matching_weight else None
+        if matches:
+            matched.backward(one)
+            result = Likelihood(matched, *(energy(x).mean().detach() for x in (batch, state.z)))
+        else:
+            result = learn_of(batch, state.z)
+            (result.loss if matched is None else result.loss + matching_weight * matched).backward(one)
         teaching = None
         if job.vae is not None:
             lesson = teach_of(batch, state.z, xi, job.made)
@@ -141,7 +168,8 @@ def build_update(job: Job) -> Callable[[], Update]:
                 move(learner, unless=broken)
             if s.ema:
                 follow_of(*averaged_parameters(job.learners), decays)
-        return Update(result.energy_data, result.energy_chains, totals, info, teaching)
+        matched = None if matched is None else matched.detach()
+        return Update(result.energy_data, result.energy_chains, totals, matched, info, teaching)
 
     return replayed(update, device, "the update", warm_up=WARM_UP) if s.fused and on_cuda else update
 
@@ -188,6 +216,9 @@ def draw_data(
     data_noise: a 0-dim tensor in place of the settings' number."""
     s = job.settings
     batch = job.data.draw(s.batch_size, seed=seed, step=iteration, device=job.device)
+    if s.flips:
+        u = noise.uniform((len(batch), 1, 1, 1), seed=seed, step=iteration, stream=Stream.FLIPS, device=job.device)
+        batch = torch.where(u <= 0.5, batch.flip(-1), batch)
     free = completion.free(batch) if s.task == "completion" else None
     if s.data_noise:
         normals = noise.normal(batch.shape, seed=seed, step=iteration, stream=Stream.DATA_NOISE, device=job.device)

@@ -44,6 +44,11 @@ class Watch:
         return self.count["running away"] > 0 or self.count["exploding"] > 0
 
     @property
+    def warm_up(self) -> int:
+        """Updates at the start in which chains teach the energy nothing."""
+        return self.settings.vae_warm_up if self.settings.init == "vae" else self.settings.matching
+
+    @property
     def diverged(self) -> bool:
         """Whether the rows are of a run that learns no more, although all its numbers are finite."""
         return self.count["lost"] >= _AWAY_PATIENCE or self.count["exploding"] >= _PATIENCE
@@ -62,7 +67,7 @@ class Watch:
     def _times(self, iteration: int, gap: float) -> float:
         """The gap of the energies in medians of what it was in the later half of the rows before; 0 while that is not
         known."""
-        first = self.settings.vae_warm_up if self.settings.init == "vae" else 0
+        first = self.warm_up
         size = abs(gap) if math.isfinite(gap) else math.inf
         known = len(self.gaps) >= _HISTORY and iteration >= first + _UNSETTLED
         recent = self.gaps[max(len(self.gaps) // 2, len(self.gaps) - _RECENT) :]
@@ -74,7 +79,7 @@ class Watch:
     def _found(self, row: dict) -> Iterator[tuple[str, str | None]]:
         """What is wrong by this row, None for each thing that is not."""
         s = self.settings
-        settled = row["iteration"] >= _UNSETTLED + (s.vae_warm_up if s.init == "vae" else 0)
+        settled = row["iteration"] >= _UNSETTLED + self.warm_up
         largest = max((row[k] for k in ("energy_data", "energy_chains", "energy_proposals") if k in row), key=abs)
         exploding = settled and not abs(largest) <= _EXPLODING
         gap = row["energy_chains"] - row["energy_data"]
