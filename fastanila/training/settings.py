@@ -42,7 +42,7 @@ class Settings:
     )
     activation: Literal["leaky-relu", "silu"] | None = setting(
         None,
-        "Activation of the convnet: leaky-relu as the papers have it, or silu, which a score learned by matching needs smooth.",
+        "Activation of the convnet: leaky-relu, as in the papers, or silu, whose score is smooth: matching needs that.",
     )
     width: int | None = setting(None, "Units of a hidden layer (mlp), or channels of the first layer (convnet).")
     depth: int | None = setting(None, "Hidden layers (mlp).")
@@ -116,8 +116,8 @@ class Settings:
     lr_decay: Literal["linear", "none"] = setting("linear", "Learning rate over the run: linear to zero, or constant.")
     matching: int | None = setting(
         None,
-        "Updates at the start without chains, in which the energy learns by matching: its score is to lead from uniform "
-        "noise to the data.",
+        "Updates at the start without chains, in which the energy learns by matching: its score is to lead from "
+        "uniform noise to the data.",
     )
     matching_lr: float | None = setting(None, "Learning rate of Adam where the warm-up by matching begins.")
     matching_weight: float | None = setting(

@@ -3,8 +3,8 @@
 An update draws data, starts chains, moves them K transitions of the sampler, and takes an Adam step along
 mean grad U(data) - mean grad U(chains). With init="vae" the chains start at what a VAE proposes, and the VAE takes an
 Adam step of its own along its ELBO's gradient at where the chains end (Xie, Zheng and Li). Updates of a warm-up by
-matching have no chains: see `matching`. An update reads nothing back: the number of updates made and whether they are still finite are tensors too, so that on CUDA the whole of it is
-one graph, captured once and replayed.
+matching have no chains: see `matching`. An update reads nothing back: the number of updates made and whether they are
+still finite are tensors too, so that on CUDA the whole of it is one graph, captured once and replayed.
 """
 
 from __future__ import annotations
@@ -72,19 +72,9 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
     step_size = as_number(float(s.step_size), device)
     one = torch.ones((), dtype=torch.float32, device=device)
     # tensors, because a number would be a constant of what is compiled, and another one would compile it anew
-    steps, ema, energy_l2, clip_grad, kl, warm_up, data_noise, matching_weight = (
-        as_number(x, device)
-        for x in (
-            s.steps,
-            s.ema,
-            s.energy_l2,
-            s.clip_grad,
-            s.kl_weight,
-            s.vae_warm_up,
-            s.data_noise,
-            s.matching_weight,
-        )  # fmt: skip
-    )
+    of = (s.steps, s.ema, s.energy_l2, s.clip_grad, s.kl_weight, s.vae_warm_up, s.data_noise, s.matching_weight)
+    numbers_of = [as_number(x, device) for x in of]
+    steps, ema, energy_l2, clip_grad, kl, warm_up, data_noise, matching_weight = numbers_of
     schedules = [learner.rate.on(device) for learner in job.learners]
     seed, factor = job.seed, job.lr_factor
     rates = [group["lr"] for learner in job.learners for group in learner.optimizer.param_groups]
