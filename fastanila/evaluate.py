@@ -4,7 +4,9 @@ Two dimensions: nll (the data's, held out, under the normalised model), entropy 
 gap, kl, tv (model against data density), boundary_mass, all by quadrature, with quadrature_error; and total variation,
 sliced Wasserstein distance and MMD of the chains, to the data (tv_chains, sw_chains, mmd_chains) and to the model's own
 law (tv_chains_model, ...), each beside what exact draws of their number give (..._floor): see `plane.evaluate`. Images:
-Frechet distances to held-out images on principal components: of the chains, of where they started, and of baselines.
+Frechet distances to held-out images on principal components: of the chains, of where they started, and of baselines;
+and how well the energy tells held-out images from others (auroc_...: see `evaluation.ood`), with --ood from those of
+another data set too. With classes: accuracy and cross_entropy of p(y | x) on held-out images.
 Vectors of your own: distances of the chains to held-out ones, and in two dimensions nll: see `vectors.evaluate`.
 
 A run with init=vae is judged by fresh pairs of a proposal and what K transitions make of it: the numbers of chains are
@@ -39,9 +41,10 @@ from torch import Tensor
 from . import checks, generate
 from .cli import exits, parsers
 from .cli.flags import refuse
-from .data import Images, Vectors, completion, densities
+from .data import Images, Vectors, classes, completion, densities
 from .data.images import from_pixels
-from .evaluation import diagnostics, distances, plane, plots, vectors
+from .evaluation import diagnostics, distances, ood, plane, plots, vectors
+from .models.wrappers import energies_by_class, marginal
 from .training import build, checkpoint, config, needs, run_directory
 from .training.run import Run, data_of, load, updates_past
 
@@ -51,21 +54,27 @@ _COMPLETIONS = 8  # of an image
 _BATCH = 1024  # states whose energy is taken at a time
 
 
-def evaluate(run: Run, *, data_dir: str | None = None, fused: bool = True) -> dict[str, float]:
-    """The numbers above, as Python floats. Raises FileNotFoundError where a run's images are not there."""
+def evaluate(
+    run: Run, *, data_dir: str | None = None, other: str | None = None, fused: bool = True
+) -> dict[str, float]:
+    """The numbers above, as Python floats. ``other``: images that the energy is to tell from the run's (`ood.load`).
+    Raises FileNotFoundError where images are not there, ValueError for images of which the run can tell nothing."""
+    if other is not None and (run.chains.dim() != 4 or run.settings.task == "completion"):
+        raise ValueError(f"ood needs a run that generates images, got data={run.settings.data}, {run.settings.task}")
     with build.arithmetic(run.settings.precision):
-        return _evaluate(run, data_dir, fused)
+        return _evaluate(run, data_dir, other, fused)
 
 
-def _evaluate(run: Run, data_dir: str | None, fused: bool) -> dict[str, float]:
+def _evaluate(run: Run, data_dir: str | None, other: str | None, fused: bool) -> dict[str, float]:
     device, settings = run.chains.device, run.settings
     dataset = data_of(run, data_dir)
     report: dict[str, float] = {"iteration": run.iteration}
     if settings.task == "completion":
         return report | completed(run, dataset, fused=fused)
     in_plane, of_vectors = isinstance(dataset, densities.Density), isinstance(dataset, Vectors)
+    held = dataset.images if isinstance(dataset, classes.ByClass) else dataset
     if not in_plane and not of_vectors:
-        _check_counts(run, dataset)
+        _check_counts(run, held)
     chains, start = run.chains, None
     if run.vae is not None:
         start, chains = generate.pairs(run, _PLANE_PAIRS if in_plane or of_vectors else _IMAGE_PAIRS, fused=fused)
@@ -79,8 +88,23 @@ def _evaluate(run: Run, data_dir: str | None, fused: bool) -> dict[str, float]:
     if start is None:
         started = build.build_start(settings, dataset, device)
         start = started.tensors().get("population", started.draw(0))
-    held_out, train = from_pixels(dataset.held_out), from_pixels(dataset.train)
-    return report | distances.evaluate_images(chains, held_out, train, start)
+    energy = run.energy
+    if run.classes is not None:
+        report |= classified(run.energy, held)
+        energy, chains, start = marginal(run.energy), classes.images(chains), classes.images(start)
+    outliers = None if other is None else ood.load(other, held.shape, device=device)
+    report |= ood.evaluate(energy, held, outliers)
+    return report | distances.evaluate_images(chains, from_pixels(held.held_out), from_pixels(held.train), start)
+
+
+@torch.no_grad()
+def classified(energy: Callable[..., Tensor], images: Images) -> dict[str, float]:
+    """How the energies of every class, U(x, y), classify the held-out images: the share of those whose own class has
+    the least energy (accuracy), and the mean of -log p(y | x), nats, where p(y | x) = softmax of -U (cross_entropy)."""
+    x, y = from_pixels(images.held_out), images.held_out_labels
+    each = torch.cat([energies_by_class(energy, part) for part in x.split(_BATCH)])
+    cross_entropy = torch.nn.functional.cross_entropy(-each, y).item()
+    return {"accuracy": (each.argmin(1) == y).float().mean().item(), "cross_entropy": cross_entropy}
 
 
 def _check_counts(run: Run, images: Images) -> None:
@@ -143,6 +167,8 @@ def mixing(run: Run, draws: int = 1000, *, seed: int = 0, fused: bool = True) ->
     checks.count("draws", draws, least=4)
     if run.settings.task == "completion":
         raise ValueError("task of the run must be generation for diagnostics: chains of completions have no common law")
+    if run.classes is not None:
+        raise ValueError("diagnostics need chains of one law, and those of a run with classes have one for each class")
     diagnostics.arviz()  # ahead of the work
     z = plane.spaced(run.chains, _MOST_CHAINS)
     if len(z) < 2:
@@ -185,7 +211,7 @@ def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
         title = f"{arguments.run}: {found['chains']} chains, {type(run.sampler).__name__}"
         save_mixing(directory / "chains.png", found, trace, title)
         chains = {"chains": _finite(found)}
-    report = evaluate(run, data_dir=arguments.data_dir, fused=arguments.fused)
+    report = evaluate(run, data_dir=arguments.data_dir, other=arguments.ood, fused=arguments.fused)
     exits.say(json.dumps({"run": str(arguments.run), **_finite(report), **chains}, indent=2))
     return exits.DONE
 

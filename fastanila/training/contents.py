@@ -12,8 +12,9 @@ The tensors of the file:
     start.<name>                      what the chain start keeps: start.population (chains, ...) of init="persistent"
     chains                            (B, ...) where the last update left its chains, unless they are in a population
 
-Its state, as JSON: iteration (updates made), seconds (spent in them), data (the data's fingerprint, or null) and box
-(low, high of the data). Checkpoints of before have no box, and the oldest no data.
+Its state, as JSON: iteration (updates made), seconds (spent in them), data (the data's fingerprint, or null), box (low,
+high of the data) and classes (how many, or null). Checkpoints of before have no classes, older ones no box, and the
+oldest no data.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Contents(NamedTuple):
     seconds: float
     fingerprint: dict[str, Any] | None
     box: tuple[float, float] | None
+    classes: int | None = None
 
 
 def packed(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -64,7 +66,7 @@ def packed(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors["chains"] = contents.chains
     box = None if contents.box is None else list(contents.box)
     state = {"iteration": contents.iteration, "seconds": contents.seconds, "data": contents.fingerprint, "box": box}
-    return tensors, state
+    return tensors, state | {"classes": contents.classes}
 
 
 def unpacked(tensors: dict[str, Tensor], state: dict[str, Any]) -> Contents:
@@ -81,6 +83,7 @@ def unpacked(tensors: dict[str, Tensor], state: dict[str, Any]) -> Contents:
         seconds=state["seconds"],
         fingerprint=state.get("data"),
         box=None if box is None else (box[0], box[1]),
+        classes=state.get("classes"),
     )
 
 

@@ -58,7 +58,7 @@ def prepare(
     if settings.init == "vae":
         network, first = build.build_vae(settings, dataset.shape, dataset.box), settings.vae_warm_up
         vae = learner.build(network, settings, settings.vae_lr, settings.vae_lr_decay, device)
-    network = build.build_energy(settings, dataset.shape, energy)
+    network = build.build_energy(settings, dataset.shape, energy, dataset.count if settings.classes else None)
     if own.is_own(settings.energy):
         build.check_energy(network, dataset.draw(_TRIED, seed=settings.seed, step=0).to(_device(network)))
     ebm = learner.build(network, settings, settings.lr, settings.lr_decay, device, first)
@@ -119,6 +119,7 @@ def save(job: Job) -> Path:
         seconds=job.seconds,
         fingerprint=job.data.fingerprint,
         box=job.data.box,
+        classes=job.data.count if job.settings.classes else None,
     )
     return checkpoint.save_numbered(job.directory / "checkpoints", job.iteration, *packed(contents))
 
