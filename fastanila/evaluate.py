@@ -6,7 +6,7 @@ sliced Wasserstein distance and MMD of the chains, to the data (tv_chains, sw_ch
 law (tv_chains_model, ...), each beside what exact draws of their number give (..._floor): see `plane.evaluate`. Images:
 Frechet distances to held-out images on principal components: of the chains, of where they started, and of baselines;
 and how well the energy tells held-out images from others (auroc_...: see `evaluation.ood`), with --ood from those of
-another data set too. With classes: accuracy and cross_entropy of p(y | x) on held-out images.
+another data set too. With classes: how the energies classify held-out images (accuracy, ...: see `classified`).
 Vectors of your own: distances of the chains to held-out ones, and in two dimensions nll: see `vectors.evaluate`.
 
 A run with init=vae is judged by fresh pairs of a proposal and what K transitions make of it: the numbers of chains are
@@ -100,11 +100,24 @@ def _evaluate(run: Run, data_dir: str | None, other: str | None, fused: bool) ->
 @torch.no_grad()
 def classified(energy: Callable[..., Tensor], images: Images) -> dict[str, float]:
     """How the energies of every class, U(x, y), classify the held-out images: the share of those whose own class has
-    the least energy (accuracy), and the mean of -log p(y | x), nats, where p(y | x) = softmax of -U (cross_entropy)."""
-    x, y = from_pixels(images.held_out), images.held_out_labels
-    each = torch.cat([energies_by_class(energy, part) for part in x.split(_BATCH)])
-    cross_entropy = torch.nn.functional.cross_entropy(-each, y).item()
-    return {"accuracy": (each.argmin(1) == y).float().mean().item(), "cross_entropy": cross_entropy}
+    the least energy (accuracy), and the mean of -log p(y | x), nats, where p(y | x) = softmax of -U (cross_entropy).
+
+    accuracy_centred: the share where from the energies of each class the mean energy of its own training images is
+    taken off. The chains of a class compare its energies with one another only, and leave a constant of each class
+    open, its log Z; the cross-entropy alone learns it.
+    """
+
+    def of_all(pixels: Tensor) -> Tensor:
+        return torch.cat([energies_by_class(energy, from_pixels(part)) for part in pixels.split(_BATCH)])
+
+    each, y = of_all(images.held_out), images.held_out_labels
+    own, labels = of_all(images.train), images.train_labels
+    means = torch.stack([own[labels == i, i].mean() for i in range(own.shape[1])]).nan_to_num()  # none: of no image
+    return {
+        "accuracy": (each.argmin(1) == y).float().mean().item(),
+        "accuracy_centred": ((each - means).argmin(1) == y).float().mean().item(),
+        "cross_entropy": torch.nn.functional.cross_entropy(-each, y).item(),
+    }
 
 
 def _check_counts(run: Run, images: Images) -> None:

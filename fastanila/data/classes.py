@@ -90,7 +90,7 @@ class ByClass:
     @cached_property
     def count(self) -> int:
         """How many classes there are."""
-        return 1 + max(int(labels.max()) for labels in self.sets.values() if len(labels))
+        return 1 + max(int(labels.cpu().max()) for labels in self.sets.values() if len(labels))
 
     @cached_property
     def fingerprint(self) -> dict[str, dict[str, Any]]:

@@ -40,7 +40,9 @@ class Settings:
         "An energy for each class of labelled images: U(x, y). Each chain has a class, and the energies classify.",
     )
     class_weight: float = setting(
-        1.0, "Weight of the classifier's cross-entropy in the loss, with --classes; 0 for none."
+        0.1,
+        "Weight of the classifier's cross-entropy in the loss, with --classes; 0 for none. A larger one classifies "
+        "better, and the samples of a class become more alike.",
     )
 
     energy: str | None = setting(
