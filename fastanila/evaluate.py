@@ -4,13 +4,15 @@ Two dimensions: nll (the data's, held out, under the normalised model), entropy 
 gap, kl, tv (model against data density), boundary_mass, all by quadrature, with quadrature_error; and total variation,
 sliced Wasserstein distance and MMD of the chains, to the data (tv_chains, sw_chains, mmd_chains) and to the model's own
 law (tv_chains_model, ...), each beside what exact draws of their number give (..._floor): see `plane.evaluate`. Images:
-Frechet distances to held-out images on principal components: of the chains, of where they started, and of baselines;
-and how well the energy tells held-out images from others (auroc_...: see `evaluation.ood`), with --ood from those of
-another data set too. With classes: how the energies classify held-out images (accuracy, ...: see `classified`).
+kid, frechet, precision, recall, density and coverage to held-out images by a network's features (kid_start: of where
+the chains started), whether samples are copies of training images, and all that of baselines:
+`evaluation.features.evaluate_images` says what each is. --fid adds the FID of papers. And how well the energy tells
+held-out images from others (auroc_...: see `evaluation.ood`), with --ood from those of another data set too. With
+classes: how the energies classify held-out images (class_accuracy, ...: see `classified`).
 Vectors of your own: distances of the chains to held-out ones, and in two dimensions nll: see `vectors.evaluate`.
 
 A run with init=vae is judged by fresh pairs of a proposal and what K transitions make of it: the numbers of chains are
-those of the revised states, frechet_start and mmd_start those of the proposals; energy_proposals, energy_revised and
+those of the revised states, kid_start and frechet_start those of the proposals; energy_proposals, energy_revised and
 moved (how far an element moves) say what the revision does, and tv_proposals_model how far proposals are from the
 model's law. A run with task=completion: errors in the missing regions, see `completed`. Densities with modes:
 modes_covered_model and modes_covered_chains.
@@ -42,8 +44,8 @@ from . import checks, generate
 from .cli import exits, parsers
 from .cli.flags import refuse
 from .data import Images, Vectors, classes, completion, densities
-from .data.images import from_pixels
-from .evaluation import diagnostics, distances, ood, plane, plots, vectors
+from .data.images import from_pixels, to_pixels
+from .evaluation import diagnostics, distances, features, inception, ood, plane, plots, vectors
 from .models.wrappers import energies_by_class, marginal
 from .training import build, checkpoint, config, needs, run_directory
 from .training.run import Run, data_of, load, updates_past
@@ -55,26 +57,34 @@ _BATCH = 1024  # states whose energy is taken at a time
 
 
 def evaluate(
-    run: Run, *, data_dir: str | None = None, other: str | None = None, fused: bool = True
-) -> dict[str, float]:
-    """The numbers above, as Python floats. ``other``: images that the energy is to tell from the run's (`ood.load`).
-    Raises FileNotFoundError where images are not there, ValueError for images of which the run can tell nothing."""
+    run: Run, *, data_dir: str | None = None, other: str | None = None, fused: bool = True, count: int = 2000,
+    fid: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """The numbers above, as Python has them. Of images at most ``count`` of each set are compared; ``fid`` adds FID.
+    ``other``: images that the energy is to tell from the run's (`ood.load`).
+
+    Raises FileNotFoundError where images are not there, ValueError for ``other`` images of which the run can tell
+    nothing, ModuleNotFoundError where images are compared by a network whose package is missing, and OSError for a FID
+    whose weights cannot be had.
+    """
     if other is not None and (run.chains.dim() != 4 or run.settings.task == "completion"):
         raise ValueError(f"ood needs a run that generates images, got data={run.settings.data}, {run.settings.task}")
     with build.arithmetic(run.settings.precision):
-        return _evaluate(run, data_dir, other, fused)
+        return _evaluate(run, data_dir, other, fused, count, fid)
 
 
-def _evaluate(run: Run, data_dir: str | None, other: str | None, fused: bool) -> dict[str, float]:
+def _evaluate(run: Run, data_dir: str | None, other: str | None, fused: bool, count: int, fid: bool) -> dict[str, Any]:
     device, settings = run.chains.device, run.settings
     dataset = data_of(run, data_dir)
-    report: dict[str, float] = {"iteration": run.iteration}
+    report: dict[str, Any] = {"iteration": run.iteration}
     if settings.task == "completion":
         return report | completed(run, dataset, fused=fused)
     in_plane, of_vectors = isinstance(dataset, densities.Density), isinstance(dataset, Vectors)
     held = dataset.images if isinstance(dataset, classes.ByClass) else dataset
     if not in_plane and not of_vectors:
         _check_counts(run, held)
+        if fid:
+            inception.torch_fidelity()  # ahead of the work
     chains, start = run.chains, None
     if run.vae is not None:
         start, chains = generate.pairs(run, _PLANE_PAIRS if in_plane or of_vectors else _IMAGE_PAIRS, fused=fused)
@@ -94,17 +104,20 @@ def _evaluate(run: Run, data_dir: str | None, other: str | None, fused: bool) ->
         energy, chains, start = marginal(run.energy), classes.images(chains), classes.images(start)
     outliers = None if other is None else ood.load(other, held.shape, device=device)
     report |= ood.evaluate(energy, held, outliers)
-    return report | distances.evaluate_images(chains, from_pixels(held.held_out), from_pixels(held.train), start)
+    labels = dict(train_labels=held.train_labels, held_out_labels=held.held_out_labels)
+    sets = chains, held.held_out, held.train, start
+    report |= features.evaluate_images(*sets, box=held.box, count=count, **labels)
+    return report | ({"fid": inception.fid(to_pixels(chains, held.box), held.held_out)} if fid else {})
 
 
 @torch.no_grad()
 def classified(energy: Callable[..., Tensor], images: Images) -> dict[str, float]:
-    """How the energies of every class, U(x, y), classify the held-out images: the share of those whose own class has
-    the least energy (accuracy), and the mean of -log p(y | x), nats, where p(y | x) = softmax of -U (cross_entropy).
+    """How the energies of every class, U(x, y), classify the held-out images.
 
-    accuracy_centred: the share where from the energies of each class the mean energy of its own training images is
-    taken off. The chains of a class compare its energies with one another only, and leave a constant of each class
-    open, its log Z; the cross-entropy alone learns it.
+    class_accuracy: the share of those whose own class has the least energy. class_cross_entropy: the mean of
+    -log p(y | x), nats, where p(y | x) = softmax of -U. class_accuracy_centred: the accuracy where from the energies
+    of each class the mean energy of its own training images is taken off. The chains of a class compare its energies
+    with one another only, and leave a constant of each class open, its log Z; the cross-entropy alone learns it.
     """
 
     def of_all(pixels: Tensor) -> Tensor:
@@ -114,9 +127,9 @@ def classified(energy: Callable[..., Tensor], images: Images) -> dict[str, float
     own, labels = of_all(images.train), images.train_labels
     means = torch.stack([own[labels == i, i].mean() for i in range(own.shape[1])]).nan_to_num()  # none: of no image
     return {
-        "accuracy": (each.argmin(1) == y).float().mean().item(),
-        "accuracy_centred": ((each - means).argmin(1) == y).float().mean().item(),
-        "cross_entropy": torch.nn.functional.cross_entropy(-each, y).item(),
+        "class_accuracy": (each.argmin(1) == y).float().mean().item(),
+        "class_accuracy_centred": ((each - means).argmin(1) == y).float().mean().item(),
+        "class_cross_entropy": torch.nn.functional.cross_entropy(-each, y).item(),
     }
 
 
@@ -216,6 +229,8 @@ def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
     run = load(arguments.run, arguments.device)
     for reason in needs.idle(run.settings, given & {"data_dir"}).values():
         raise ValueError(reason)
+    if run.settings.task == "completion" or run.chains.dim() != 4:
+        refuse(given, ["count", "fid"], "but on a model of whole images")
     chains: dict[str, Any] = {}
     if arguments.chains:
         directory = config.path_of("run", arguments.run)
@@ -224,14 +239,27 @@ def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
         title = f"{arguments.run}: {found['chains']} chains, {type(run.sampler).__name__}"
         save_mixing(directory / "chains.png", found, trace, title)
         chains = {"chains": _finite(found)}
-    report = evaluate(run, data_dir=arguments.data_dir, other=arguments.ood, fused=arguments.fused)
+    options = dict(
+        other=arguments.ood,
+        data_dir=arguments.data_dir,
+        fused=arguments.fused,
+        count=arguments.count,
+        fid=arguments.fid,
+    )
+    report = evaluate(run, **options)
     exits.say(json.dumps({"run": str(arguments.run), **_finite(report), **chains}, indent=2))
     return exits.DONE
 
 
-def _finite(report: dict[str, float]) -> dict[str, float | None]:
+def _finite(report: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN or infinity."""
-    return {k: v if math.isfinite(v) else None for k, v in report.items()}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _finite(value)
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: plain(value) for name, value in report.items()}
 
 
 if __name__ == "__main__":

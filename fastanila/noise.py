@@ -55,6 +55,7 @@ class Stream(enum.IntEnum):
     MASKS = 15  #: which regions of images are missing; step = update, as the data's
     LABELS = 16  #: which class a chain that starts from noise is of; step = update, as START's
     OUTLIERS = 17  #: images unlike any data, from which energies are to tell them
+    SUBSETS = 18  #: which rows a distance is taken of; step = which of its sets
 
 
 def words(

@@ -58,3 +58,11 @@ def compiler(request):
 def pytest_collection_modifyitems(items):
     """The longest first: what begins last keeps one worker waiting for the other."""
     items.sort(key=lambda item: item.path.name not in ("test_interpreter.py", "test_capture_rules.py"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory):
+    """Features and classifiers are kept for this session alone, and not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTANILA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

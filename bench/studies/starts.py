@@ -47,8 +47,8 @@ ABOUT_PLANE = (
 )
 ABOUT_IMAGES = (
     "{updates} updates of {steps} transitions each; mean of {seeds} seeds, and their standard deviation. 1,024 fresh "
-    "pairs a run: what the decoder proposes, and what the transitions make of it. Energies are means; Frechet distance "
-    "and squared MMD are to held-out images, on principal components of the training images; floor is as many training "
+    "pairs a run: what the decoder proposes, and what the transitions make of it. Energies are means; KID and Frechet "
+    "distance are to held-out images, by the features that `fastanila.evaluate` names; floor is as many training "
     "images; moved is the root mean square of how far an element moves, units of data. Margin: proposals less revised, "
     "run by run."
 )
@@ -126,13 +126,14 @@ def image_table(lines: Sequence[Line]) -> str:
         group = list(group)
         for name, before, after, floor in (
             ("mean energy", "energy_proposals", "energy_revised", None),
-            ("Frechet distance", "frechet_start", "frechet", "frechet_train"),
-            ("MMD, squared", "mmd_start", "mmd", None),
+            ("KID", "kid_start", "kid", "kid"),
+            ("Frechet distance", "frechet_start", "frechet", "frechet"),
         ):
             a, b = ([line[key] for line in group] for key in (before, after))
             margins = [x - y for x, y in zip(a, b, strict=True)]
             cells = [f"{mean(x):.4f} +- {stdev(x) if len(x) > 1 else math.nan:.4f}" for x in (a, b, margins)]
-            rows.append([data_set, name, *cells, f"{mean(line[floor] for line in group):.4f}" if floor else "-"])
+            floors = [line["baselines"]["training"][floor] for line in group] if floor else []
+            rows.append([data_set, name, *cells, f"{mean(floors):.4f}" if floors else "-"])
         rows.append([data_set, "moved", "-", f"{mean(line['moved'] for line in group):.4f}", "-", "-"])
     return markdown.table(["data", "", "proposals", "revised", "margin", "floor"], "llrrrr", rows)
 

@@ -46,5 +46,5 @@ def load(
     root = Path("data" if data_dir is None else data_dir)
     given = dict(root=root, size=size, channels=channels, download=download)
     train, held_out = images.LOADERS[name](**{option: given[option] for option in images.options(name)})
-    labels = dict(train_labels=train.labels, held_out_labels=held_out.labels)
-    return Images(name, train.pixels, held_out.pixels, **labels).to(device)
+    sets = train.pixels, held_out.pixels
+    return Images(name, *sets, train_labels=train.labels, held_out_labels=held_out.labels).to(device)

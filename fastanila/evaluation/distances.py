@@ -15,38 +15,7 @@ from torch import Tensor
 
 from .. import noise
 
-_BATCH = 4096  # rows in float64 at a time
-_MMD_ROWS = 2000  # the most that evaluate_images compares pairwise
-
-
-class Features(NamedTuple):
-    """Coordinates along the k leading principal axes, with the variances of the k summing to one over the data."""
-
-    mean: Tensor  #: (D,)
-    components: Tensor  #: (D, k), orthonormal, by falling variance
-    scale: Tensor  #: (), the root of the variance that the k components hold
-
-
-def pca(data: Tensor, components: int = 32) -> Features:
-    """The principal axes of ``data`` (N, ...), in float64 on its device: O(D^2) memory, O(N D^2 + D^3) time.
-
-    At most min(D, N - 1) components, of which the data has no more; the sign of each is arbitrary.
-    """
-    rows = data.flatten(1)
-    mean = torch.stack([part.double().sum(0) for part in rows.split(_BATCH)]).sum(0) / len(rows)
-    scatter = sum(centred.T @ centred for centred in (part.double() - mean for part in rows.split(_BATCH)))
-    if not 0 < scatter.trace() < math.inf:
-        raise ValueError("data must vary and be finite to have principal axes")
-    variances, axes = torch.linalg.eigh(scatter / (len(rows) - 1))
-    k = min(components, rows.shape[1], len(rows) - 1)
-    return Features(mean, axes[:, -k:].flip(1), variances[-k:].sum().sqrt())
-
-
-def project(features: Features, x: Tensor) -> Tensor:
-    """(N, ...) to (N, k) float64, on the features' device."""
-    rows = x.flatten(1).to(features.mean.device)
-    axes = features.components / features.scale
-    return torch.cat([(part.double() - features.mean) @ axes for part in rows.split(_BATCH)])
+_BLOCK = 512  # rows of a set whose pairs with another's are in memory at a time
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
@@ -61,18 +30,6 @@ def frechet(a: Tensor, b: Tensor) -> float:
     (mean_a, root_a), (mean_b, root_b) = _moments(a), _moments(b)
     traces = root_a.square().sum() + root_b.square().sum() - 2 * torch.linalg.svdvals(root_a @ root_b.T).sum()
     return ((mean_a - mean_b).square().sum() + traces).clamp(min=0).item()
-
-
-def gaussian_pixels(data: Tensor, count: int, *, seed: int) -> Tensor:
-    """``count`` draws of the Gaussian with each pixel's own mean and variance and no correlation: the baseline.
-
-    Of the data's shape and device, and its dtype where that is floating (float32 where not).
-    """
-    rows = data.double() if data.dtype == torch.float64 else data.float()
-    shape = (count, *data.shape[1:])
-    xi = noise.normal(shape, seed=seed, step=0, stream=noise.Stream.BASELINE, device=data.device, dtype=rows.dtype)
-    draws = rows.mean(0) + rows.std(0) * xi
-    return draws.to(data.dtype) if data.is_floating_point() else draws
 
 
 def mmd(a: Tensor, b: Tensor) -> float:
@@ -111,35 +68,114 @@ def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 128, seed: int =
     return (squares @ widths.double() / (n * m)).sqrt().item()
 
 
-def evaluate_images(
-    chains: Tensor, held_out: Tensor, train: Tensor, start: Tensor, *, components: int = 32, seed: int = 0
-) -> dict[str, float]:
-    """How far images are from held-out ones, each (N, ...) with N >= 2, in the same range.
+class Kid(NamedTuple):
+    """A kernel distance, times 1000."""
 
-    In principal components of the training images, ``components`` of them (or as many as the data has), in units of
-    the variance they hold: a set that is the training mean alone, or held-out images moved by one standard
-    deviation, is at about 1. Squared distances to ``held_out``:
+    mean: float
+    sd: float  #: between the subsets, of which each has its own estimate
 
-    frechet of the chains; frechet_start of where the chains began; frechet_gaussian of as many draws of
-    `gaussian_pixels`, which a model of images must beat; frechet_train of as many training images, evenly spaced,
-    the floor at this count; mmd of the chains, and mmd_start (at most 2000 rows a side).
+
+def kid(a: Tensor, b: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 0) -> Kid:
+    """1000 times the squared MMD of (N, k) and (M, k), N, M >= 2, by the kernel (x'y / k + 1)^3.
+
+    The mean and standard deviation over ``subsets`` random subsets of ``size`` rows of each set, or of half the smaller
+    set where that is less, drawn without replacement by ``seed``. Each estimate is unbiased: equal laws have mean 0,
+    at every N and M. Binkowski, Sutherland, Arbel and Gretton, "Demystifying MMD GANs", ICLR 2018, whose features are
+    Inception's. NaN for a set of one row.
     """
-    for name, images in (("chains", chains), ("held_out", held_out), ("train", train), ("start", start)):
-        if len(images) < 2:
-            raise ValueError(f"{name} must be at least 2 images, which have a covariance, got {len(images)}")
-    features = pca(train, components)
-    count = len(chains)
-    spaced = torch.arange(min(count, len(train)), device=train.device) * len(train) // min(count, len(train))
-    truth, sampled, started = (project(features, x) for x in (held_out, chains, start))
-    return {
-        "frechet": frechet(sampled, truth),
-        "frechet_start": frechet(started, truth),
-        "frechet_gaussian": frechet(project(features, gaussian_pixels(train, count, seed=seed)), truth),
-        "frechet_train": frechet(project(features, train[spaced]), truth),
-        "mmd": mmd(sampled[:_MMD_ROWS], truth[:_MMD_ROWS]),
-        "mmd_start": mmd(started[:_MMD_ROWS], truth[:_MMD_ROWS]),
-        "components": features.components.shape[1],
-    }
+    if not _finite(a, b) or min(len(a), len(b)) < 2:
+        return Kid(math.nan, math.nan)
+    a, b = a.double(), b.double()
+    rows = max(2, min(size, len(a) // 2, len(b) // 2))
+    in_a, in_b = (_subsets(len(x), rows, subsets, seed=seed, step=step, like=x) for step, x in enumerate((a, b)))
+    within = sum(_sums(x, x, chosen, chosen) - chosen @ _cubic_diagonal(x) for x, chosen in ((a, in_a), (b, in_b)))
+    estimates = 1000 * (within / (rows * (rows - 1)) - 2 * _sums(a, b, in_a, in_b) / rows**2)
+    return Kid(estimates.mean().item(), estimates.std().item() if subsets > 1 else math.nan)
+
+
+def _subsets(count: int, rows: int, subsets: int, *, seed: int, step: int, like: Tensor) -> Tensor:
+    """(subsets, count) of 0 and 1, ``rows`` of them 1 in each."""
+    shape, stream = (subsets, count), noise.Stream.SUBSETS
+    chosen = noise.uniform(shape, seed=seed, step=step, stream=stream, device=like.device).argsort(1)[:, :rows]
+    return like.new_zeros(shape).scatter_(1, chosen, 1.0)
+
+
+def _sums(a: Tensor, b: Tensor, in_a: Tensor, in_b: Tensor) -> Tensor:
+    """(subsets,): the kernel summed over the pairs of each subset, from one pass over all pairs of rows."""
+    parts = zip(a.split(_BLOCK), in_a.split(_BLOCK, 1), strict=True)
+    return sum(((chosen @ (part @ b.T / a.shape[1] + 1) ** 3) * in_b).sum(1) for part, chosen in parts)
+
+
+def _cubic_diagonal(x: Tensor) -> Tensor:
+    return (x.square().sum(1) / x.shape[1] + 1) ** 3
+
+
+class Neighbours(NamedTuple):
+    """Shares, of samples or of true rows; density is a mean count, in units of k, and can exceed 1."""
+
+    precision: float  #: samples that lie in a ball of the truth
+    recall: float  #: true rows that lie in a ball of the samples
+    density: float  #: how many balls of the truth a sample lies in
+    coverage: float  #: true rows in whose ball a sample lies
+
+
+def neighbours(samples: Tensor, truth: Tensor, *, k: int = 3, k_density: int = 5) -> Neighbours:
+    """How far (N, d) samples and (M, d) true rows lie in each other's balls: about each row, out to its k-th neighbour
+    in its own set.
+
+    precision and recall with ``k``: Kynkaanniemi et al., "Improved precision and recall metric for assessing generative
+    models", NeurIPS 2019. density and coverage with ``k_density``: Naeem et al., "Reliable fidelity and diversity
+    metrics for generative models", ICML 2020. Balls hold their boundary. recall and coverage grow with N, so compare
+    sets of one size. NaN where a set has no such neighbour.
+    """
+    if not _finite(samples, truth) or len(samples) <= k or len(truth) <= max(k, k_density):
+        return Neighbours(*[math.nan] * 4)
+    samples, truth = samples.double(), truth.double()
+    gaps, of_samples, of_truth = torch.cdist(samples, truth), _radii(samples, k), _radii(truth, k)
+    wide = _radii(truth, k_density)
+    return Neighbours(
+        precision=_share((gaps <= of_truth).any(1)),
+        recall=_share((gaps <= of_samples[:, None]).any(0)),
+        density=_share((gaps <= wide).sum(1)) / k_density,
+        coverage=_share((gaps <= wide).any(0)),
+    )
+
+
+class Nearest(NamedTuple):
+    """Of each row, the nearest of a pool."""
+
+    which: Tensor  #: (N,) int64, its index
+    distance: Tensor  #: (N,) float64, Euclidean
+    ratio: Tensor  #: (N,) float64, the distance over the mean distance of the k nearest: near 0 for a copy
+
+
+def nearest(rows: Tensor, pool: Tensor, *, k: int = 50) -> Nearest:
+    """The nearest of ``pool`` (M, d) to each of ``rows`` (N, d): searched in float32, its distance in float64.
+
+    The ratio tells copies from rows that are close to everything, as a smooth image is: Carlini et al., "Extracting
+    training data from diffusion models", USENIX Security 2023 (section 5.1). Over fewer than ``k`` where M is less.
+    """
+    rows, pool = rows.float(), pool.float()
+    squares, k = pool.square().sum(1), min(k, len(pool))
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for part in rows.split(_BLOCK):
+        gaps = torch.addmm(squares, part, pool.T, alpha=-2) + part.square().sum(1, keepdim=True)
+        close = gaps.topk(k, dim=1, largest=False)
+        index = close.indices[:, 0]
+        distance = (part.double() - pool[index].double()).norm(dim=1)
+        others = close.values[:, 1:].double().clamp(min=0).sqrt().sum(1)
+        mean = ((others + distance) / k).clamp(min=1e-100)  # all of them copies: 0 over 0 is a copy too
+        found.append((index, distance, distance / mean))
+    return Nearest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _radii(x: Tensor, k: int) -> Tensor:
+    """(N,): how far the k-th neighbour of each row is among the others."""
+    return torch.cdist(x, x).fill_diagonal_(math.inf).kthvalue(k, dim=1).values
+
+
+def _share(values: Tensor) -> float:
+    return values.double().mean().item()
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

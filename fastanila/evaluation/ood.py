@@ -19,8 +19,7 @@ from .. import noise
 from ..data import registry
 from ..data.images import LOADERS, Images, from_pixels
 from ..noise import Stream
-from .distances import gaussian_pixels
-from .plane import spaced
+from .baselines import gaussian_pixels, spaced
 
 _MOST = 2000  # images of a kind
 _BATCH = 1024  # images whose energy is taken at a time

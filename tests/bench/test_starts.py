@@ -46,11 +46,12 @@ def test_spread_and_tables():
     assert text.endswith("| 20 (20 to 20) | 1 of 2 |")
     image = dict(
         data="digits", diverged=False, energy_proposals=1.0, energy_revised=0.5, frechet_start=0.4, frechet=0.1,
-        frechet_train=0.03, mmd_start=0.2, mmd=0.1, moved=0.3,
+        kid_start=9.0, kid=2.0, moved=0.3, baselines={"training": {"kid": -0.5, "frechet": 0.03}},
     )  # fmt: skip
     text = starts.image_table([image, image | dict(frechet=0.2)])
     cells = "0.4000 +- 0.0000 | 0.1500 +- 0.0707 | 0.2500 +- 0.0707 | 0.0300 |"
     assert f"| digits | Frechet distance | {cells}" in text
+    assert "| digits | KID | 9.0000 +- 0.0000 | 2.0000 +- 0.0000 | 7.0000 +- 0.0000 | -0.5000 |" in text
 
 
 @pytest.mark.parametrize(

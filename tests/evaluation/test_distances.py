@@ -1,6 +1,5 @@
 """Distances against closed forms and scipy. Statistical tests fix their seeds; each false-alarm rate is 1e-6."""
 
-import json
 import math
 
 import pytest
@@ -74,52 +73,6 @@ def test_too_few_rows_are_refused():
         distances.frechet(randn(1, 3), randn(5, 3))
 
 
-def test_pca_finds_the_axes():
-    axes = torch.linalg.qr(randn(6, 6)).Q
-    data = with_moments(randn(6, seed=1), axes @ torch.diag(torch.arange(6.0).double() ** 2) @ axes.T, 300)
-    found = distances.pca(data, components=3)
-    assert found.components.shape == (6, 3) and found.mean.dtype == torch.float64
-    cosines = (found.components * axes.flip(1)[:, :3]).sum(0).abs()
-    assert torch.allclose(cosines, torch.ones(3, dtype=torch.float64))
-    features = distances.project(found, data.reshape(300, 2, 3))
-    expected = torch.tensor([25.0, 16.0, 9.0], dtype=torch.float64) / 50
-    assert torch.allclose(torch.cov(features.T), torch.diag(expected), atol=1e-12)
-    assert features.mean(0).abs().max() < 1e-12
-
-
-def test_pca_in_batches_and_with_little_data(monkeypatch):
-    data = randn(50, 3, 4, 4)
-    whole = distances.pca(data, 5)
-    projected = distances.project(whole, data)
-    monkeypatch.setattr(distances, "_BATCH", 7)
-    parts = distances.pca(data, 5)
-    assert torch.allclose(parts.components.abs(), whole.components.abs(), atol=1e-10)
-    assert torch.allclose(distances.project(whole, data), projected, atol=1e-12)
-    assert distances.pca(data[:4]).components.shape == (48, 3)  # three axes are all that four images have
-    with pytest.raises(ValueError, match="vary"):
-        distances.pca(torch.ones(5, 2))
-    with pytest.raises(ValueError, match="finite"):
-        distances.pca(torch.full((5, 2), math.nan))
-
-
-def test_gaussian_pixels_have_the_datas_means_and_variances_and_no_correlation():
-    data = (random_covariance(4, 4, 0) @ randn(4, 500, seed=1)).T.reshape(500, 1, 2, 2).float() + 3
-    draws = distances.gaussian_pixels(data, 40_000, seed=7)
-    assert draws.shape == (40_000, 1, 2, 2) and draws.dtype == torch.float32
-    x, y = data.flatten(1), draws.flatten(1)
-    n = len(draws)
-    # 4.9 standard errors each, 5.6 for all the 4 + 4 + 6 numbers together
-    assert ((y.mean(0) - x.mean(0)).abs() < 5.6 * x.std(0) / math.sqrt(n)).all()
-    assert ((y.var(0) / x.var(0) - 1).abs() < 5.6 * math.sqrt(2 / n)).all()
-    assert (torch.corrcoef(y.T) - torch.eye(4)).abs().max() < 5.6 / math.sqrt(n)
-    assert torch.corrcoef(x.T).fill_diagonal_(0).abs().max() > 0.3  # which the data has
-    assert torch.equal(draws, distances.gaussian_pixels(data, n, seed=7))
-    assert not torch.equal(draws, distances.gaussian_pixels(data, n, seed=8))
-    stream = noise.normal((2, 1, 2, 2), seed=7, step=0, stream=noise.Stream.BASELINE)
-    assert torch.allclose(draws[:2], data.mean(0) + data.std(0) * stream, atol=1e-5)
-    assert distances.gaussian_pixels((data * 10).to(torch.uint8), 2, seed=0).dtype == torch.float32
-
-
 def test_mmd_by_its_definition():
     a, b = randn(5, 2), randn(7, 2, seed=1) + 1
     pooled = torch.cat([a, b])
@@ -183,34 +136,86 @@ def test_sliced_wasserstein_is_a_distance():
     assert seen == pytest.approx(1, abs=4 * 4.9 / 4 / math.sqrt(4096))
 
 
-@pytest.mark.parametrize("name", ("chains", "held_out", "train", "start"))
-def test_evaluate_images_says_which_images_are_too_few(name):
-    sets = {other: randn(1 if other == name else 4, 1, 3, 3) for other in ("chains", "held_out", "train", "start")}
-    with pytest.raises(ValueError, match=f"{name} must be at least 2 images, which have a covariance, got 1"):
-        distances.evaluate_images(**sets)
-
-
 def test_one_row_has_no_mmd():
     assert math.isnan(distances.mmd(randn(1, 3), randn(5, 3))) and math.isnan(distances.mmd(randn(5, 3), randn(1, 3)))
 
 
-def test_evaluate_images_orders_what_is_closer():
-    def images(count, seed):  # two kinds of image: strong correlation, which no pixelwise Gaussian has
-        pattern = randn(1, 1, 8, 8, seed=99)
-        sign = 2.0 * (torch.arange(count) % 2).reshape(-1, 1, 1, 1) - 1
-        return (sign * pattern + 0.5 * randn(count, 1, 8, 8, seed=seed)).float()
+def cubic(x, y):
+    return (x @ y / len(x) + 1) ** 3
 
-    train, held_out, chains = images(600, 0), images(300, 1), images(200, 2)
-    report = distances.evaluate_images(chains, held_out, train, randn(200, 1, 8, 8, seed=3).float())
-    names = "frechet frechet_start frechet_gaussian frechet_train mmd mmd_start components"
-    assert list(report) == names.split()
-    assert json.loads(json.dumps(report)) == report and report["components"] == 32
-    assert report["frechet"] < 3 * report["frechet_train"] < report["frechet_gaussian"] < 1
-    assert report["frechet"] < report["frechet_start"] and abs(report["mmd"]) < report["mmd_start"]
-    again = distances.evaluate_images(chains, held_out, train, chains, components=5)
-    assert again["components"] == 5 and again["frechet_start"] == again["frechet"]
-    assert again["mmd_start"] == again["mmd"]
-    broken = distances.evaluate_images(chains * math.nan, held_out, train, chains)
-    assert math.isnan(broken["frechet"]) and math.isfinite(broken["frechet_gaussian"])
-    mean = train.mean(0, keepdim=True).expand(200, -1, -1, -1)
-    assert distances.evaluate_images(mean, train, train, mean)["frechet"] == pytest.approx(1, abs=1e-6)
+
+def unbiased(a, b):
+    """The squared MMD, pair by pair."""
+    n, m = len(a), len(b)
+    aa = sum(cubic(a[i], a[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    bb = sum(cubic(b[i], b[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return (aa + bb - 2 * sum(cubic(x, y) for x in a for y in b) / (n * m)).item()
+
+
+def test_kid_by_its_definition(monkeypatch):
+    a, b = randn(13, 5), 1.5 * randn(9, 5, seed=1) + 0.3
+    sets = []
+    for step, x in enumerate((a, b)):
+        u = noise.uniform((7, len(x)), seed=3, step=step, stream=noise.Stream.SUBSETS)
+        sets.append([x[row.argsort()[:4]] for row in u])  # 4 is half of 9
+    true = torch.tensor([1000 * unbiased(x, y) for x, y in zip(*sets, strict=True)], dtype=torch.float64)
+    for block in (512, 3):
+        monkeypatch.setattr(distances, "_BLOCK", block)
+        found = distances.kid(a, b, subsets=7, seed=3)
+        assert found == pytest.approx((true.mean().item(), true.std().item()), rel=1e-9)
+    assert distances.kid(a, b, subsets=7, size=2, seed=3) != found and distances.kid(a, b, subsets=7, seed=4) != found
+    assert math.isnan(distances.kid(randn(1, 5), b).mean) and math.isnan(distances.kid(a, b, subsets=1).sd)
+    assert math.isfinite(distances.kid(randn(2, 5), b).mean)
+
+
+def test_kid_has_no_bias_at_any_size():
+    def mean(statistic):
+        values = torch.tensor([statistic(randn(24, 3, seed=2 * i), randn(60, 3, seed=2 * i + 1)) for i in range(200)])
+        return values.mean() / (values.std() / math.sqrt(len(values)))
+
+    assert abs(mean(lambda a, b: distances.kid(a, b, subsets=5).mean)) < 4.9  # normal, 1e-6 two-sided
+    diagonal = 1000 * 2 / 12 * 5  # the biased estimator of 12 rows adds 1000 * 2 / 12 times k(x, x) - k(x, y), over 5
+    assert mean(lambda a, b: distances.kid(a, b, subsets=5).mean + diagonal) > 4.9
+    assert distances.kid(randn(40, 3), randn(40, 3, seed=1) + 1).mean > 1000
+
+
+def test_neighbours_by_their_definition():
+    samples, truth = randn(23, 3), 0.8 * randn(17, 3, seed=1) + 0.9
+
+    def radius(x, i, k):
+        return sorted((x[i] - x[j]).norm().item() for j in range(len(x)) if j != i)[k - 1]
+
+    def inside(x, centres, i, k):
+        return (x - centres[i]).norm().item() <= radius(centres, i, k)
+
+    n, m = len(samples), len(truth)
+    precision = sum(any(inside(x, truth, j, 3) for j in range(m)) for x in samples) / n
+    recall = sum(any(inside(y, samples, i, 3) for i in range(n)) for y in truth) / m
+    density = sum(inside(x, truth, j, 5) for x in samples for j in range(m)) / (5 * n)
+    coverage = sum(any(inside(x, truth, j, 5) for x in samples) for j in range(m)) / m
+    found = distances.neighbours(samples, truth)
+    assert found == pytest.approx((precision, recall, density, coverage), rel=1e-12)
+    assert len(set(found)) == 4 and all(0 < value < 1 for value in found)  # no two of them could be mixed up
+    other = distances.neighbours(samples, truth, k=1, k_density=2)
+    assert other.precision < found.precision and other.recall < found.recall
+    assert distances.neighbours(truth, truth) == pytest.approx((1, 1, 1.2, 1), rel=1e-12)  # itself and 5 others, of 5
+    assert all(map(math.isnan, distances.neighbours(samples[:3], truth)))
+    assert all(map(math.isnan, distances.neighbours(samples, truth[:5])))
+    broken = samples.clone()
+    broken[4, 1] = math.nan
+    assert all(map(math.isnan, distances.neighbours(broken, truth))) and math.isnan(distances.kid(broken, truth).mean)
+
+
+def test_nearest_by_its_definition(monkeypatch):
+    rows, pool = 20 * randn(11, 4), 20 * randn(31, 4, seed=1)
+    rows[3] = pool[8]
+    monkeypatch.setattr(distances, "_BLOCK", 4)
+    found = distances.nearest(rows, pool, k=6)
+    for i, row in enumerate(rows):
+        gaps = sorted(((row - y).norm().item(), j) for j, y in enumerate(pool))
+        assert found.which[i] == gaps[0][1]
+        assert found.distance[i].item() == pytest.approx(gaps[0][0], rel=1e-5)  # of rows that were rounded to float32
+        assert found.ratio[i].item() == pytest.approx(gaps[0][0] * 6 / sum(gap for gap, _ in gaps[:6]), rel=1e-5)
+    assert found.distance[3] == found.ratio[3] == 0 and found.distance.dtype == torch.float64
+    assert distances.nearest(rows, pool[:1]).ratio.tolist() == [1.0] * 3 + [pytest.approx(1)] * 8  # nothing to compare
+    assert distances.nearest(pool[:2], pool[:1].expand(9, 4)).ratio.tolist() == pytest.approx([0, 1], abs=1e-6)

@@ -274,7 +274,7 @@ def test_evaluation_is_of_fresh_pairs(run_directory, capsys):
         )
         assert report["tv_chains"] > 0
     else:
-        assert report["mmd_start"] > 0 and report["frechet_start"] > 0
+        assert report["kid_start"] > 0 and report["frechet_start"] > 0
         pairs = generate.pairs(run, 1024, fused=False)
     energies = [run.energy(z).mean().item() for z in pairs]
     assert [report["energy_proposals"], report["energy_revised"]] == pytest.approx(energies, rel=1e-4, abs=1e-4)

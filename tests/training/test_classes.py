@@ -89,13 +89,13 @@ def test_evaluation_has_the_accuracy_and_outliers(directory, run, capsys):
     with torch.no_grad():
         each = run.energy.network(from_pixels(images.held_out)).double().numpy()
     truth = images.held_out_labels.numpy()
-    assert report["accuracy"] == pytest.approx((each.argmin(1) == truth).mean())
+    assert report["class_accuracy"] == pytest.approx((each.argmin(1) == truth).mean())
     logs = -each[np.arange(len(truth)), truth] - np.log(np.exp(-each).sum(1))
-    assert report["cross_entropy"] == pytest.approx(-logs.mean(), rel=1e-5)
+    assert report["class_cross_entropy"] == pytest.approx(-logs.mean(), rel=1e-5)
     with torch.no_grad():
         own = run.energy.network(from_pixels(images.train)).double().numpy()
     means = [own[images.train_labels.numpy() == i, i].mean() for i in range(10)]
-    assert report["accuracy_centred"] == pytest.approx(((each - means).argmin(1) == truth).mean())
+    assert report["class_accuracy_centred"] == pytest.approx(((each - means).argmin(1) == truth).mean())
     assert report["auroc_ood"] == 0.5  # the same images
     assert all(0 <= report[f"auroc_{name}"] <= 1 for name in ("uniform", "constant", "gaussian"))
     marginal = -np.log(np.exp(-each).sum(1))

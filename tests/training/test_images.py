@@ -99,7 +99,8 @@ def test_to_judge_a_run_by_other_images_is_told(settings, tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert evaluate.main([run, "--no-fused"]) == 0
-        assert json.loads(capsys.readouterr().out)["components"] == 9  # of 10 images
+        found = json.loads(capsys.readouterr().out)
+        assert found["features"] == "efficientnet-lite0" and found["training"] == 10  # of one class
         assert sample.main(inpaint) == 0
     images(tmp_path / "images" / "b", 1, first=12)
     told = "the images are not those the run was trained on, of which some may be held out now: 10 training"

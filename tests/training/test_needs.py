@@ -115,6 +115,8 @@ def test_the_other_commands(run, tmp_path, capsys):
         (evaluate.main, [run, "--draws", "9"], "draws has no effect without chains"),
         (evaluate.main, [run, "--seed", "0"], "seed has no effect without chains"),
         (evaluate.main, [run, "--data-dir", "."], "data_dir has no effect with data=rings"),
+        (evaluate.main, [run, "--fid"], "fid has no effect but on a model of whole images"),
+        (evaluate.main, [run, "--count", "9"], "count has no effect but on a model of whole images"),
         (ergodicity.main, ["--table", *out], "out has no effect with table"),
         (compare.main, [*out, "--data-dir", "."], "data_dir has no effect with data=rings"),
         (

@@ -261,7 +261,7 @@ def test_images_end_to_end(tmp_path, capsys):
     assert lines[0] == "cpu: plain definition, eager" and str(out) in lines[-1]
     assert evaluate.main([str(out)]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert {"frechet", "frechet_start", "frechet_gaussian", "frechet_train"} <= set(report)
+    assert {"kid", "kid_sd", "frechet", "kid_start", "copied", "accuracy", "baselines"} <= set(report)
     assert sample.main([str(out), "--count", "5", "--out", str(tmp_path / "s.png"), "--no-fused"]) == 0
 
 
