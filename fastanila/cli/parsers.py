@@ -34,6 +34,10 @@ def sample() -> argparse.ArgumentParser:
     what.add_argument(
         "--inpaint", choices=names_of("mask"), help="fill a region of held-out images, all else held (images)"
     )
+    parser.add_argument(
+        "--classes", type=int, nargs="+", metavar="CLASS",
+        help="classes to draw, counted from 0, a row each; default: all (of a run with classes)",
+    )  # fmt: skip
     parser.add_argument("--completions", type=int, default=4, help="completions of each image")
     parser.add_argument("--data-dir", help="folder of the images, if they have moved since the run")
     parser.add_argument("--sampler", choices=names_of("sampler"), help="another sampler than the run's")
@@ -56,6 +60,10 @@ def evaluate() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", help="run directory")
     parser.add_argument("--data-dir", help="folder of the images, if they have moved since the run")
+    parser.add_argument(
+        "--ood", metavar="DATA",
+        help="other images, to be told from the run's by their energy: digits, cifar10, flowers102 or a folder",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help=_DEVICE)
     parser.add_argument("--chains", action="store_true", help="how well the chains mix (needs the diagnostics extra)")
     parser.add_argument("--count", type=int, default=2000, help="images of each set at most (default: 2000)")

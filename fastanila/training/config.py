@@ -91,7 +91,16 @@ def check(settings: Settings, shape: tuple[int, ...] | None = None) -> None:
         checks.positive(name, getattr(settings, name))
     for name in ("step_size", "lr", "vae_lr"):
         checks.positive(name, getattr(settings, name), finite=True)
-    for name in ("noise_scale", "confinement", "feature_scale", "energy_l2", "kl_weight", "data_noise", "clip_grad"):
+    for name in (
+        "noise_scale",
+        "confinement",
+        "feature_scale",
+        "energy_l2",
+        "kl_weight",
+        "data_noise",
+        "clip_grad",
+        "class_weight",
+    ):
         checks.nonnegative(name, getattr(settings, name))
     for name in ("reinit", "ema"):
         if not 0 <= getattr(settings, name) <= 1:
@@ -106,12 +115,16 @@ def check(settings: Settings, shape: tuple[int, ...] | None = None) -> None:
     if settings.init == "vae" and settings.vae_warm_up >= settings.iterations:
         wanted = f"below iterations ({settings.iterations}), or the energy never learns"
         raise ValueError(f"vae_warm_up must be {wanted}, got {settings.vae_warm_up}")
-    if settings.task == "completion":
+    for wanted, given in (("task=completion", settings.task == "completion"), ("classes", settings.classes)):
         own_images = own.is_own(settings.data) and (shape is None or len(shape) == 3)
-        if settings.data not in IMAGES and not own_images:
-            raise ValueError(f"data must be images with task=completion ({', '.join(IMAGES)}), got {settings.data}")
-        if settings.init != "vae":
-            raise ValueError(f"init must be vae with task=completion, got {settings.init}")
+        if given and settings.data not in IMAGES and not own_images:
+            raise ValueError(f"data must be images with {wanted} ({', '.join(IMAGES)}), got {settings.data}")
+    if settings.task == "completion" and settings.init != "vae":
+        raise ValueError(f"init must be vae with task=completion, got {settings.init}")
+    if settings.classes and settings.task != "generation":
+        raise ValueError(f"task must be generation with classes, got {settings.task}")
+    if settings.classes and settings.init == "vae":
+        raise ValueError("init must be persistent, data or noise with classes, got vae")
 
 
 def _check_energy(settings: Settings, shape: tuple[int, ...] | None) -> None:

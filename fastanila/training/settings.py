@@ -35,6 +35,16 @@ class Settings:
         "centre", "What completion misses: the middle square, the right half, or eight random squares of sixteen."
     )
 
+    classes: bool = setting(
+        False,
+        "An energy for each class of labelled images: U(x, y). Each chain has a class, and the energies classify.",
+    )
+    class_weight: float = setting(
+        0.1,
+        "Weight of the classifier's cross-entropy in the loss, with --classes; 0 for none. A larger one classifies "
+        "better, and the samples of a class become more alike.",
+    )
+
     energy: str | None = setting(
         None,
         "Energy network: mlp for vectors, convnet (five layers) for images; or package.module:function, which returns "

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..data import completion
 from ..graphs import compiled, replayed
 from ..models.score import sampling
 from ..models.wrappers import for_chains
@@ -28,7 +27,7 @@ from . import build
 from .defaults import ENERGIES
 from .job import Job
 from .learner import as_number, averaged_parameters, clipped_norm, follow, gradients, move
-from .losses import ELBO, Likelihood, elbo, likelihood
+from .losses import ELBO, Classification, Likelihood, elbo, likelihood
 
 #: An energy beyond this has left everything that training could bring back.
 _LARGEST_ENERGY = 1e8
@@ -53,6 +52,7 @@ class Update(NamedTuple):
     grad_norms: list[Tensor]  #: of each learner, ahead of clipping; 0-dim
     info: Info  #: the chains' last transition
     teaching: Teaching | None  #: of init="vae"
+    classification: Classification | None = None  #: of the data, with classes
 
 
 def build_update(job: Job) -> Callable[[], Update]:
@@ -67,9 +67,9 @@ def build_update(job: Job) -> Callable[[], Update]:
     numbers = job.sampler.numbers_on(device)
     one = torch.ones((), dtype=torch.float32, device=device)
     # tensors, because a number would be a constant of what is compiled, and another one would compile it anew
-    steps, ema, energy_l2, clip_grad, kl, warm_up, data_noise = (
+    steps, ema, energy_l2, clip_grad, kl, warm_up, data_noise, class_weight = (
         as_number(x, device)
-        for x in (s.steps, s.ema, s.energy_l2, s.clip_grad, s.kl_weight, s.vae_warm_up, s.data_noise)
+        for x in (s.steps, s.ema, s.energy_l2, s.clip_grad, s.kl_weight, s.vae_warm_up, s.data_noise, s.class_weight)
     )
     schedules = [learner.rate.on(device) for learner in job.learners]
     seed, factor = job.seed, job.lr_factor
@@ -86,7 +86,8 @@ def build_update(job: Job) -> Callable[[], Update]:
         return batch, free, start, xi, iteration * steps
 
     def learn(batch: Tensor, chains: Tensor) -> Likelihood:
-        return likelihood(energy, batch, chains, energy_l2 if s.energy_l2 else 0.0)
+        l2 = energy_l2 if s.energy_l2 else 0.0
+        return likelihood(energy, batch, chains, l2, class_weight if s.classes else None)
 
     def teach(batch: Tensor, chains: Tensor, xi: Tensor, iteration: Tensor) -> ELBO:
         lesson = torch.where(iteration < warm_up, batch, chains) if s.vae_warm_up else chains
@@ -141,7 +142,7 @@ def build_update(job: Job) -> Callable[[], Update]:
                 move(learner, unless=broken)
             if s.ema:
                 follow_of(*averaged_parameters(job.learners), decays)
-        return Update(result.energy_data, result.energy_chains, totals, info, teaching)
+        return Update(result.energy_data, result.energy_chains, totals, info, teaching, result.classification)
 
     return replayed(update, device, "the update", warm_up=WARM_UP) if s.fused and on_cuda else update
 
@@ -165,7 +166,8 @@ def revision(job: Job) -> dict[str, float]:
     that may move, of revised less proposal; units of data. spread: standard deviation of the proposals over the batch,
     divided by that of the revised.
     """
-    free = completion.free(job.chains) if job.settings.task == "completion" else None
+    condition = build.condition(job.settings)
+    free = None if condition is None else condition.free(job.chains)
     share = 1.0 if free is None else free.float().mean()
     moved = ((job.chains - job.proposals).square().mean() / share).sqrt()
     spread = (_variance(job.proposals, free) / _variance(job.chains, free)).sqrt()
@@ -183,12 +185,13 @@ def _variance(x: Tensor, free: Tensor | None) -> Tensor:
 def draw_data(
     job: Job, iteration: int | Tensor, seed: int | Tensor, data_noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """An update's data, and which of its elements chains may move: all (None), or the regions of completions.
+    """An update's data, and which of its elements chains may move: all (None), or all but what states carry with them.
 
     data_noise: a 0-dim tensor in place of the settings' number."""
     s = job.settings
     batch = job.data.draw(s.batch_size, seed=seed, step=iteration, device=job.device)
-    free = completion.free(batch) if s.task == "completion" else None
+    condition = build.condition(s)
+    free = None if condition is None else condition.free(batch)
     if s.data_noise:
         normals = noise.normal(batch.shape, seed=seed, step=iteration, stream=Stream.DATA_NOISE, device=job.device)
         scale = s.data_noise if data_noise is None else data_noise
