@@ -52,10 +52,13 @@ class Settings:
         "Standard deviation of a Gaussian that the energy is relative to: adds |x|^2 / (2 sd^2) to it; inf for none.",
     )
 
-    sampler: Literal["anila", "anila-mh", "langevin", "mala", "tamed", "hmc", "gd"] | None = setting(
+    sampler: (
+        Literal["anila", "anila-mh", "langevin", "mala", "tamed", "hmc", "gd", "anila-coded", "shrunk-noise"] | None
+    ) = setting(
         None,
         "Sampler of the chains: anila (anisotropic), langevin (plain), tamed (clipped drift, plain noise), gd "
-        "(gradient descent); exact by a Metropolis correction: anila-mh, mala, hmc.",
+        "(gradient descent); exact by a Metropolis correction: anila-mh, mala, hmc. To compare only: anila-coded (the "
+        "authors' code), shrunk-noise (AniLA's noise, plain drift).",
     )
     threshold: float | None = setting(
         None,
