@@ -58,9 +58,14 @@ def load_data(settings: Settings, device, data_dir: str | None = None, given: An
 def build_energy(settings: Settings, shape: tuple[int, ...], given: nn.Module | None = None) -> nn.Module:
     """The energy network, initialised on the CPU from the run's seed whatever torch's generator is at; or ``given``.
 
-    Raises ValueError or TypeError where a reference in the settings leads to no nn.Module, or where the energy was
-    given from Python and is not now.
+    At a temperature T it is the network's output over T. Raises ValueError or TypeError where a reference in the
+    settings leads to no nn.Module, or where the energy was given from Python and is not now.
     """
+    network = _network(settings, shape, given)
+    return network if settings.temperature == 1 else wrappers.Tempered(network, settings.temperature)
+
+
+def _network(settings: Settings, shape: tuple[int, ...], given: nn.Module | None) -> nn.Module:
     if given is not None or own.is_own(settings.energy):
         return _own_energy(settings, shape, given)
     confinement = settings.confinement + settings.reference_sd**-2

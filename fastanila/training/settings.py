@@ -52,6 +52,12 @@ class Settings:
         "Standard deviation of a Gaussian that the energy is relative to: adds |x|^2 / (2 sd^2) to it; inf for none.",
     )
 
+    temperature: float = setting(
+        1.0,
+        "Temperature T of the model exp(-U / T), U the network's energy. An exact sampler, which has no noise scale, "
+        "needs it for the cold chains of images: T is then what the square of --noise-scale is for the others.",
+    )
+
     sampler: (
         Literal["anila", "anila-mh", "langevin", "mala", "tamed", "hmc", "gd", "anila-coded", "shrunk-noise"] | None
     ) = setting(
