@@ -102,7 +102,9 @@ def _comparison(where: str, values: dict[str, Any] | None) -> Comparison | None:
         raise ValueError(f"{where} has forms that it does not compare, or that are none: {sorted(unknown)}")
     for form in own:
         own[form] = config.checked(own[form], f"{where}, {form}")
-    pilots = Pilots(**{k: tuple(v) if isinstance(v, list) else v for k, v in values["pilots"].items()})
+    given = values["pilots"]
+    _known(f"{where}, pilots,", given, Pilots._fields)
+    pilots = Pilots(given["seed"], given["iterations"], tuple(given["step_sizes"]), tuple(given["thresholds"]))
     if 1 not in pilots.step_sizes or 1 not in pilots.thresholds:
         raise ValueError(f"{where} must have 1 among the factors of its pilots, got {pilots}")
     return Comparison(forms, tuple(values["seeds"]), pilots, own)
@@ -155,7 +157,7 @@ def settings_of(preset: Preset, choice: Choice, *, seed: int, common: Mapping[st
     sampler = own["sampler"]
     own |= _translated(levels, sampler)
     gradients = own.get("leapfrog_steps", base.leapfrog_steps) if sampler == "hmc" else 1
-    own["steps"] = max(1, (base.steps - (sampler in EXACT)) // gradients)
+    own["steps"] = max(1, (vars(base)["steps"] - (sampler in EXACT)) // gradients)
     return config.resolve(Settings(**values | own))
 
 
