@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..training import presets
 from ..training.settings import names_of
 
 SAMPLE_STARTS = ("chains", "noise", "vae")  #: where samples can start: `generate.STARTS`
@@ -83,15 +84,25 @@ def compare() -> argparse.ArgumentParser:
         prog="python -m fastanila.compare", description="Train with several samplers at equal gradients, and compare.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
-    known = names_of("sampler")
-    parser.add_argument("--data", default="rings", help="data set")
+    known = list(dict.fromkeys((*names_of("sampler"), *presets.FORMS)))
+    parser.add_argument(
+        "--preset", choices=presets.names(),
+        help="an experiment of the papers: its forms of the sampler, each tuned by the same rule, by several seeds",
+    )  # fmt: skip
+    parser.add_argument("--data", default="rings", help="data set; with a preset, in place of its own")
     parser.add_argument("--data-dir", help="folder that holds the images")
-    parser.add_argument("--samplers", nargs="+", choices=known, default=["langevin", "anila"], help="samplers")
+    parser.add_argument("--image-size", type=int, help="side of the images (image-folder, flowers102), pixels")
+    parser.add_argument(
+        "--samplers", nargs="+", choices=known, default=["langevin", "anila"],
+        help="samplers; with a preset some of its forms, by default all",
+    )  # fmt: skip
     parser.add_argument(
         "--thresholds", nargs="+", type=float, default=[], help="levels at which scores clip; default the data set's"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds")
-    parser.add_argument("--iterations", type=int, help="updates; default the data set's")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds; with a preset by default its own")
+    parser.add_argument(
+        "--iterations", type=int, help="updates, and of a preset's pilots at most so many; default the data set's"
+    )
     parser.add_argument(
         "--step-size", type=float, help="step size of every sampler; default each one's for the data set"
     )

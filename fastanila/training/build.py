@@ -71,9 +71,15 @@ def build_energy(
 ) -> nn.Module:
     """The energy network, initialised on the CPU from the run's seed whatever torch's generator is at; or ``given``.
 
-    ``shape``: of a state; ``count``: of classes, where the settings want them. Raises ValueError or TypeError where a
-    reference in the settings leads to no nn.Module, or where the energy was given from Python and is not now.
+    ``shape``: of a state; ``count``: of classes, where the settings want them. At a temperature T it is the network's
+    output over T. Raises ValueError or TypeError where a reference in the settings leads to no nn.Module, or where the
+    energy was given from Python and is not now.
     """
+    network = _network(settings, shape, given, count)
+    return network if settings.temperature == 1 else wrappers.Tempered(network, settings.temperature)
+
+
+def _network(settings: Settings, shape: tuple[int, ...], given: nn.Module | None, count: int | None) -> nn.Module:
     if settings.classes:
         shape = (shape[0] - 1, *shape[1:])
     if given is not None or own.is_own(settings.energy):

@@ -89,7 +89,7 @@ def check(settings: Settings, shape: tuple[int, ...] | None = None) -> None:
         raise ValueError(f"seed must be below 2**63, got {settings.seed}")
     for name in ("threshold", "reference_sd"):
         checks.positive(name, getattr(settings, name))
-    for name in ("step_size", "lr", "vae_lr"):
+    for name in ("step_size", "lr", "vae_lr", "temperature"):
         checks.positive(name, getattr(settings, name), finite=True)
     for name in (
         "noise_scale",
@@ -198,13 +198,17 @@ def read(path: str | Path) -> dict[str, Any]:
             values = tomllib.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"config {path} cannot be read: {error}") from None
-    hints = get_type_hints(Settings)
     if not isinstance(values, dict):
         raise ValueError(f"config {path} must hold settings by name, got a {type(values).__name__}")
-    values = _by_name(values.items(), path)
+    return checked(_by_name(values.items(), path), f"config {path}")
+
+
+def checked(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Settings by name, "inf" as a number. Raises ValueError naming the key that is none, or whose type cannot be."""
+    hints = get_type_hints(Settings)
     for key in values:
         if key not in hints:
-            raise ValueError(f"config {path} has an unknown key {key!r}; known are {', '.join(sorted(hints))}")
+            raise ValueError(f"{where} has an unknown key {key!r}; known are {', '.join(sorted(hints))}")
         values[key] = float("inf") if values[key] == "inf" else values[key]
         _check_type(key, values[key], hints[key])
     return values

@@ -62,10 +62,19 @@ class Settings:
         "Standard deviation of a Gaussian that the energy is relative to: adds |x|^2 / (2 sd^2) to it; inf for none.",
     )
 
-    sampler: Literal["anila", "anila-mh", "langevin", "mala", "tamed", "hmc", "gd"] | None = setting(
+    temperature: float = setting(
+        1.0,
+        "Temperature T of the model exp(-U / T), U the network's energy. An exact sampler, which has no noise scale, "
+        "needs it for the cold chains of images: T is then what the square of --noise-scale is for the others.",
+    )
+
+    sampler: (
+        Literal["anila", "anila-mh", "langevin", "mala", "tamed", "hmc", "gd", "anila-coded", "shrunk-noise"] | None
+    ) = setting(
         None,
         "Sampler of the chains: anila (anisotropic), langevin (plain), tamed (clipped drift, plain noise), gd "
-        "(gradient descent); exact by a Metropolis correction: anila-mh, mala, hmc.",
+        "(gradient descent); exact by a Metropolis correction: anila-mh, mala, hmc. To compare only: anila-coded (the "
+        "authors' code), shrunk-noise (AniLA's noise, plain drift).",
     )
     threshold: float | None = setting(
         None,
