@@ -40,7 +40,7 @@ from .cli import exits, flags, parsers
 from .data import registry
 from .evaluate import evaluate
 from .evaluation import plots
-from .evaluation.comparison import summary, table
+from .evaluation.comparison import MEASURES, summary, table
 from .samplers import EXACT, SAMPLERS
 from .training import build, checkpoint, config, defaults, needs, presets, run_directory, side_by_side, tuning
 from .training.metrics import read_rows
@@ -205,7 +205,8 @@ def compared(arguments: argparse.Namespace, given: set[str]) -> int:
     if lines is None:
         return 128 + signal.SIGINT
     rows = summary(lines)
-    plots.save_comparison(out / "compare.png", rows)
+    of = next((row["of"] for row in rows if row["each"]), "gap")
+    plots.save_comparison(out / "compare.png", rows, MEASURES[of])
     exits.say(table(rows))
     exits.say(f"everything is in {out}")
     return exits.DONE
@@ -214,7 +215,7 @@ def compared(arguments: argparse.Namespace, given: set[str]) -> int:
 def made(work: Callable[[], Any]) -> Any:
     """What the work returns; None where Ctrl-C ended it, which is said. What is wrong with the runs is `Refused`."""
     try:
-        with exits.refusing(RuntimeError, ValueError, checkpoint.CheckpointError):
+        with exits.refusing(RuntimeError, ValueError, ModuleNotFoundError, checkpoint.CheckpointError):
             return work()
     except KeyboardInterrupt:
         exits.complain("stopped; the same command goes on")
