@@ -5,6 +5,11 @@
 makes one run in DIR for each sampler, threshold (of those that have one) and seed, evaluates each, and writes
 DIR/compare.json and DIR/compare.png and prints a table. A second call makes the runs that are missing and goes on with
 those that were cut short.
+
+    python -m fastanila.compare --preset rings --out DIR
+
+makes an experiment of the papers instead (`training.presets`): every form of the sampler that the preset names, each
+tuned by one rule (`training.tuning`), with pilots in DIR/pilots, by several seeds; the table is in DIR/compare.md.
 """
 
 from __future__ import annotations
@@ -26,18 +31,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 from . import files
-from .cli import exits, parsers
+from .cli import exits, flags, parsers
 from .data import registry
 from .evaluate import evaluate
 from .evaluation import plots
+from .evaluation.comparison import MEASURES, summary, table
 from .samplers import EXACT, SAMPLERS
-from .training import build, checkpoint, config, defaults, needs, run_directory
+from .training import build, checkpoint, config, defaults, needs, presets, run_directory, side_by_side, tuning
 from .training.metrics import read_rows
 from .training.run import load, read_settings
 from .training.settings import Settings
@@ -149,47 +154,16 @@ def progress(directory: Path) -> int | None:
         return None
 
 
-def measured(trial: Trial, directory: Path, finished: bool, data_dir: str | None) -> dict[str, Any]:
-    """A line of compare.json."""
-    line = dataclasses.asdict(trial) | {"run": str(directory), "diverged": not finished}
+def measured(
+    trial: Mapping[str, Any], directory: Path, finished: bool, data_dir: str | None, fused: bool = True
+) -> dict[str, Any]:
+    """A line of compare.json: what the trial is, and the numbers of its run."""
+    line = dict(trial) | {"run": str(directory), "diverged": not finished}
     if not finished:
         return line
     last = read_rows(directory / "metrics.jsonl")[-1]
-    seen = {k: last[k] for k in ("clip_fraction", "acceptance", "seconds")}
-    return line | seen | evaluate(load(directory), data_dir=data_dir)
-
-
-def summary(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By sampler and threshold: medians over the seeds that did not diverge, and of the first number each seed's."""
-    rows = []
-    for (sampler, threshold), group in itertools.groupby(lines, lambda line: (line["sampler"], line["threshold"])):
-        group = list(group)
-        well = [line for line in group if not line["diverged"]]
-        first = "gap" if any("gap" in line for line in well) else "frechet"
-        numbers = [
-            k for k in (first, "tv", "tv_chains", "clip_fraction", "acceptance", "seconds") if well and k in well[0]
-        ]
-        rows.append(
-            {"sampler": sampler, "threshold": threshold, "diverged": len(group) - len(well), "seeds": len(group)}
-            | {"each": [line[first] for line in well], "of": first}
-            | {k: median(line[k] for line in well) for k in numbers}
-        )
-    return rows
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The summary as Markdown."""
-    names = list(dict.fromkeys(k for row in rows for k in row if isinstance(row[k], float) and k != "threshold"))
-    lines = [
-        f"| {' | '.join(['sampler', 'threshold', *names, 'by seed', 'diverged'])} |",
-        "| --- " * (len(names) + 4) + "|",
-    ]
-    for row in rows:
-        cells = [row["sampler"], "-" if row["threshold"] is None else f"{row['threshold']:g}"]
-        cells += [f"{row[k]:.3f}" if k in row else "-" for k in names]
-        cells += [", ".join(f"{x:.3f}" for x in row["each"]) or "-", f"{row['diverged']} of {row['seeds']}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    seen = {k: last[k] for k in ("clip_fraction", "gamma_mean", "acceptance", "seconds")}
+    return line | seen | evaluate(load(directory), data_dir=data_dir, fused=fused)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -198,37 +172,115 @@ def main(argv: list[str] | None = None) -> int:
 
 def compared(arguments: argparse.Namespace, given: set[str]) -> int:
     """Make the comparison that the arguments ask for; the exit code. ``given``: those that the command line has."""
-    common = {
-        k: v
-        for k in ("data", "data_dir", "iterations", "step_size", "fused")
-        if (v := getattr(arguments, k)) is not None
-    } | {"sample_every": 0}
+    names = ("data", "data_dir", "image_size", "iterations", "step_size", "fused")
+    common = {k: v for k in names if (v := getattr(arguments, k)) is not None}
     with exits.refusing(ValueError):
         out = config.path_of("out", arguments.out)
         if arguments.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {arguments.jobs}")
+        if arguments.preset is not None:
+            flags.refuse(given, ("thresholds", "step_size"), "with preset, which tunes them")
+            experiment = preset_of(arguments, given)
+            return compared_forms(experiment, arguments, {k: v for k, v in common.items() if k in given}, out)
+        if other := set(arguments.samplers) - set(SAMPLERS):
+            raise ValueError(
+                f"samplers must be of {', '.join(SAMPLERS)} without preset, got {', '.join(sorted(other))}"
+            )
+    common |= {"sample_every": 0}
+    with exits.refusing(ValueError):
         thresholds = arguments.thresholds or [defaults.defaults(arguments.data, "anila").get("threshold", 1.0)]
         by_name = {trial.name: trial for trial in trials(arguments.samplers, thresholds, arguments.seeds)}
         if arguments.thresholds and all(trial.threshold is None for trial in by_name.values()):
             raise ValueError(f"thresholds has no effect with samplers={' '.join(arguments.samplers)}, which have none")
         resolved = {name: settings_of(trial, common) for name, trial in by_name.items()}
-        for reason in needs.idle(next(iter(resolved.values())), given & {"data_dir"}).values():
+        for reason in needs.idle(next(iter(resolved.values())), given & {"data_dir", "image_size"}).values():
             raise ValueError(reason)
         out.mkdir(parents=True, exist_ok=True)
         run_directory.check_writable(out)
 
     def measure(name: str, directory: Path, finished: bool) -> dict[str, Any]:
-        return measured(by_name[name], directory, finished, arguments.data_dir)
+        return measured(dataclasses.asdict(by_name[name]), directory, finished, arguments.data_dir)
 
-    try:
-        with exits.refusing(RuntimeError, ValueError, checkpoint.CheckpointError):
-            lines = train_all(resolved, out / "compare.json", arguments.jobs, measure)
-    except KeyboardInterrupt:
-        exits.complain("stopped; the same command goes on")
+    lines = made(lambda: train_all(resolved, out / "compare.json", arguments.jobs, measure))
+    if lines is None:
         return 128 + signal.SIGINT
     rows = summary(lines)
-    plots.save_comparison(out / "compare.png", rows)
+    of = next((row["of"] for row in rows if row["each"]), "gap")
+    plots.save_comparison(out / "compare.png", rows, MEASURES[of])
     exits.say(table(rows))
+    exits.say(f"everything is in {out}")
+    return exits.DONE
+
+
+def made(work: Callable[[], Any]) -> Any:
+    """What the work returns; None where Ctrl-C ended it, which is said. What is wrong with the runs is `Refused`."""
+    try:
+        with exits.refusing(RuntimeError, ValueError, ModuleNotFoundError, checkpoint.CheckpointError):
+            return work()
+    except KeyboardInterrupt:
+        exits.complain("stopped; the same command goes on")
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------- presets
+
+
+def preset_of(arguments: argparse.Namespace, given: set[str]) -> presets.Preset:
+    """The preset, with what the command line gives in place of its forms, seeds and updates. Raises ValueError."""
+    preset = presets.read(arguments.preset)
+    if preset.comparison is None:
+        raise ValueError(f"preset {preset.name} has no comparison: python -m fastanila.train --preset {preset.name}")
+    forms, pilots = preset.comparison.forms, preset.comparison.pilots
+    if "samplers" in given:
+        if other := set(arguments.samplers) - set(forms):
+            raise ValueError(
+                f"samplers must be of {', '.join(forms)} with preset={preset.name}, got {', '.join(other)}"
+            )
+        preset = presets.changed(preset, forms=tuple(arguments.samplers))
+    if "seeds" in given:
+        preset = presets.changed(preset, seeds=tuple(arguments.seeds))
+    if "iterations" in given and arguments.iterations < pilots.iterations:  # a first look
+        preset = presets.changed(preset, pilots=pilots._replace(iterations=arguments.iterations))
+    return preset
+
+
+def compared_forms(preset: presets.Preset, arguments: argparse.Namespace, common: dict[str, Any], out: Path) -> int:
+    """Tune every form, train it with every seed, and write compare.json, compare.md and compare.png; the exit code.
+
+    ``common``: settings that win over the preset's. Raises ValueError ahead of the work for what cannot be.
+    """
+    assert preset.comparison is not None
+    forms, seeds = preset.comparison.forms, preset.comparison.seeds
+    first = [presets.settings_of(preset, presets.Choice(form), seed=seeds[0], common=common) for form in forms]
+    for reason in needs.idle(first[0], common.keys() & {"data_dir", "image_size"}).values():
+        raise ValueError(reason)
+    out.mkdir(parents=True, exist_ok=True)
+    run_directory.check_writable(out)
+
+    def make(resolved: Mapping[str, Settings], folder: str) -> list[dict[str, Any]]:
+        (out / folder).mkdir(parents=True, exist_ok=True)
+
+        def measure(name: str, directory: Path, finished: bool) -> dict[str, Any]:
+            trial = presets.described(resolved[name]) | {"seed": resolved[name].seed}
+            return measured(trial, directory, finished, arguments.data_dir, arguments.fused)
+
+        return train_all(resolved, out / folder / "runs.json", arguments.jobs, measure)
+
+    def work() -> dict[str, Any]:
+        tuned, pilots = tuning.tune(preset, common, lambda resolved, folder: make(resolved, f"pilots/{folder}"))
+        keys = list(itertools.product(forms, seeds))
+        chosen = {(f, s): presets.settings_of(preset, tuned[f].choice, seed=s, common=common) for f, s in keys}
+        lines = make({f"{f}-seed{s}": settings for (f, s), settings in chosen.items()}, "runs")
+        lines = [line | {"form": form} for (form, _), line in zip(keys, lines, strict=True)]
+        return side_by_side.document(preset, tuned, pilots, lines)
+
+    document = made(work)
+    if document is None:
+        return 128 + signal.SIGINT
+    files.write_text(out / "compare.json", json.dumps(side_by_side.finite(document), indent=2) + "\n")
+    files.write_text(out / "compare.md", text := side_by_side.markdown(preset, document))
+    side_by_side.picture(out / "compare.png", document, arguments.data_dir)
+    exits.say(text)
     exits.say(f"everything is in {out}")
     return exits.DONE
 

@@ -6,7 +6,9 @@ sliced Wasserstein distance and MMD of the chains, to the data (tv_chains, sw_ch
 law (tv_chains_model, ...), each beside what exact draws of their number give (..._floor): see `plane.evaluate`. Images:
 kid, frechet, precision, recall, density and coverage to held-out images by a network's features (kid_start: of where
 the chains started), whether samples are copies of training images, and all that of baselines:
-`evaluation.features.evaluate_images` says what each is. --fid adds the FID of papers.
+`evaluation.features.evaluate_images` says what each is. --fid adds the FID of papers. And how well the energy tells
+held-out images from others (auroc_...: see `evaluation.ood`), with --ood from those of another data set too. With
+classes: how the energies classify held-out images (class_accuracy, ...: see `classified`).
 Vectors of your own: distances of the chains to held-out ones, and in two dimensions nll: see `vectors.evaluate`.
 
 A run with init=vae is judged by fresh pairs of a proposal and what K transitions make of it: the numbers of chains are
@@ -41,9 +43,10 @@ from torch import Tensor
 from . import checks, generate
 from .cli import exits, parsers
 from .cli.flags import refuse
-from .data import Images, Vectors, completion, densities
+from .data import Images, Vectors, classes, completion, densities
 from .data.images import from_pixels, to_pixels
-from .evaluation import diagnostics, distances, features, inception, plane, plots, vectors
+from .evaluation import diagnostics, distances, features, inception, ood, plane, plots, vectors
+from .models.wrappers import energies_by_class, marginal
 from .training import build, checkpoint, config, needs, run_directory
 from .training.run import Run, data_of, load, updates_past
 
@@ -54,26 +57,32 @@ _BATCH = 1024  # states whose energy is taken at a time
 
 
 def evaluate(
-    run: Run, *, data_dir: str | None = None, fused: bool = True, count: int = 2000, fid: bool = False
-) -> dict[str, Any]:
+    run: Run, *, data_dir: str | None = None, other: str | None = None, fused: bool = True, count: int = 2000,
+    fid: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """The numbers above, as Python has them. Of images at most ``count`` of each set are compared; ``fid`` adds FID.
+    ``other``: images that the energy is to tell from the run's (`ood.load`).
 
-    Raises FileNotFoundError where a run's images are not there, ModuleNotFoundError where they are compared by a
-    network whose package is missing, and OSError for a FID whose weights cannot be had.
+    Raises FileNotFoundError where images are not there, ValueError for ``other`` images of which the run can tell
+    nothing, ModuleNotFoundError where images are compared by a network whose package is missing, and OSError for a FID
+    whose weights cannot be had.
     """
+    if other is not None and (run.chains.dim() != 4 or run.settings.task == "completion"):
+        raise ValueError(f"ood needs a run that generates images, got data={run.settings.data}, {run.settings.task}")
     with build.arithmetic(run.settings.precision):
-        return _evaluate(run, data_dir, fused, count, fid)
+        return _evaluate(run, data_dir, other, fused, count, fid)
 
 
-def _evaluate(run: Run, data_dir: str | None, fused: bool, count: int, fid: bool) -> dict[str, Any]:
+def _evaluate(run: Run, data_dir: str | None, other: str | None, fused: bool, count: int, fid: bool) -> dict[str, Any]:
     device, settings = run.chains.device, run.settings
     dataset = data_of(run, data_dir)
     report: dict[str, Any] = {"iteration": run.iteration}
     if settings.task == "completion":
         return report | completed(run, dataset, fused=fused)
     in_plane, of_vectors = isinstance(dataset, densities.Density), isinstance(dataset, Vectors)
+    held = dataset.images if isinstance(dataset, classes.ByClass) else dataset
     if not in_plane and not of_vectors:
-        _check_counts(run, dataset)
+        _check_counts(run, held)
         if fid:
             inception.torch_fidelity()  # ahead of the work
     chains, start = run.chains, None
@@ -89,10 +98,39 @@ def _evaluate(run: Run, data_dir: str | None, fused: bool, count: int, fid: bool
     if start is None:
         started = build.build_start(settings, dataset, device)
         start = started.tensors().get("population", started.draw(0))
-    labels = dict(train_labels=dataset.train_labels, held_out_labels=dataset.held_out_labels)
-    sets = chains, dataset.held_out, dataset.train, start
-    report |= features.evaluate_images(*sets, box=dataset.box, count=count, **labels)
-    return report | ({"fid": inception.fid(to_pixels(chains, dataset.box), dataset.held_out)} if fid else {})
+    energy = run.energy
+    if run.classes is not None:
+        report |= classified(run.energy, held)
+        energy, chains, start = marginal(run.energy), classes.images(chains), classes.images(start)
+    outliers = None if other is None else ood.load(other, held.shape, device=device)
+    report |= ood.evaluate(energy, held, outliers)
+    labels = dict(train_labels=held.train_labels, held_out_labels=held.held_out_labels)
+    sets = chains, held.held_out, held.train, start
+    report |= features.evaluate_images(*sets, box=held.box, count=count, **labels)
+    return report | ({"fid": inception.fid(to_pixels(chains, held.box), held.held_out)} if fid else {})
+
+
+@torch.no_grad()
+def classified(energy: Callable[..., Tensor], images: Images) -> dict[str, float]:
+    """How the energies of every class, U(x, y), classify the held-out images.
+
+    class_accuracy: the share of those whose own class has the least energy. class_cross_entropy: the mean of
+    -log p(y | x), nats, where p(y | x) = softmax of -U. class_accuracy_centred: the accuracy where from the energies
+    of each class the mean energy of its own training images is taken off. The chains of a class compare its energies
+    with one another only, and leave a constant of each class open, its log Z; the cross-entropy alone learns it.
+    """
+
+    def of_all(pixels: Tensor) -> Tensor:
+        return torch.cat([energies_by_class(energy, from_pixels(part)) for part in pixels.split(_BATCH)])
+
+    each, y = of_all(images.held_out), images.held_out_labels
+    own, labels = of_all(images.train), images.train_labels
+    means = torch.stack([own[labels == i, i].mean() for i in range(own.shape[1])]).nan_to_num()  # none: of no image
+    return {
+        "class_accuracy": (each.argmin(1) == y).float().mean().item(),
+        "class_accuracy_centred": ((each - means).argmin(1) == y).float().mean().item(),
+        "class_cross_entropy": torch.nn.functional.cross_entropy(-each, y).item(),
+    }
 
 
 def _check_counts(run: Run, images: Images) -> None:
@@ -155,6 +193,8 @@ def mixing(run: Run, draws: int = 1000, *, seed: int = 0, fused: bool = True) ->
     checks.count("draws", draws, least=4)
     if run.settings.task == "completion":
         raise ValueError("task of the run must be generation for diagnostics: chains of completions have no common law")
+    if run.classes is not None:
+        raise ValueError("diagnostics need chains of one law, and those of a run with classes have one for each class")
     diagnostics.arviz()  # ahead of the work
     z = plane.spaced(run.chains, _MOST_CHAINS)
     if len(z) < 2:
@@ -199,7 +239,13 @@ def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
         title = f"{arguments.run}: {found['chains']} chains, {type(run.sampler).__name__}"
         save_mixing(directory / "chains.png", found, trace, title)
         chains = {"chains": _finite(found)}
-    options = dict(data_dir=arguments.data_dir, fused=arguments.fused, count=arguments.count, fid=arguments.fid)
+    options = dict(
+        other=arguments.ood,
+        data_dir=arguments.data_dir,
+        fused=arguments.fused,
+        count=arguments.count,
+        fid=arguments.fid,
+    )
     report = evaluate(run, **options)
     exits.say(json.dumps({"run": str(arguments.run), **_finite(report), **chains}, indent=2))
     return exits.DONE

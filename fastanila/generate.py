@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .data import completion
+from .data import classes, completion
 from .models.vae import VAE
 from .noise import Stream
 from .samplers import starts
@@ -38,6 +38,7 @@ def sample(
     seed: int = 0,
     fused: bool = True,
     warm_up: int = 0,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """(count, ...) states of the run's sampler on its energy, on the run's device.
 
@@ -45,8 +46,9 @@ def sample(
     training left its chains, over again where more are wanted, each copy with noise of its own, the default elsewhere;
     "noise" starts from uniform noise. ``steps``: transitions, by default as many as an update of the run made, and ten
     times as many from noise; 0 gives the start itself. ``warm_up``: transitions ahead of them in which an exact sampler
-    adapts its step size. ``fused=False`` runs the plain definition, eagerly. Raises ValueError for what the run has
-    not.
+    adapts its step size. ``fused=False`` runs the plain definition, eagerly. ``labels``: the class of each state, int64
+    (count,), of a run with classes; otherwise its states are of the classes of its chains, and from noise in turn of
+    every class. Raises ValueError for what the run has not.
     """
     if start is None:
         start = "chains" if run.vae is None else "vae"
@@ -54,8 +56,12 @@ def sample(
         raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
     if run.settings.task == "completion":
         raise ValueError("task of the run is completion, which draws no images but completes them: see `completions`")
+    if labels is not None and run.classes is None:
+        raise ValueError("labels can be given for a run with classes, which this one is not")
+    if labels is not None:
+        labels = _checked_labels(run, labels, count)
     if start == "chains":
-        z = run.chains[torch.arange(count, device=run.chains.device) % len(run.chains)]
+        z = run.chains[_rows(run, count, labels)]
     elif start == "vae":
         if run.vae is None:
             raise ValueError(f"start can be vae for a run with init=vae, got a run with init={run.settings.init}")
@@ -63,9 +69,36 @@ def sample(
     else:
         shape, box = (count, *run.chains.shape[1:]), box_of(run)
         z = starts.from_noise(shape, box, seed=seed, step=updates_past(run), device=run.chains.device)
+        if run.classes is not None:
+            every = torch.arange(count, device=z.device) % run.classes
+            z = classes.state(classes.images(z), every if labels is None else labels)
     if steps is None:
         steps = run.settings.steps * (10 if start == "noise" else 1)
     return moved(run, z, steps=steps, seed=seed, fused=fused, warm_up=warm_up)
+
+
+def _checked_labels(run: Run, labels: Tensor, count: int) -> Tensor:
+    labels = labels.to(run.chains.device)
+    if labels.shape != (count,):
+        raise ValueError(f"labels must be one for each of the {count} states, got shape {tuple(labels.shape)}")
+    outside = labels[(labels < 0) | (labels >= run.classes)]
+    if len(outside):
+        raise ValueError(f"classes must be from 0 to {run.classes - 1}, got {int(outside[0])}")
+    return labels
+
+
+def _rows(run: Run, count: int, labels: Tensor | None) -> Tensor:
+    """Which chains to go on from: all in turn, or for each label in turn those of its class."""
+    rows = torch.arange(count, device=run.chains.device)
+    if labels is None:
+        return rows % len(run.chains)
+    of_chains = classes.labels(run.chains)
+    for y in labels.unique().tolist():
+        having, wanted = (of_chains == y).nonzero()[:, 0], labels == y
+        if not len(having):
+            raise ValueError(f"no chain of the run is of class {y}; start=noise draws of every class")
+        rows[wanted] = having[torch.arange(int(wanted.sum()), device=rows.device) % len(having)]
+    return rows
 
 
 def moved(
@@ -73,11 +106,13 @@ def moved(
     mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Where the run's sampler takes states (N, ...) in so many transitions; arguments as for `sample`. Where ``mask``
-    (bool, of their shape) is False they stay."""
+    (bool, of their shape) is False they stay; so does the class that states of a run with classes carry."""
     if warm_up and not steps:
         raise ValueError(f"warm_up must be 0 with no steps to follow, got {warm_up}")
     if warm_up and not run.sampler.is_exact:
         raise ValueError(f"warm_up adapts an exact sampler's step size, got sampler {run.settings.sampler}")
+    if run.classes is not None:
+        mask = classes.free(z) if mask is None else mask & classes.free(z)
     first = updates_past(run) * run.settings.steps
     with build.arithmetic(run.settings.precision, fused=fused):
         sampler = run.sampler
@@ -150,18 +185,19 @@ def completions(
     A run with task="completion" completes by its own law p(x | known) of its own region: its VAE proposes, and the
     sampler revises in ``steps`` transitions, by default as many as in training. Any other run of images inpaints: the
     region starts from uniform noise, and the sampler of p(x), in ten times as many transitions by default, moves it
-    alone, by its step's mask. Raises ValueError for a run of vectors, or a region that cannot be.
+    alone, by its step's mask; with classes it is that of p(x | y), y the image's own. Raises ValueError for a run of
+    vectors, or a region that cannot be.
     """
     if run.chains.dim() != 4:
         raise ValueError(f"run must be of images to complete them, got one of {run.settings.data}")
     conditional = run.settings.task == "completion"
     if conditional and region not in (None, run.settings.mask):
         raise ValueError(f"mask must be {run.settings.mask}, which the run has learned to complete, got {region}")
-    held = dataset.images if conditional else dataset
+    labelled = run.classes is not None
+    held = dataset.images if conditional or labelled else dataset
     update, device = updates_past(run), run.chains.device
-    known = completion.Completions(held, region or run.settings.mask).draw(
-        count, seed=seed, step=update, purpose="held-out", device=device
-    )
+    where = dict(seed=seed, step=update, purpose="held-out", device=device)
+    known = completion.Completions(held, region or run.settings.mask).draw(count, **where)
     given = known.repeat_interleave(each, 0)
     free = completion.free(given)
     if conditional:
@@ -171,7 +207,12 @@ def completions(
     else:
         shape = completion.images(given).shape
         z = completion.fill(given, starts.from_noise(shape, held.box, seed=seed, step=update, device=device))
+        z, free = completion.images(z), free[:, :-1]
+        if labelled:
+            own = classes.labels(dataset.draw(count, **where)).repeat_interleave(each, 0)
+            z, free = classes.state(z, own), torch.cat((free, free[:, :1]), 1)
         steps = 10 * run.settings.steps if steps is None else steps
-        done = moved(run, completion.images(z), steps=steps, seed=seed, fused=fused, warm_up=warm_up, mask=free[:, :-1])
+        done = moved(run, z, steps=steps, seed=seed, fused=fused, warm_up=warm_up, mask=free)
+        done = classes.images(done) if labelled else done
     proposed = completion.images(z).unflatten(0, (count, each)) if conditional else None
     return Completed(completion.images(known), completion.missing(known), proposed, done.unflatten(0, (count, each)))

@@ -53,6 +53,8 @@ class Stream(enum.IntEnum):
     BASELINE = 13  #: what a model is compared with, and the directions of sliced distances
     POSTERIOR = 14  #: the VAE's reparametrised draws; step = update
     MASKS = 15  #: which regions of images are missing; step = update, as the data's
+    LABELS = 16  #: which class a chain that starts from noise is of; step = update, as START's
+    OUTLIERS = 17  #: images unlike any data, from which energies are to tell them
     SUBSETS = 18  #: which rows a distance is taken of; step = which of its sets
     MATCHING = 19  #: the noise that the way to the data begins in; step = update
     TIMES = 20  #: how far on that way; step = update

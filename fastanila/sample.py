@@ -24,6 +24,7 @@ from torch import Tensor
 from . import checks, files, generate
 from .cli import exits, parsers
 from .cli.flags import refuse
+from .data import classes
 from .evaluation import distances, plots, vectors
 from .generate import sample
 from .samplers import chain
@@ -82,15 +83,28 @@ def write_completed(path: Path, found: generate.Completed, run: Run) -> None:
 
 
 def write_arrays(path: Path, **arrays: Tensor) -> None:
-    content = {k: (v if v.dtype == torch.bool else v.float()).cpu().numpy() for k, v in arrays.items()}
+    content = {k: (v.float() if v.is_floating_point() else v).cpu().numpy() for k, v in arrays.items()}
     files.write_by(path, lambda file: np.savez_compressed(file, **content))
 
 
 def samples(run: Run, arguments: argparse.Namespace, out: Path) -> str:
-    """States of the run's sampler. This and the next four write what they make, and return what it is, in words."""
+    """States of the run's sampler. This and the next five write what they make, and return what it is, in words."""
     z = sample(run, arguments.count, start=arguments.start, **_transitions(arguments))
     write(out, z, run)
     return f"{len(z)} samples"
+
+
+def by_class(run: Run, arguments: argparse.Namespace, out: Path) -> str:
+    """Images of the classes that are asked for, or of all, equally many of each: a row a class, or .npz with labels."""
+    wanted = range(run.classes) if arguments.classes is None else arguments.classes
+    each = -(-arguments.count // len(wanted))
+    labels = torch.tensor(wanted, dtype=torch.int64).repeat_interleave(each)
+    z = sample(run, len(labels), start=arguments.start, labels=labels, **_transitions(arguments))
+    if out.suffix.lower() == ".npz":
+        write_arrays(out, samples=classes.images(z), labels=classes.labels(z))
+    else:
+        plots.save_images(out, classes.images(z), box_of(run), columns=each)
+    return f"{each} samples of each of {len(wanted)} classes"
 
 
 def pairs(run: Run, arguments: argparse.Namespace, out: Path) -> str:
@@ -129,7 +143,7 @@ def completions(run: Run, arguments: argparse.Namespace, out: Path) -> str:
     return f"{arguments.count} images, each completed {each} times (mse {mse:.4f}, psnr {psnr:.2f} dB)"
 
 
-MODES = {f.__name__: f for f in (samples, pairs, interpolations, reconstructions, completions)}
+MODES = {f.__name__: f for f in (samples, by_class, pairs, interpolations, reconstructions, completions)}
 
 
 def mode_of(run: Run, arguments: argparse.Namespace) -> str:
@@ -141,6 +155,8 @@ def mode_of(run: Run, arguments: argparse.Namespace) -> str:
         raise ValueError(f"{of_vae} needs a run with init=vae and task=generation, got one with {got}")
     if arguments.inpaint or settings.task == "completion":
         mode = "completions"
+    elif run.classes is not None:
+        return "by_class"
     elif of_vae:
         mode = {"interpolate": "interpolations", "reconstruct": "reconstructions"}[of_vae]
     else:
@@ -182,6 +198,8 @@ def sampled(arguments: argparse.Namespace, given: set[str]) -> int:
 def check_effects(run: Run, arguments: argparse.Namespace, given: set[str]) -> None:
     """Raise ValueError naming an argument of the command line that would change nothing."""
     fills = bool(arguments.inpaint) or run.settings.task == "completion"
+    if run.classes is None or fills:
+        refuse(given, ["classes"], "where no classes are drawn: it needs a run with classes, and no inpaint")
     if not fills:
         refuse(given, ["completions"], "where nothing is completed: it needs inpaint, or a run with task=completion")
     if not (fills or arguments.reconstruct):

@@ -9,11 +9,12 @@ import sys
 from typing import Any, NamedTuple
 
 from .cli import exits
-from .training import config, defaults, own
+from .training import config, defaults, own, presets
 from .training.settings import Settings, names_of, without_none
 
 EXTRA = {
     "config": (str, "TOML file of settings, or a run's config.json; flags win over it."),
+    "preset": (str, f"An experiment of the papers; flags win over it. One of {', '.join(presets.names())}."),
     "resume": (str, "Run directory to go on with: its settings hold, and only flags that change no number may differ."),
     "changed_data": (bool, "With --resume: go on although the images are not those that the run was trained on."),
     "minutes": (float, "Stop cleanly after so many minutes of training, with a checkpoint; --resume RUN goes on."),
@@ -35,16 +36,24 @@ def parse(argv: list[str] | None) -> Asked:
     import argparse
 
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", "resume", "data", "sampler", "init", "task"):
+    for name in ("config", "preset", "resume", "data", "sampler", "init", "task"):
         ahead.add_argument(f"--{name}")
     files, _ = ahead.parse_known_args(argv)
-    if files.config is not None and files.resume is not None:
-        raise ValueError("config cannot be given with resume: a run goes on with its own settings")
+    for name in ("config", "preset"):
+        if getattr(files, name) is not None and files.resume is not None:
+            raise ValueError(f"{name} cannot be given with resume: a run goes on with its own settings")
+    if files.config is not None and files.preset is not None:
+        raise ValueError("preset cannot be given with config: one of them has the settings")
     under: dict[str, Any] = {}
+    source = f"config {files.config}" if files.config is not None else None
     if files.config is not None:
         under = config.read(files.config)
         if config.is_of_a_run(files.config):  # to start the same run again, somewhere else
             under.pop("out", None)
+    elif files.preset is not None:
+        preset = presets.read(files.preset)
+        under = presets.for_training(preset, files.sampler if files.sampler in names_of("sampler") else None)
+        source = f"preset {preset.name}"
     elif files.resume is not None:
         from .training.run import read_settings
 
@@ -60,12 +69,13 @@ def parse(argv: list[str] | None) -> Asked:
         data = build.own_data(Settings(data=dataset))
         shape = data.shape
     values = vars(cli(argv, defaults.defaults(dataset, sampler, init, task, shape) | under))
-    resume, dry_run, file = values.pop("resume"), values.pop("dry_run"), values.pop("config")
+    resume, dry_run = values.pop("resume"), values.pop("dry_run")
+    values.pop("config"), values.pop("preset")
     changed_data, minutes = values.pop("changed_data"), values.pop("minutes")
     if changed_data and resume is None:
         raise ValueError("changed_data can be given with resume only: a new run has no other data")
     settings = Settings(**values)
-    check_effects(settings, argv, resume=resume, file=file, under=under, shape=shape)
+    check_effects(settings, argv, resume=resume, source=source, under=under, shape=shape)
     minutes = math.inf if minutes is None else minutes
     from . import checks  # imports torch, for which --help need not wait
 
@@ -78,12 +88,12 @@ def check_effects(
     argv: list[str] | None,
     *,
     resume: str | None,
-    file: str | None,
+    source: str | None,
     under: dict[str, Any],
     shape: tuple[int, ...] | None = None,
 ) -> None:
-    """Refuse flags that would change nothing (ValueError), and warn of settings of the config file that do not: it may
-    be shared by runs of several kinds, and hold what is as it would be without it."""
+    """Refuse flags that would change nothing (ValueError), and warn of settings of the config file or preset
+    (``source``) that do not: it may be shared by runs of several kinds, and hold what is as it would be without it."""
     from .cli.flags import flags
     from .training import needs
 
@@ -94,12 +104,12 @@ def check_effects(
     idle = needs.idle(resolved, given)
     if idle:
         raise ValueError("; ".join(idle.values()))
-    if file is not None:
+    if source is not None:
         idle = needs.idle(resolved, under.keys() - given)
         bare = config.resolve(dataclasses.replace(settings, **{name: getattr(Settings, name) for name in idle}), shape)
         for name, reason in idle.items():
             if getattr(bare, name) != getattr(resolved, name):
-                exits.complain(f"warning: config {file}: {reason}")
+                exits.complain(f"warning: {source}: {reason}")
 
 
 def cli(argv: list[str] | None, defaults: dict[str, Any]):

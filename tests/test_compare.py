@@ -10,6 +10,7 @@ import torch
 
 from fastanila import AdjustedAniLA, Langevin, TamedLangevin, compare, sample
 from fastanila.compare import Trial
+from fastanila.evaluation import plots
 from fastanila.training import build, config, run_directory
 from fastanila.training import run as run_training
 from fastanila.training import settings as settings_training
@@ -115,6 +116,23 @@ def test_a_diverged_run_is_a_line_of_the_table():
     assert "| anila | 2 | 0.500 | 0.100 | 0.250 | 1.000 | 3.000 | 0.500 | 1 of 2 |" in compare.table([row])
     (row,) = compare.summary(lines[:1])
     assert "| anila | 2 | - | 1 of 1 |" in compare.table([row])
+
+
+def test_the_figure_shows_numbers_of_any_sign(tmp_path, monkeypatch):
+    """KID is not biased, and so is negative for half of the models that are as good as the data."""
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda _, figure: figures.append(figure))
+    for kid in (0.5, -0.25):
+        lines = [
+            dict(sampler="anila", threshold=threshold, seed=0, diverged=False, kid=number)
+            for threshold, number in ((2.0, 1.0), (4.0, kid))
+        ]
+        plots.save_comparison(tmp_path / "x.png", compare.summary(lines), "KID")
+    scales, labels, lows = zip(
+        *((axis.get_yscale(), axis.get_ylabel(), axis.get_ylim()[0]) for (axis,) in (f.axes for f in figures)),
+        strict=True,
+    )
+    assert scales == ("log", "linear") and set(labels) == {"KID"} and lows[1] < -0.25
 
 
 def test_a_run_given_another_sampler(compared, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..training import presets
 from ..training.settings import names_of
 
 SAMPLE_STARTS = ("chains", "noise", "vae")  #: where samples can start: `generate.STARTS`
@@ -34,6 +35,10 @@ def sample() -> argparse.ArgumentParser:
     what.add_argument(
         "--inpaint", choices=names_of("mask"), help="fill a region of held-out images, all else held (images)"
     )
+    parser.add_argument(
+        "--classes", type=int, nargs="+", metavar="CLASS",
+        help="classes to draw, counted from 0, a row each; default: all (of a run with classes)",
+    )  # fmt: skip
     parser.add_argument("--completions", type=int, default=4, help="completions of each image")
     parser.add_argument("--data-dir", help="folder of the images, if they have moved since the run")
     parser.add_argument("--sampler", choices=names_of("sampler"), help="another sampler than the run's")
@@ -56,6 +61,10 @@ def evaluate() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", help="run directory")
     parser.add_argument("--data-dir", help="folder of the images, if they have moved since the run")
+    parser.add_argument(
+        "--ood", metavar="DATA",
+        help="other images, to be told from the run's by their energy: digits, cifar10, flowers102 or a folder",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help=_DEVICE)
     parser.add_argument("--chains", action="store_true", help="how well the chains mix (needs the diagnostics extra)")
     parser.add_argument("--count", type=int, default=2000, help="images of each set at most (default: 2000)")
@@ -75,15 +84,25 @@ def compare() -> argparse.ArgumentParser:
         prog="python -m fastanila.compare", description="Train with several samplers at equal gradients, and compare.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
-    known = names_of("sampler")
-    parser.add_argument("--data", default="rings", help="data set")
+    known = list(dict.fromkeys((*names_of("sampler"), *presets.FORMS)))
+    parser.add_argument(
+        "--preset", choices=presets.names(),
+        help="an experiment of the papers: its forms of the sampler, each tuned by the same rule, by several seeds",
+    )  # fmt: skip
+    parser.add_argument("--data", default="rings", help="data set; with a preset, in place of its own")
     parser.add_argument("--data-dir", help="folder that holds the images")
-    parser.add_argument("--samplers", nargs="+", choices=known, default=["langevin", "anila"], help="samplers")
+    parser.add_argument("--image-size", type=int, help="side of the images (image-folder, flowers102), pixels")
+    parser.add_argument(
+        "--samplers", nargs="+", choices=known, default=["langevin", "anila"],
+        help="samplers; with a preset some of its forms, by default all",
+    )  # fmt: skip
     parser.add_argument(
         "--thresholds", nargs="+", type=float, default=[], help="levels at which scores clip; default the data set's"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds")
-    parser.add_argument("--iterations", type=int, help="updates; default the data set's")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds; with a preset by default its own")
+    parser.add_argument(
+        "--iterations", type=int, help="updates, and of a preset's pilots at most so many; default the data set's"
+    )
     parser.add_argument(
         "--step-size", type=float, help="step size of every sampler; default each one's for the data set"
     )

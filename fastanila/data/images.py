@@ -73,12 +73,16 @@ class Images:
         self, count: int, *, seed: int | Tensor, step: int | Tensor, purpose="train", offset: int = 0, device=None
     ) -> Tensor:
         """Images (count, C, H, W), `from_pixels`; picked where the images lie, then moved to ``device``."""
+        images = self.held_out if purpose == "held-out" else self.train
+        drawn = from_pixels(images[self.rows(count, seed=seed, step=step, purpose=purpose, offset=offset)])
+        return drawn if device is None else drawn.to(device)
+
+    def rows(self, count: int, *, seed: int | Tensor, step: int | Tensor, purpose="train", offset: int = 0) -> Tensor:
+        """Which of the images `draw` takes: (count,) int64, where the images lie."""
         images, (stream, _) = self.held_out if purpose == "held-out" else self.train, STREAMS[purpose]
-        rows = noise.integers(
+        return noise.integers(
             len(images), (count,), seed=seed, step=step, stream=stream, offset=offset, device=images.device
         )
-        drawn = from_pixels(images[rows])
-        return drawn if device is None else drawn.to(device)
 
 
 def changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> list[str]:

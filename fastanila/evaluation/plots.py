@@ -101,8 +101,11 @@ def save_chains(path: str | Path, rho: Tensor, states: Tensor, names: Sequence[s
     save_figure(path, figure)
 
 
-def save_comparison(path: str | Path, rows: Sequence[dict]) -> None:
-    """Each sampler's number in `compare.summary` against the threshold: a point a seed, a line through the medians."""
+def save_comparison(path: str | Path, rows: Sequence[dict], label: str) -> None:
+    """Each sampler's number in `compare.summary` against the threshold: a point a seed, a line through the medians.
+
+    ``label``: what the number is. The axis is logarithmic unless a number is not positive, as KID near the data's own.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -122,8 +125,8 @@ def save_comparison(path: str | Path, rows: Sequence[dict]) -> None:
             axis.set_xscale("log")
             axis.set_xticks(levels, [f"{level:g}" for level in levels], minor=False)
             axis.minorticks_off()
-    of = {row["of"] for row in rows if row["each"]}
-    axis.set(xlabel="threshold", ylabel="NLL - entropy, nats" if of == {"gap"} else "Frechet distance", yscale="log")
+    positive = all(number > 0 for row in rows for number in row["each"])
+    axis.set(xlabel="threshold", ylabel=label, yscale="log" if positive else "linear")
     axis.legend(fontsize="small")
     save_figure(path, figure)
 

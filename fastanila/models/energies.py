@@ -70,12 +70,14 @@ class ConvNet(nn.Module):
 
     3x3, then three of 4x4 and stride 2, widths ``width`` times 1, 2, 4, 8, then one that covers what is left (size
     // 8) and leaves one number (Nijkamp et al. 2020, VanillaNet; Karimi, Xie and Li). ``size`` is at least 8.
-    ``confinement`` adds c/2 |x|^2. Raises ValueError for a smaller size or an unknown activation.
+    ``confinement`` adds c/2 |x|^2. With several ``outputs`` it has as many energies, (B, outputs), for the classes of a
+    `wrappers.ClassEnergy`. Raises ValueError for a smaller size or an unknown activation.
     """
 
     def __init__(
-        self, channels: int, size: int, width: int = 32, *, confinement: float = 0.0, activation: str = "leaky-relu"
-    ):
+        self, channels: int, size: int, width: int = 32, *, confinement: float = 0.0, activation: str = "leaky-relu",
+        outputs: int = 1,
+    ):  # fmt: skip
         super().__init__()
         if size < 8:
             raise ValueError(f"size must be at least 8 pixels, got {size}")
@@ -87,11 +89,16 @@ class ConvNet(nn.Module):
         for a, b in itertools.pairwise(widths):
             layers += [Conv2d(a, b, 4, 2, 1), ACTIVATIONS[activation]()]
         self.layers = nn.Sequential(*layers)
-        self.head = Conv2d(widths[-1], 1, size // 8)
+        self.head = Conv2d(widths[-1], outputs, size // 8)
         self.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPU and GPU
 
     def forward(self, x: Tensor) -> Tensor:
-        return _reduced(self.head, self.layers(channels_last(x))) + _confined(self.confinement, x)
+        h, confined = self.layers(channels_last(x)), _confined(self.confinement, x)
+        if len(self.head.weight) == 1:
+            return _reduced(self.head, h) + confined
+        with torch.autocast(x.device.type, enabled=False):  # float32, as the one energy is
+            each = self.head(h.to(self.head.weight.dtype)).flatten(1)
+        return each + (confined[:, None] if self.confinement else 0.0)
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
-"""Energies made of others: at another precision or temperature, or given part of the state."""
+"""Energies made of others: at another precision or temperature, given part of the state, or one for each class."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..data import classes
 from ..data.completion import free
 from .energies import MLP, ConvNet
 
@@ -27,6 +29,37 @@ class ConditionalEnergy(nn.Module):
         return self.network(torch.where(free(z), z, z.detach()))
 
 
+class ClassEnergy(nn.Module):
+    """U(x, y) of states that carry their class (`data.classes`), by a network that maps images (B, C, H, W) to one
+    energy for each of ``count`` classes, (B, count): (B, C + 1, H, W) -> (B,).
+
+    Of an image alone the energy is the classes' together, U(x) = -log sum_y exp(-U(x, y)), and -U(x, y) are the logits
+    of a classifier p(y | x) (Grathwohl et al., "Your classifier is secretly an energy based model", ICLR 2020).
+    ``every_class=True`` gives the energies under every class, (B, count), whatever class the states carry.
+    """
+
+    def __init__(self, network: nn.Module, count: int):
+        super().__init__()
+        self.network, self.count = network, count
+
+    def forward(self, z: Tensor, every_class: bool = False) -> Tensor:
+        each = self.network(classes.images(z))
+        if each.shape != (len(z), self.count):
+            expected = f"an energy for each of {self.count} classes, {(len(z), self.count)}"
+            raise ValueError(f"energy must map images (B, C, H, W) to {expected}, got {tuple(each.shape)}")
+        return each if every_class else each.gather(1, classes.labels(z)[:, None])[:, 0]
+
+
+def energies_by_class(energy: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """U(x, y) of images (B, C, H, W) for every class y: (B, count). energy: a `ClassEnergy`, or one wrapped as here."""
+    return energy(classes.state(x, torch.zeros(len(x), device=x.device)), every_class=True)
+
+
+def marginal(energy: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    """U(x) = -log sum_y exp(-U(x, y)) of images (B, C, H, W): (B,)."""
+    return lambda x: -torch.logsumexp(-energies_by_class(energy, x), 1)
+
+
 class _Twin(NamedTuple):
     """What an `Autocast` keeps for its chains: one energy, until a parameter or buffer is exchanged or its own end."""
 
@@ -42,9 +75,9 @@ class Autocast(nn.Module):
         self.energy, self.dtype = energy, dtype
         self._twin = _Twin(None, [])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **asked: bool) -> Tensor:
         with torch.autocast(x.device.type, self.dtype):
-            return self.energy(x)
+            return self.energy(x, **asked)
 
     @torch.no_grad()
     def for_chains(self) -> Autocast:
@@ -83,8 +116,8 @@ class Tempered(nn.Module):
         checks.positive("temperature", temperature, finite=True)
         self.energy, self.temperature = energy, temperature
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.energy(x) / self.temperature
+    def forward(self, x: Tensor, **asked: bool) -> Tensor:
+        return self.energy(x, **asked) / self.temperature
 
 
 def for_chains(energy):

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .ablations import CodedAniLA, ShrunkNoise
     from .calibration import calibrate
     from .hmc import HMC
     from .langevin import AniLA, GradientDescent, Langevin, TamedLangevin
@@ -20,9 +21,11 @@ __all__ = [
     "MALA",
     "AdjustedAniLA",
     "AniLA",
+    "CodedAniLA",
     "GradientDescent",
     "Langevin",
     "Sampler",
+    "ShrunkNoise",
     "TamedLangevin",
     "calibrate",
 ]
@@ -33,6 +36,8 @@ _UNADJUSTED = {
     "anila": "langevin.AniLA",
     "tamed": "langevin.TamedLangevin",
     "gd": "langevin.GradientDescent",
+    "anila-coded": "ablations.CodedAniLA",
+    "shrunk-noise": "ablations.ShrunkNoise",
 }
 _EXACT = {
     "mala": "metropolis.MALA",

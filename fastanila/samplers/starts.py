@@ -13,14 +13,24 @@ import torch
 from torch import Tensor
 
 from .. import noise
+from ..data import classes
 from ..models.vae import VAE
 from ..noise import Stream
 
 
-def from_noise(shape, box: tuple[float, float], *, seed, step, stream=Stream.START, device=None) -> Tensor:
-    """Uniform states over the box, float32 of the given shape."""
+def from_noise(
+    shape, box: tuple[float, float], *, seed, step, stream=Stream.START, device=None, labels: Tensor | None = None
+) -> Tensor:
+    """Uniform states over the box, float32 of the given shape.
+
+    ``labels``: of states that carry their class, those to draw it from, int64 (N,), such as the training images'.
+    """
     low, high = box
-    return low + (high - low) * noise.uniform(shape, seed=seed, step=step, stream=stream, device=device)
+    z = low + (high - low) * noise.uniform(shape, seed=seed, step=step, stream=stream, device=device)
+    if labels is None:
+        return z
+    rows = noise.integers(len(labels), shape[:1], seed=seed, step=step, stream=Stream.LABELS, device=device)
+    return classes.state(classes.images(z), labels[rows])
 
 
 class _Fresh:
@@ -34,13 +44,19 @@ class _Fresh:
 
 
 class NoiseStart(_Fresh):
-    """Short-run chains: every update starts afresh from uniform noise (Nijkamp et al. 2019)."""
+    """Short-run chains: every update starts afresh from uniform noise (Nijkamp et al. 2019).
 
-    def __init__(self, count: int, shape, box: tuple[float, float], *, seed: int | Tensor, device=None):
-        self.shape, self.box, self.seed, self.device = (count, *shape), box, seed, device
+    labels: of states that carry their class, see `from_noise`.
+    """
+
+    def __init__(
+        self, count: int, shape, box: tuple[float, float], *, seed: int | Tensor, device=None,
+        labels: Tensor | None = None,
+    ):  # fmt: skip
+        self.shape, self.box, self.seed, self.device, self.labels = (count, *shape), box, seed, device, labels
 
     def draw(self, update: int | Tensor, given: Tensor | None = None) -> Tensor:
-        return from_noise(self.shape, self.box, seed=self.seed, step=update, device=self.device)
+        return from_noise(self.shape, self.box, seed=self.seed, step=update, device=self.device, labels=self.labels)
 
 
 class DataStart(_Fresh):
@@ -57,27 +73,32 @@ class PersistentStart:
     """Persistent chains (Tieleman 2008), on the device: update u moves the next ``count`` of ``population`` in turn.
 
     Each drawn chain starts again from uniform noise with probability ``reinit``. The population is a multiple of the
-    count, so every chain is visited equally often and never twice in an update; ValueError if it is not.
+    count, so every chain is visited equally often and never twice in an update; ValueError if it is not. A chain keeps
+    its class, if it has one, until it restarts; labels: see `from_noise`.
     """
 
     def __init__(
         self, count: int, population: int, shape, box: tuple[float, float], *, reinit: float | Tensor,
         seed: int | Tensor,
         device=None,
+        labels: Tensor | None = None,
     ):  # fmt: skip
         if population % count:
             raise ValueError(f"chains must be a multiple of batch_size ({count}), got {population}")
         self.count, self.box, self.reinit, self.seed, self.device = count, box, reinit, seed, device
+        self.labels = labels
         # update -1, so that the first restarts differ from the starts
-        self.chains = from_noise((population, *shape), box, seed=seed, step=(1 << 56) - 1, device=device)
+        self.chains = self._fresh((population, *shape), (1 << 56) - 1)
 
     def draw(self, update: int | Tensor, given: Tensor | None = None) -> Tensor:
         z = self.chains[self._rows(update)]
         u = noise.uniform(
             (self.count, *[1] * (z.dim() - 1)), seed=self.seed, step=update, stream=Stream.RESTART, device=self.device
         )
-        fresh = from_noise(z.shape, self.box, seed=self.seed, step=update, device=self.device)
-        return torch.where(u <= self.reinit, fresh, z)
+        return torch.where(u <= self.reinit, self._fresh(z.shape, update), z)
+
+    def _fresh(self, shape, update: int | Tensor) -> Tensor:
+        return from_noise(shape, self.box, seed=self.seed, step=update, device=self.device, labels=self.labels)
 
     def keep(self, update: int | Tensor, z: Tensor, unless: Tensor) -> None:
         rows = self._rows(update)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import noise
-from ..data import completion, densities, images, registry, samples
+from ..data import classes, completion, densities, images, registry, samples
 from ..models import score, vae, wrappers
 from ..models.energies import MLP, ConvNet
 from ..models.wrappers import Autocast
@@ -23,7 +23,13 @@ from . import config, own
 from .learner import as_number
 from .settings import Settings
 
-Dataset = densities.Density | images.Images | samples.Vectors | completion.Completions
+Dataset = densities.Density | images.Images | samples.Vectors | completion.Completions | classes.ByClass
+
+
+def condition(settings: Settings):
+    """The module of `fastanila.data` whose states the run's are, where they hold what they are conditioned on: its
+    ``images(z)`` are what is drawn, and its ``free(z)`` where chains may move. None where states are data."""
+    return completion if settings.task == "completion" else classes if settings.classes else None
 
 
 def own_data(settings: Settings, given: Any = None) -> densities.Density | images.Images | samples.Vectors | None:
@@ -42,8 +48,7 @@ def load_data(settings: Settings, device, data_dir: str | None = None, given: An
     """The run's data set, from ``data_dir`` where they are images that have moved; ``given``: the user's own."""
     found = own_data(settings, given)
     if found is not None:
-        found = found if isinstance(found, densities.Density) else found.to(device)
-        return completion.Completions(found, settings.mask) if settings.task == "completion" else found
+        return _as_states(settings, found if isinstance(found, densities.Density) else found.to(device))
     found = registry.load(
         settings.data,
         data_dir=settings.data_dir if data_dir is None else config.path_of("data_dir", data_dir),
@@ -52,17 +57,34 @@ def load_data(settings: Settings, device, data_dir: str | None = None, given: An
         download=settings.download,
         device=device,
     )
+    return _as_states(settings, found)
+
+
+def _as_states(settings: Settings, found: Any) -> Dataset:
+    if settings.classes:
+        return classes.ByClass(found)
     return completion.Completions(found, settings.mask) if settings.task == "completion" else found
 
 
-def build_energy(settings: Settings, shape: tuple[int, ...], given: nn.Module | None = None) -> nn.Module:
+def build_energy(
+    settings: Settings, shape: tuple[int, ...], given: nn.Module | None = None, count: int | None = None
+) -> nn.Module:
     """The energy network, initialised on the CPU from the run's seed whatever torch's generator is at; or ``given``.
 
-    Raises ValueError or TypeError where a reference in the settings leads to no nn.Module, or where the energy was
-    given from Python and is not now.
+    ``shape``: of a state; ``count``: of classes, where the settings want them. At a temperature T it is the network's
+    output over T. Raises ValueError or TypeError where a reference in the settings leads to no nn.Module, or where the
+    energy was given from Python and is not now.
     """
+    network = _network(settings, shape, given, count)
+    return network if settings.temperature == 1 else wrappers.Tempered(network, settings.temperature)
+
+
+def _network(settings: Settings, shape: tuple[int, ...], given: nn.Module | None, count: int | None) -> nn.Module:
+    if settings.classes:
+        shape = (shape[0] - 1, *shape[1:])
     if given is not None or own.is_own(settings.energy):
-        return _own_energy(settings, shape, given)
+        network = _own_energy(settings, shape, given)
+        return wrappers.ClassEnergy(network, count) if settings.classes else network
     confinement = settings.confinement + settings.reference_sd**-2
     with _seeded(settings.seed):
         if settings.energy == "mlp":
@@ -75,7 +97,12 @@ def build_energy(settings: Settings, shape: tuple[int, ...], given: nn.Module | 
                 confinement=confinement,
                 seed=settings.seed,
             )
-        network = ConvNet(shape[0], shape[1], settings.width, confinement=confinement, activation=settings.activation)
+        network = ConvNet(
+            shape[0], shape[1], settings.width,
+            confinement=confinement, activation=settings.activation, outputs=count or 1,
+        )  # fmt: skip
+        if settings.classes:
+            return wrappers.ClassEnergy(network, count)
         return wrappers.ConditionalEnergy(network) if settings.task == "completion" else network
 
 
@@ -162,15 +189,16 @@ def build_start(
     place of the settings' number."""
     count = settings.batch_size
     seed = noise.as_word64(settings.seed, device) if seed is None else seed
+    labels = dataset.labels if settings.classes else None
     if settings.init == "vae":
         return starts.AmortizedStart(count, proposer, seed=seed)
     if settings.init == "data":
         return starts.DataStart(count, dataset, seed=seed, device=device)
     if settings.init == "noise":
-        return starts.NoiseStart(count, dataset.shape, dataset.box, seed=seed, device=device)
+        return starts.NoiseStart(count, dataset.shape, dataset.box, seed=seed, device=device, labels=labels)
     return starts.PersistentStart(
         count, settings.chains, dataset.shape, dataset.box, seed=seed, device=device,
-        reinit=as_number(settings.reinit, device),
+        reinit=as_number(settings.reinit, device), labels=labels,
     )  # fmt: skip
 
 

@@ -89,11 +89,11 @@ def check(settings: Settings, shape: tuple[int, ...] | None = None) -> None:
         raise ValueError(f"seed must be below 2**63, got {settings.seed}")
     for name in ("threshold", "reference_sd"):
         checks.positive(name, getattr(settings, name))
-    for name in ("step_size", "lr", "matching_lr", "vae_lr"):
+    for name in ("step_size", "lr", "matching_lr", "vae_lr", "temperature"):
         checks.positive(name, getattr(settings, name), finite=True)
     for name in (
         "noise_scale", "confinement", "feature_scale", "energy_l2", "matching_weight", "kl_weight", "data_noise",
-        "clip_grad",
+        "clip_grad", "class_weight",
     ):  # fmt: skip
         checks.nonnegative(name, getattr(settings, name))
     for name in ("reinit", "ema"):
@@ -112,16 +112,23 @@ def check(settings: Settings, shape: tuple[int, ...] | None = None) -> None:
     if settings.matching >= settings.iterations:
         wanted = f"below iterations ({settings.iterations}), or chains never take over"
         raise ValueError(f"matching must be {wanted}, got {settings.matching}")
-    if settings.init == "vae" and (settings.matching or settings.matching_weight):
-        raise ValueError("matching and matching_weight must be 0 with init=vae, where proposals lead to the data")
+    for wanted, given in (("init=vae", settings.init == "vae"), ("classes", settings.classes)):
+        if given and (settings.matching or settings.matching_weight):
+            raise ValueError(f"matching and matching_weight must be 0 with {wanted}, got {settings.matching}")
     if settings.flips and (len(shape) != 3 if shape else settings.data in PLANES):
         raise ValueError(f"flips must be false for {settings.data}, which has no images to mirror")
-    if settings.task == "completion":
+    if settings.flips and settings.task == "completion":
+        raise ValueError("flips must be false with task=completion, whose regions have their place")
+    for wanted, given in (("task=completion", settings.task == "completion"), ("classes", settings.classes)):
         own_images = own.is_own(settings.data) and (shape is None or len(shape) == 3)
-        if settings.data not in IMAGES and not own_images:
-            raise ValueError(f"data must be images with task=completion ({', '.join(IMAGES)}), got {settings.data}")
-        if settings.init != "vae":
-            raise ValueError(f"init must be vae with task=completion, got {settings.init}")
+        if given and settings.data not in IMAGES and not own_images:
+            raise ValueError(f"data must be images with {wanted} ({', '.join(IMAGES)}), got {settings.data}")
+    if settings.task == "completion" and settings.init != "vae":
+        raise ValueError(f"init must be vae with task=completion, got {settings.init}")
+    if settings.classes and settings.task != "generation":
+        raise ValueError(f"task must be generation with classes, got {settings.task}")
+    if settings.classes and settings.init == "vae":
+        raise ValueError("init must be persistent, data or noise with classes, got vae")
 
 
 def _check_energy(settings: Settings, shape: tuple[int, ...] | None) -> None:
@@ -195,13 +202,17 @@ def read(path: str | Path) -> dict[str, Any]:
             values = tomllib.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"config {path} cannot be read: {error}") from None
-    hints = get_type_hints(Settings)
     if not isinstance(values, dict):
         raise ValueError(f"config {path} must hold settings by name, got a {type(values).__name__}")
-    values = _by_name(values.items(), path)
+    return checked(_by_name(values.items(), path), f"config {path}")
+
+
+def checked(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Settings by name, "inf" as a number. Raises ValueError naming the key that is none, or whose type cannot be."""
+    hints = get_type_hints(Settings)
     for key in values:
         if key not in hints:
-            raise ValueError(f"config {path} has an unknown key {key!r}; known are {', '.join(sorted(hints))}")
+            raise ValueError(f"{where} has an unknown key {key!r}; known are {', '.join(sorted(hints))}")
         values[key] = float("inf") if values[key] == "inf" else values[key]
         _check_type(key, values[key], hints[key])
     return values

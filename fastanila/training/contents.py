@@ -13,8 +13,9 @@ The tensors of the file:
     chains                            (B, ...) where the last update left its chains, unless they are in a population
 
 Its state, as JSON: iteration (updates made), seconds (spent in them), data (the data's fingerprint, or null), box
-(low, high of the data), rollbacks (each as a `Rollback`) and good (the checkpoints that one may go back to, by their
-updates). Checkpoints of before have neither rollbacks nor good, those before them no box, and the oldest no data.
+(low, high of the data), classes (how many, or null), rollbacks (each as a `Rollback`) and good (the checkpoints that
+one may go back to, by their updates). Checkpoints of before have no classes, rollbacks and good, those before them no
+box, and the oldest no data.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Contents(NamedTuple):
     box: tuple[float, float] | None
     rollbacks: Sequence[Rollback] = ()
     good: Sequence[int] = ()
+    classes: int | None = None
 
 
 def packed(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -78,7 +80,7 @@ def packed(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any]]:
     box = None if contents.box is None else list(contents.box)
     state = {"iteration": contents.iteration, "seconds": contents.seconds, "data": contents.fingerprint, "box": box}
     history = {"rollbacks": [rollback._asdict() for rollback in contents.rollbacks], "good": list(contents.good)}
-    return tensors, state | history
+    return tensors, state | history | {"classes": contents.classes}
 
 
 def unpacked(tensors: dict[str, Tensor], state: dict[str, Any]) -> Contents:
@@ -97,6 +99,7 @@ def unpacked(tensors: dict[str, Tensor], state: dict[str, Any]) -> Contents:
         box=None if box is None else (box[0], box[1]),
         rollbacks=[Rollback(**made) for made in state.get("rollbacks", [])],
         good=state.get("good", []),
+        classes=state.get("classes"),
     )
 
 

@@ -58,7 +58,7 @@ def prepare(
     if settings.init == "vae":
         network, first = build.build_vae(settings, dataset.shape, dataset.box), settings.vae_warm_up
         vae = learner.build(network, settings, settings.vae_lr, settings.vae_lr_decay, device)
-    network = build.build_energy(settings, dataset.shape, energy)
+    network = build.build_energy(settings, dataset.shape, energy, dataset.count if settings.classes else None)
     if own.is_own(settings.energy):
         build.check_energy(network, dataset.draw(_TRIED, seed=settings.seed, step=0).to(_device(network)))
     ebm = learner.build(network, settings, settings.lr, settings.lr_decay, device, first, matching=True)
@@ -132,6 +132,7 @@ def save(job: Job, *, good: bool = False) -> Path:
         box=job.data.box,
         rollbacks=job.rolled_back,
         good=job.good,
+        classes=job.data.count if job.settings.classes else None,
     )
     folder = job.directory / "checkpoints"
     return checkpoint.save_numbered(folder, job.iteration, *packed(contents), also=job.good)

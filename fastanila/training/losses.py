@@ -7,21 +7,32 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from ..data import classes
 from ..models.vae import VAE
+
+
+class Classification(NamedTuple):
+    """How the energies classify a batch: 0-dim each, detached."""
+
+    cross_entropy: Tensor  #: mean of -log p(y | x), nats
+    accuracy: Tensor  #: share of the data whose own class has the least energy
 
 
 class Likelihood(NamedTuple):
     loss: Tensor  #: to be minimised, 0-dim
     energy_data: Tensor  #: mean U(data), 0-dim, detached
     energy_chains: Tensor  #: mean U(chains), 0-dim, detached
+    classification: Classification | None = None  #: of energies with classes
 
 
 def likelihood(
-    energy: Callable[[Tensor], Tensor],
+    energy: Callable[..., Tensor],
     data: Tensor,
     chains: Tensor,
     energy_l2: float | Tensor = 0.0,
+    class_weight: float | Tensor | None = None,
 ) -> Likelihood:
     """The likelihood gradient as a loss: mean U(data) - mean U(chains), chains detached.
 
@@ -30,12 +41,29 @@ def likelihood(
     its multiple of mean U(data)^2 + mean U(chains)^2, which keeps the energies near zero (Du and Mordatch 2019).
 
     data: (N, ...), chains: (M, ...), of one dtype and device; energy maps either to one float32 energy a state.
+
+    ``class_weight``: of states that carry their class, and a `wrappers.ClassEnergy`. The energies are then U(x, y), so
+    that with chains of the data's classes it is the likelihood of x given y; and the loss has the weight times the
+    cross-entropy of the classifier p(y | x) = exp(-U(x, y)) / sum_y' exp(-U(x, y')) on the data, which alone learns how
+    the energies of different classes compare (Grathwohl et al. 2020 learn p(x) and p(y | x) instead).
     """
-    on_data, on_chains = energy(torch.cat((data, chains.detach()))).split((len(data), len(chains)))
+    states = torch.cat((data, chains.detach()))
+    if class_weight is None:
+        u, classification = energy(states), None
+    else:
+        each, y = energy(states, every_class=True), classes.labels(states)
+        u = each.gather(1, y[:, None])[:, 0]
+        each, y = each[: len(data)], y[: len(data)]
+        cross_entropy = functional.cross_entropy(-each, y)
+        accuracy = (each.detach().argmin(1) == y).float().mean()
+        classification = Classification(cross_entropy.detach(), accuracy)
+    on_data, on_chains = u.split((len(data), len(chains)))
     loss = on_data.mean() - on_chains.mean()
     if isinstance(energy_l2, Tensor) or energy_l2:
         loss = loss + energy_l2 * (on_data.square().mean() + on_chains.square().mean())
-    return Likelihood(loss, on_data.mean().detach(), on_chains.mean().detach())
+    if class_weight is not None:
+        loss = loss + class_weight * cross_entropy
+    return Likelihood(loss, on_data.mean().detach(), on_chains.mean().detach(), classification)
 
 
 class ELBO(NamedTuple):

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from .. import files
-from ..data import completion, samples
+from ..data import classes, completion, samples
 from ..evaluation import plane, plots, vectors
 from ..samplers import starts
 from . import build
@@ -109,6 +109,7 @@ class Progress:
             + (f" moved {row['moved']:.3f} recon {row['reconstruction']:.3f} kl {row['kl']:.2f}" if "kl" in row else "")
             + (f" accepted {row['acceptance']:.1%}" if row.get("acceptance", 1) < 1 else "")
             + (f" nll {row['nll']:.3f}" if "nll" in row else "")
+            + (f" accuracy {row['accuracy']:.1%}" if "accuracy" in row else "")
         )
         if self.bar is not None:
             self.bar.set_postfix_str(shown, refresh=False)
@@ -139,8 +140,8 @@ def summary(job: Job, made: Update) -> dict[str, float | int]:
     """A line of metrics.jsonl."""
     on_data, on_chains = made.energy_data.item(), made.energy_chains.item()
     free = gains = 1.0  # shares of the elements that the statistics are to be of; those of the others are 0 and 1
-    if job.settings.task == "completion":
-        free, gains = (completion.share(job.chains, norm).item() for norm in ("element", job.sampler.norm))
+    if (condition := build.condition(job.settings)) is not None:
+        free, gains = (condition.share(job.chains, norm).item() for norm in ("element", job.sampler.norm))
     row = {
         "iteration": job.iteration,
         "energy_data": on_data,
@@ -162,6 +163,8 @@ def summary(job: Job, made: Update) -> dict[str, float | int]:
     if made.teaching is not None:
         row |= {name: value.item() for name, value in made.teaching._asdict().items()} | revision(job)
         row |= {"vae_grad_norm": made.grad_norms[1].item(), "vae_lr": job.rate * job.vae.rate.at(job.iteration - 1)}
+    if made.classification is not None:
+        row |= {name: value.item() for name, value in made.classification._asdict().items()}
     if job.rolled_back:
         row |= {"rollback": len(job.rolled_back), "diverged": job.rolled_back[-1].diverged}
     return row
@@ -189,7 +192,8 @@ def evaluated(job: Job) -> nn.Module:
 
 
 def picture(job: Job, path: Path) -> None:
-    """What the chains are at; of init="vae" the last update's proposals above what became of them."""
+    """What the chains are at, in the order of their classes if they have any; of init="vae" the last update's proposals
+    above what became of them."""
     if job.data.shape == (2,):
         title = f"{job.data.name}, {job.iteration} updates"
         plots.save_plane(path, evaluated(job), job.data, job.chains, title, proposals=job.proposals)
@@ -200,7 +204,10 @@ def picture(job: Job, path: Path) -> None:
     shown = [x for x in (job.proposals, job.chains) if x is not None]
     if job.settings.task == "completion":
         shown = [completion.images(x) for x in (completion.hidden(job.chains), *shown)]
+    if job.settings.classes:
+        z = job.chains[:64]
+        shown = [classes.images(z)[classes.labels(z).argsort(stable=True)]]
     if len(shown) == 1:
-        plots.save_images(path, job.chains[:64], job.data.box)
+        plots.save_images(path, shown[0][:64], job.data.box)
     else:
         plots.save_under(path, [x[:64] for x in shown], job.data.box)

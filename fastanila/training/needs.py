@@ -22,7 +22,7 @@ class Need(NamedTuple):
     wanted: str
 
 
-def _one_of(settings: tuple[str, ...], on: str, *values: str, also: tuple[str, ...] = ()) -> Need:
+def _one_of(settings: tuple[str, ...], on: str, *values: Any, also: tuple[str, ...] = ()) -> Need:
     """``also``: values with which nothing is said of the settings."""
     *others, last = values
     wanted = f"{on}={', '.join(others)} or {last}" if others else f"{on}={last}"
@@ -51,6 +51,7 @@ NEEDS = (
     _of_images(("download",), "download"),
     _of_images(("image_size", "channels"), "size"),
     _one_of(("mask",), "task", "completion"),
+    _one_of(("class_weight",), "classes", True),
     _one_of(("width", "confinement", "reference_sd"), "energy", *ENERGIES),
     _one_of(("depth", "features", "feature_scale"), "energy", "mlp"),
     _one_of(("activation",), "energy", "convnet"),

@@ -33,6 +33,7 @@ class Run(NamedTuple):
     fingerprint: dict | None = None  #: of the data it was trained on (`data.Images.fingerprint`); None if not known
     box: tuple[float, float] | None = None  #: (low, high) of the data, in a checkpoint of data of one's own
     data: Any = None  #: the user's own data, as `load` was given them
+    classes: int | None = None  #: how many, of a run with classes: its states carry theirs (`fastanila.data.classes`)
 
 
 def load(
@@ -67,11 +68,13 @@ def _load(directory: Path, device: torch.device, energy: nn.Module | None, data:
         load_parameters(network.to(device), parameters, directory)
         return network.eval()
 
-    network = build_energy(settings, shape, copy.deepcopy(energy))
+    network = build_energy(settings, shape, copy.deepcopy(energy), found.classes)
     model = at_precision(trained(network, found.energy), settings.precision)
     proposer = trained(build_vae(settings, shape, box), found.vae or MISSING) if settings.init == "vae" else None
     sampler = build_sampler(settings, box)
-    return Run(model, sampler, found.chains, settings, found.iteration, proposer, found.fingerprint, box, data)
+    return Run(
+        model, sampler, found.chains, settings, found.iteration, proposer, found.fingerprint, box, data, found.classes
+    )
 
 
 def refuse_given(settings: Settings, directory: str | Path, energy: Any, data: Any) -> None:

@@ -35,6 +35,16 @@ class Settings:
         "centre", "What completion misses: the middle square, the right half, or eight random squares of sixteen."
     )
 
+    classes: bool = setting(
+        False,
+        "An energy for each class of labelled images: U(x, y). Each chain has a class, and the energies classify.",
+    )
+    class_weight: float = setting(
+        0.1,
+        "Weight of the classifier's cross-entropy in the loss, with --classes; 0 for none. A larger one classifies "
+        "better, and the samples of a class become more alike.",
+    )
+
     energy: str | None = setting(
         None,
         "Energy network: mlp for vectors, convnet (five layers) for images; or package.module:function, which returns "
@@ -56,10 +66,19 @@ class Settings:
         "Standard deviation of a Gaussian that the energy is relative to: adds |x|^2 / (2 sd^2) to it; inf for none.",
     )
 
-    sampler: Literal["anila", "anila-mh", "langevin", "mala", "tamed", "hmc", "gd"] | None = setting(
+    temperature: float = setting(
+        1.0,
+        "Temperature T of the model exp(-U / T), U the network's energy. An exact sampler, which has no noise scale, "
+        "needs it for the cold chains of images: T is then what the square of --noise-scale is for the others.",
+    )
+
+    sampler: (
+        Literal["anila", "anila-mh", "langevin", "mala", "tamed", "hmc", "gd", "anila-coded", "shrunk-noise"] | None
+    ) = setting(
         None,
         "Sampler of the chains: anila (anisotropic), langevin (plain), tamed (clipped drift, plain noise), gd "
-        "(gradient descent); exact by a Metropolis correction: anila-mh, mala, hmc.",
+        "(gradient descent); exact by a Metropolis correction: anila-mh, mala, hmc. To compare only: anila-coded (the "
+        "authors' code), shrunk-noise (AniLA's noise, plain drift).",
     )
     threshold: float | None = setting(
         None,

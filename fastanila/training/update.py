@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..data import completion
 from ..graphs import compiled, replayed
 from ..models.score import sampling
 from ..models.wrappers import for_chains
@@ -29,7 +28,7 @@ from . import build
 from .defaults import ENERGIES
 from .job import Job
 from .learner import as_number, averaged_parameters, clipped_norm, follow, gradients, move
-from .losses import ELBO, Likelihood, elbo, likelihood
+from .losses import ELBO, Classification, Likelihood, elbo, likelihood
 from .matching import matching
 
 #: An energy beyond this has left everything that training could bring back.
@@ -56,6 +55,7 @@ class Update(NamedTuple):
     matching: Tensor | None  #: the matching loss, 0-dim
     info: Info | None  #: the chains' last transition
     teaching: Teaching | None  #: of init="vae"
+    classification: Classification | None = None  #: of the data, with classes
 
 
 def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
@@ -72,9 +72,9 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
     step_size = as_number(float(s.step_size), device)
     one = torch.ones((), dtype=torch.float32, device=device)
     # tensors, because a number would be a constant of what is compiled, and another one would compile it anew
-    of = (s.steps, s.ema, s.energy_l2, s.clip_grad, s.kl_weight, s.vae_warm_up, s.data_noise, s.matching_weight)
-    numbers_of = [as_number(x, device) for x in of]
-    steps, ema, energy_l2, clip_grad, kl, warm_up, data_noise, matching_weight = numbers_of
+    of = (s.steps, s.ema, s.energy_l2, s.clip_grad, s.kl_weight, s.vae_warm_up, s.data_noise)
+    steps, ema, energy_l2, clip_grad, kl, warm_up, data_noise = (as_number(x, device) for x in of)
+    class_weight, matching_weight = (as_number(x, device) for x in (s.class_weight, s.matching_weight))
     schedules = [learner.rate.on(device) for learner in job.learners]
     seed, factor = job.seed, job.lr_factor
     rates = [group["lr"] for learner in job.learners for group in learner.optimizer.param_groups]
@@ -96,7 +96,8 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
         return matching(energy, batch, begins, times, step_size)
 
     def learn(batch: Tensor, chains: Tensor) -> Likelihood:
-        return likelihood(energy, batch, chains, energy_l2 if s.energy_l2 else 0.0)
+        l2 = energy_l2 if s.energy_l2 else 0.0
+        return likelihood(energy, batch, chains, l2, class_weight if s.classes else None)
 
     def teach(batch: Tensor, chains: Tensor, xi: Tensor, iteration: Tensor) -> ELBO:
         lesson = torch.where(iteration < warm_up, batch, chains) if s.vae_warm_up else chains
@@ -159,7 +160,7 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
             if s.ema:
                 follow_of(*averaged_parameters(job.learners), decays)
         matched = None if matched is None else matched.detach()
-        return Update(result.energy_data, result.energy_chains, totals, matched, info, teaching)
+        return Update(result.energy_data, result.energy_chains, totals, matched, info, teaching, result.classification)
 
     return replayed(update, device, "the update", warm_up=WARM_UP) if s.fused and on_cuda else update
 
@@ -183,7 +184,8 @@ def revision(job: Job) -> dict[str, float]:
     that may move, of revised less proposal; units of data. spread: standard deviation of the proposals over the batch,
     divided by that of the revised.
     """
-    free = completion.free(job.chains) if job.settings.task == "completion" else None
+    condition = build.condition(job.settings)
+    free = None if condition is None else condition.free(job.chains)
     share = 1.0 if free is None else free.float().mean()
     moved = ((job.chains - job.proposals).square().mean() / share).sqrt()
     spread = (_variance(job.proposals, free) / _variance(job.chains, free)).sqrt()
@@ -201,7 +203,7 @@ def _variance(x: Tensor, free: Tensor | None) -> Tensor:
 def draw_data(
     job: Job, iteration: int | Tensor, seed: int | Tensor, data_noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """An update's data, and which of its elements chains may move: all (None), or the regions of completions.
+    """An update's data, and which of its elements chains may move: all (None), or all but what states carry with them.
 
     data_noise: a 0-dim tensor in place of the settings' number."""
     s = job.settings
@@ -209,7 +211,8 @@ def draw_data(
     if s.flips:
         u = noise.uniform((len(batch), 1, 1, 1), seed=seed, step=iteration, stream=Stream.FLIPS, device=job.device)
         batch = torch.where(u <= 0.5, batch.flip(-1), batch)
-    free = completion.free(batch) if s.task == "completion" else None
+    condition = build.condition(s)
+    free = None if condition is None else condition.free(batch)
     if s.data_noise:
         normals = noise.normal(batch.shape, seed=seed, step=iteration, stream=Stream.DATA_NOISE, device=job.device)
         scale = s.data_noise if data_noise is None else data_noise

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 import torch
 
-from fastanila import MALA, AdjustedAniLA, AniLA, Langevin, TamedLangevin, noise, ops
+from fastanila import MALA, AdjustedAniLA, AniLA, CodedAniLA, Langevin, ShrunkNoise, TamedLangevin, noise, ops
 from fastanila.samplers.state import State
 from known import BANANA, FALSE_ALARM, NORMAL, SKEWED
 
@@ -28,8 +28,18 @@ RIGHT = {
     Langevin: lambda s, eps, b: (eps / 2 * s, np.sqrt(eps)),
     AniLA: lambda s, eps, b: (eps / 2 * clip(s, b), np.sqrt(eps * gamma(s, b))),
     TamedLangevin: lambda s, eps, b: (eps / 2 * clip(s, b / np.sqrt(eps)), np.sqrt(eps)),
+    CodedAniLA: lambda s, eps, b: (eps / 2 * clip(s, b), np.sqrt(eps) * gamma(s, b)),
+    ShrunkNoise: lambda s, eps, b: (eps / 2 * s, np.sqrt(eps * gamma(s, b))),
 }
 WRONG = {
+    CodedAniLA: {
+        "a root of gamma in the noise": lambda s, eps, b: RIGHT[AniLA](s, eps, b),
+        "no half in the drift": lambda s, eps, b: (eps * clip(s, b), np.sqrt(eps) * gamma(s, b)),
+    },
+    ShrunkNoise: {
+        "the drift clipped as well": lambda s, eps, b: RIGHT[AniLA](s, eps, b),
+        "gamma without a root in the noise": lambda s, eps, b: (eps / 2 * s, np.sqrt(eps) * gamma(s, b)),
+    },
     AniLA: {
         "gamma without a root in the noise": lambda s, eps, b: (eps / 2 * clip(s, b), np.sqrt(eps) * gamma(s, b)),
         "isotropic noise": lambda s, eps, b: (eps / 2 * clip(s, b), np.sqrt(eps)),
@@ -80,6 +90,8 @@ LINES = {
         ("normal", AniLA(0.5, 1.0)),
         ("normal", AniLA(0.3, 0.5, 0.6)),
         ("normal", TamedLangevin(0.8, 0.5)),
+        ("normal", CodedAniLA(0.7, 0.5)),
+        ("normal", ShrunkNoise(0.7, 0.5)),
         ("skewed", Langevin(0.3)),
         ("skewed", AniLA(0.5, 1.0)),
         ("skewed", TamedLangevin(0.8, 0.5)),
@@ -134,6 +146,28 @@ def test_the_small_step_law_of_anila_on_a_line():
     assert NORMAL.p_value(z) < FALSE_ALARM
     for other in (lambda x: -(x**2) / 2 + 2 * np.log(np.maximum(1, np.abs(x))), lambda x: -huber(x, 1.0)):
         assert p_value(values, line_law(other)[:2]) < FALSE_ALARM  # 1 / gamma**2; the clipped score's own
+
+
+@pytest.mark.parametrize("kind, power", [(CodedAniLA, 2), (ShrunkNoise, 1)], ids=["coded", "shrunk noise"])
+def test_the_small_step_laws_of_the_forms_for_comparison(kind, power):
+    """N(0, 1): exp(integral of s max(1, |s|/b)) max(1, |s|/b)^power, as their docstrings have it."""
+    b = 0.6
+
+    def law(q):
+        def log_density(x):
+            size = np.maximum(b, np.abs(x))
+            beyond = b**2 / 2 + (size**3 - b**3) / (3 * b)
+            return q * np.log(size / b) - np.where(np.abs(x) <= b, x**2 / 2, beyond)
+
+        return line_law(log_density, half_width=5.0)
+
+    x, cdf, _ = law(power)
+    z = kind(b, 0.005).run(NORMAL.energy, draws(x, cdf, 40_000), steps=400, seed=3, compile=False)
+    values = z.flatten().numpy()
+    assert p_value(values, (x, cdf)) > FALSE_ALARM
+    for other in {0, 1, 2, 3} - {power}:
+        assert p_value(values, law(other)[:2]) < FALSE_ALARM
+    assert NORMAL.p_value(z) < FALSE_ALARM
 
 
 class Plane:

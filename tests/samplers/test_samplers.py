@@ -19,8 +19,10 @@ from fastanila import (
     MALA,
     AdjustedAniLA,
     AniLA,
+    CodedAniLA,
     GradientDescent,
     Langevin,
+    ShrunkNoise,
     TamedLangevin,
     calibrate,
     noise,
@@ -51,6 +53,7 @@ ADJUSTED = [MALA(1.0), AdjustedAniLA(0.7, 1.0), AdjustedAniLA(1.0, 1.0, "chain")
 UNADJUSTED = [
     Langevin(0.1, 0.7), Langevin(0.1, bounds=(-1, 1)), AniLA(0.5, 0.1), AniLA(0.5, 0.1, 0.7, "chain"),
     TamedLangevin(0.2, 0.1), TamedLangevin(0.3, 0.1, 0.7, "chain", (-1, 1)), GradientDescent(0.1),
+    CodedAniLA(0.5, 0.1), ShrunkNoise(0.5, 0.1, 0.7, "chain", (-1, 1)),
 ]  # fmt: skip
 ALL = [*UNADJUSTED, *ADJUSTED]
 every_sampler = pytest.mark.parametrize("sampler", ALL, ids=str)
@@ -127,6 +130,8 @@ def drawn(z, seed, step):
         Langevin(0.4, 0.7, (-0.5, 1.0)),
         *(AniLA(1.2, 0.4, 0.7, norm) for norm in ("element", "channel", "chain")),
         *(TamedLangevin(0.9, 0.4, 0.7, norm, (-1.5, 1.5)) for norm in ("element", "channel", "chain")),
+        *(CodedAniLA(1.2, 0.4, 0.7, norm) for norm in ("element", "channel", "chain")),
+        *(ShrunkNoise(1.2, 0.4, 0.7, norm, (-1.5, 1.5)) for norm in ("element", "channel", "chain")),
         GradientDescent(0.1, (-0.5, 1.0)),
     ],
     ids=str,
@@ -141,6 +146,12 @@ def test_an_unadjusted_transition_equals_the_formula(sampler, mask):
         if isinstance(sampler, TamedLangevin):
             b, score = math.inf, oracle.gain(s, sampler.threshold / math.sqrt(eps), sampler.norm)[1]
         settings = dict(norm=sampler.norm, noise_scale=sampler.noise_scale) | settings
+        if isinstance(sampler, (CodedAniLA, ShrunkNoise)):
+            settings.pop("norm")
+            gamma, drift = oracle.gain(s, b, sampler.norm)
+            # Langevin's step of another drift and other noise: gamma for its root, or the drift as it is
+            score, xi = (drift, gamma) if isinstance(sampler, CodedAniLA) else (s, np.sqrt(gamma))
+            return oracle.step(z, score, math.inf, xi * drawn(z, 7, 5), step_size=eps, **settings)
         return oracle.step(z, score, b, drawn(z, 7, 5), step_size=eps, **settings)
 
     clamped = dict(bounds=sampler.bounds, mask=None if mask is None else mask.numpy())

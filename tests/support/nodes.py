@@ -197,6 +197,7 @@ CASES: dict[str, Case] = {
     "update: rings, hmc": update(**SMALL | dict(sampler="hmc", leapfrog_steps=3)),
     "update: digits": update(**SMALL_IMAGES, clip_grad=1.0),
     "update: digits, bf16": update(**SMALL_IMAGES, precision="bf16"),
+    "update: digits, classes": update(**SMALL_IMAGES, classes=True),
     "update: rings, a small vae": update(**SMALL, init="vae", vae_width=16, vae_warm_up=2),
     "update: digits, completion": update(
         **SMALL | dict(data="digits", width=8, features=0),

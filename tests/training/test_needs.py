@@ -25,6 +25,7 @@ IDLE = {
     "--data digits --download": "download has no effect with data=digits: it needs data=cifar10 or flowers102",
     "--data digits --depth 5": "depth has no effect with energy=convnet: it needs energy=mlp",
     "--features=0 --feature-scale=2": "feature_scale has no effect with features=0: it needs features above 0",
+    "--data digits --class-weight 2": "class_weight has no effect with classes=False: it needs classes=True",
     "--mask half": "mask has no effect with task=generation: it needs task=completion",
     "--latent 7": "latent has no effect with init=persistent: it needs init=vae",
     "--vae-lr-decay none": "vae_lr_decay has no effect with init=persistent: it needs init=vae",

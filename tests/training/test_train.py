@@ -503,7 +503,11 @@ def test_help_does_not_wait_for_torch():
         ('step_size = "big"\n', "step_size must be a number, got 'big'"),
         ("fused = 1\n", "fused must be true or false, got 1"),
         ("steps = 1.5\n", "steps must be an integer, got 1.5"),
-        ('sampler = "nuts"\n', "sampler must be one of anila, anila-mh, langevin, mala, tamed, hmc, gd, got 'nuts'"),
+        (
+            'sampler = "nuts"\n',
+            "sampler must be one of anila, anila-mh, langevin, mala, tamed, hmc, gd, anila-coded, shrunk-noise, "
+            "got 'nuts'",
+        ),
     ],
 )
 def test_bad_config_files(tmp_path, capsys, text, message):
