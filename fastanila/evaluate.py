@@ -58,9 +58,10 @@ _BATCH = 1024  # states whose energy is taken at a time
 
 def evaluate(
     run: Run, *, data_dir: str | None = None, other: str | None = None, fused: bool = True, count: int = 2000,
-    fid: bool = False,
+    fid: bool = False, descent: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """The numbers above, as Python has them. Of images at most ``count`` of each set are compared; ``fid`` adds FID.
+    ``descent``: images of the chains are compared after so many transitions without noise (`generate.descended`).
     ``other``: images that the energy is to tell from the run's (`ood.load`).
 
     Raises FileNotFoundError where images are not there, ValueError for ``other`` images of which the run can tell
@@ -70,10 +71,12 @@ def evaluate(
     if other is not None and (run.chains.dim() != 4 or run.settings.task == "completion"):
         raise ValueError(f"ood needs a run that generates images, got data={run.settings.data}, {run.settings.task}")
     with build.arithmetic(run.settings.precision):
-        return _evaluate(run, data_dir, other, fused, count, fid)
+        return _evaluate(run, data_dir, other, fused, count, fid, descent)
 
 
-def _evaluate(run: Run, data_dir: str | None, other: str | None, fused: bool, count: int, fid: bool) -> dict[str, Any]:
+def _evaluate(
+    run: Run, data_dir: str | None, other: str | None, fused: bool, count: int, fid: bool, descent: int
+) -> dict[str, Any]:
     device, settings = run.chains.device, run.settings
     dataset = data_of(run, data_dir)
     report: dict[str, Any] = {"iteration": run.iteration}
@@ -98,6 +101,7 @@ def _evaluate(run: Run, data_dir: str | None, other: str | None, fused: bool, co
     if start is None:
         started = build.build_start(settings, dataset, device)
         start = started.tensors().get("population", started.draw(0))
+    chains = generate.descended(run, chains, descent, fused=fused)
     energy = run.energy
     if run.classes is not None:
         report |= classified(run.energy, held)
@@ -230,7 +234,8 @@ def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
     for reason in needs.idle(run.settings, given & {"data_dir"}).values():
         raise ValueError(reason)
     if run.settings.task == "completion" or run.chains.dim() != 4:
-        refuse(given, ["count", "fid"], "but on a model of whole images")
+        refuse(given, ["count", "fid", "descent"], "but on a model of whole images")
+    checks.count("descent", arguments.descent, least=0)
     chains: dict[str, Any] = {}
     if arguments.chains:
         directory = config.path_of("run", arguments.run)
@@ -245,6 +250,7 @@ def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
         fused=arguments.fused,
         count=arguments.count,
         fid=arguments.fid,
+        descent=arguments.descent,
     )
     report = evaluate(run, **options)
     exits.say(json.dumps({"run": str(arguments.run), **_finite(report), **chains}, indent=2))

@@ -19,7 +19,9 @@ from .noise import Stream
 from .samplers import starts
 from .samplers.starts import proposals
 from .training import build
-from .training.run import Run, box_of, updates_past
+from .training.run import Run, box_of, updates_past, with_sampler
+
+_DESCENDING = 256  #: states that descend at a time
 
 STARTS = ("chains", "noise", "vae")
 
@@ -121,6 +123,20 @@ def moved(
         return sampler.run(
             run.energy, z, steps=steps, seed=seed, step=first + warm_up, mask=mask, compile=fused and steps > 0
         )
+
+
+def descended(run: Run, z: Tensor, steps: int, *, fused: bool = True) -> Tensor:
+    """States (N, ...) after ``steps`` transitions without noise: gradient descent at the run's step size. It takes from
+    chains at a temperature the grain that their noise is; they are no samples of the run's law any more."""
+    if not steps:
+        return z
+    condition, quiet = build.condition(run.settings), with_sampler(run, "gd")
+    masks = [None if condition is None else condition.free(part) for part in z.split(_DESCENDING)]
+    parts = [
+        moved(quiet, part, steps=steps, fused=fused, mask=mask)
+        for part, mask in zip(z.split(_DESCENDING), masks, strict=True)
+    ]
+    return torch.cat(parts)
 
 
 # ------------------------------------------------------------------------------------------------ the VAE and its pairs

@@ -69,6 +69,10 @@ def evaluate() -> argparse.ArgumentParser:
     parser.add_argument("--chains", action="store_true", help="how well the chains mix (needs the diagnostics extra)")
     parser.add_argument("--count", type=int, default=2000, help="images of each set at most (default: 2000)")
     parser.add_argument(
+        "--descent", type=int, default=0,
+        help="transitions without noise that the images make ahead of their comparison (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
         "--fid", action="store_true", help="FID too, of images (needs the fid extra, and a network once)"
     )
     parser.add_argument("--draws", type=int, default=1000, help="transitions that --chains makes (default: 1000)")

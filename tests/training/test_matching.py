@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastanila import generate
 from fastanila.noise import Stream, uniform
 from fastanila.training import config, job, loop, update
 from fastanila.training.learner import Schedule
@@ -140,3 +141,15 @@ def test_each_phase_has_its_learning_rate(tensors):
 def test_what_cannot_be_is_refused(tmp_path, own, words):
     with pytest.raises(ValueError, match=words):
         config.resolve(dataclasses.replace(settings(tmp_path), **own, **({"chains": None} if "init" in own else {})))
+
+
+def test_a_descent_is_gradient_descent_on_the_average(tmp_path):
+    run = loop.train(settings(tmp_path, matching=0, iterations=2))
+    z = run.chains[:5]
+    by_hand = z.clone()
+    for _ in range(3):
+        x = by_hand.requires_grad_()
+        (gradient,) = torch.autograd.grad(run.energy(x).sum(), x)
+        by_hand = (x.detach() - run.sampler.step_size / 2 * gradient).clamp(-1, 1)
+    torch.testing.assert_close(generate.descended(run, z, 3, fused=False), by_hand)
+    assert generate.descended(run, z, 0) is z
