@@ -115,7 +115,7 @@ def image_update(**settings: Any) -> Case:
 def _update(settings: Settings) -> Counted:
     device = fake_device.Device()
     with fake_device.tensor_learning_rates(), matmul_precision(settings.precision):
-        update = update_training.build_update(job.prepare(settings))
+        update = update_training.build_update(job.prepare(settings), matches=bool(settings.matching))
         device.clear()
         for _ in range(update_training.WARM_UP + 2):
             update()
@@ -197,6 +197,8 @@ CASES: dict[str, Case] = {
     "update: rings, hmc": update(**SMALL | dict(sampler="hmc", leapfrog_steps=3)),
     "update: digits": update(**SMALL_IMAGES, clip_grad=1.0),
     "update: digits, bf16": update(**SMALL_IMAGES, precision="bf16"),
+    "update: digits, the warm-up by matching": update(**SMALL_IMAGES, matching=10, activation="silu", flips=True),
+    "update: digits, matching beside the likelihood": update(**SMALL_IMAGES, matching_weight=1.0, activation="silu"),
     "update: digits, classes": update(**SMALL_IMAGES, classes=True),
     "update: rings, a small vae": update(**SMALL, init="vae", vae_width=16, vae_warm_up=2),
     "update: digits, completion": update(
