@@ -13,6 +13,7 @@ from fastanila import data, evaluate, generate, sample
 from fastanila import train as command
 from fastanila.data import classes
 from fastanila.data.images import from_pixels
+from fastanila.models.wrappers import energies_by_class
 from fastanila.training import run as run_training
 from fastanila.training.loop import train
 from fastanila.training.settings import Settings
@@ -80,6 +81,17 @@ def test_the_weight_is_the_cross_entropys(tmp_path):
         )
         found[weight] = numbers(tmp_path / name)[-1]
     assert found[100.0]["cross_entropy"] < 1.5 < 2 < found[0.0]["cross_entropy"]
+
+
+def test_a_temperature_divides_the_energies_of_every_class(tmp_path):
+    quiet(Settings(**SMALL | dict(sampler="mala", temperature=0.25, iterations=2), out=str(tmp_path / "cold")))
+    run = run_training.load(tmp_path / "cold")
+    x = run.chains[:5, :1]
+    with torch.no_grad():
+        each = run.energy.energy.network(x)
+        torch.testing.assert_close(energies_by_class(run.energy, x), each / 0.25, rtol=0, atol=0)
+        own = each[torch.arange(5), run.chains[:5, 1, 0, 0].long()]
+        torch.testing.assert_close(run.energy(run.chains[:5]), own / 0.25, rtol=0, atol=0)
 
 
 def test_evaluation_has_the_accuracy_and_outliers(directory, run, capsys):

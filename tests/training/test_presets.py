@@ -12,7 +12,7 @@ import torch
 
 from fastanila import compare, train
 from fastanila.data import registry
-from fastanila.evaluation import comparison, plane
+from fastanila.evaluation import comparison, quadrature
 from fastanila.samplers import EXACT, SAMPLERS
 from fastanila.training import build, config, needs, presets, side_by_side, tuning
 from fastanila.training.presets import Choice
@@ -283,8 +283,11 @@ def test_a_preset_is_compared(in_process, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(presets, "read", lambda name: tiny)
 
     def coarse(run, *, data_dir, fused):
-        numbers = plane.evaluate(run.energy, registry.load("rings"), run.chains, resolution=40)
-        return {"iteration": run.iteration, "gap": numbers["gap"]}
+        density = registry.load("rings")
+        cells = quadrature.grid(density.box, 40)
+        learned = quadrature.model_log_density(run.energy, cells)
+        gap = quadrature.kl(quadrature.data_log_density(density, cells), learned, cells)
+        return {"iteration": run.iteration, "gap": gap}
 
     monkeypatch.setattr(compare, "evaluate", coarse)
     command = ["--preset", "rings", "--no-fused", "--iterations", "2", "--out", str(tmp_path)]
