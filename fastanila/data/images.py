@@ -230,12 +230,12 @@ def _channels_first(pixels: np.ndarray) -> Tensor:
 
 
 def _labels(classes) -> Tensor:
-    return torch.as_tensor(classes, dtype=torch.int64)
+    return torch.as_tensor(classes, dtype=torch.int64, device="cpu")
 
 
 def _split(images: Labelled, every: int) -> tuple[Labelled, Labelled]:
     """Holds out every ``every``-th image, the first included."""
-    held_out = torch.arange(len(images.labels)) % every == 0
+    held_out = torch.arange(len(images.labels), device="cpu") % every == 0
     return images.at(~held_out), images.at(held_out)
 
 

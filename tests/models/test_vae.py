@@ -228,7 +228,7 @@ def joint_job(kl_weight=0.25, iterations=1500, **changes):
     zero = torch.zeros((), dtype=torch.int64)
     return job_training.Job(
         settings, Path("."), cpu, Normal1D(1.5, 0.8), ebm, taught, MALA(0.5), start, chains, chains.clone(), zero,
-        zero.bool(),
+        zero.bool(), noise.as_word64(settings.seed, cpu), torch.ones(()),
     )  # fmt: skip
 
 
