@@ -160,7 +160,7 @@ def make_updates(
     if s.fused and graphs.compiles():
         say(compiling(job.device))
     learn = build_update(job)
-    match = build_update(job, matches=True) if job.iteration < s.matching else learn
+    match = build_update(job, matches=True) if s.matching else learn  # to which a rollback may go back
     with (
         threads(job),
         build.arithmetic(s.precision, fused=s.fused),

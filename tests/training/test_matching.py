@@ -89,6 +89,35 @@ def test_a_run_resumed_in_its_warm_up_is_the_run_in_one_go(tmp_path):
     assert torch.equal(whole.chains, again.chains)
 
 
+def test_a_rollback_into_the_warm_up_matches_again(tmp_path, monkeypatch):
+    """Of a run that was past its warm-up when it began to make updates, as a resumed one is."""
+    prepared, calls = job.prepare(settings(tmp_path)), []
+    prepared.iteration = 4
+    prepared.made.fill_(4)
+
+    def recorded(job_, matches=False):
+        real = update.build_update(job_, matches=matches)
+
+        def made():
+            calls.append((matches, int(job_.made)))
+            if len(calls) == 1:
+                job_.broken.fill_(True)
+            return real()
+
+        return made
+
+    def back(job_, diverged):
+        job_.iteration = 1
+        job_.made.fill_(1)
+        job_.broken.fill_(False)
+        return "back"
+
+    monkeypatch.setattr(loop, "build_update", recorded)
+    monkeypatch.setattr(loop, "roll_back", back)
+    loop.run(prepared)
+    assert calls == [(False, 4), (True, 1), (True, 2), (False, 3), (False, 4), (False, 5)]
+
+
 def test_the_score_leads_to_the_data(tmp_path):
     """After 60 updates the drift from noise points to the data: its cosine with the way there is far above that of the
     energy that has not learned, a mutant."""
