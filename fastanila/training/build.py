@@ -15,6 +15,7 @@ from .. import noise
 from ..data import classes, completion, densities, images, registry, samples
 from ..models import score, vae, wrappers
 from ..models.energies import MLP, ConvNet
+from ..models.unet import UNet
 from ..models.wrappers import Autocast
 from ..ops import dispatch
 from ..samplers import SAMPLERS, starts
@@ -97,10 +98,11 @@ def _network(settings: Settings, shape: tuple[int, ...], given: nn.Module | None
                 confinement=confinement,
                 seed=settings.seed,
             )
-        network = ConvNet(
-            shape[0], shape[1], settings.width,
-            confinement=confinement, activation=settings.activation, outputs=count or 1,
-        )  # fmt: skip
+        image = dict(confinement=confinement, outputs=count or 1)
+        if settings.energy == "unet":
+            network: nn.Module = UNet(*shape[:2], settings.width, **image)
+        else:
+            network = ConvNet(*shape[:2], settings.width, activation=settings.activation, **image)
         if settings.classes:
             return wrappers.ClassEnergy(network, count)
         return wrappers.ConditionalEnergy(network) if settings.task == "completion" else network
