@@ -10,8 +10,9 @@ drift condition's constants, and the infimum of the minorisation's, are given as
 least that holds 95 % of every target, and where the drift condition needs a larger one, 1.1 times the radius it needs,
 if the box has room to judge it there. DIR gets ergodicity.json and ergodicity.png.
 
---coupling needs no grid (`theory.coupling`): chains of MALA or adjusted AniLA, from uniform noise on the box, which meet.
-DIR gets coupling.json and coupling.png. The energy of a run whose chains were clamped is taken within those bounds.
+--coupling needs no grid (`theory.coupling`): pairs of chains of MALA or adjusted AniLA, from uniform noise on the box,
+which meet. DIR gets coupling.json and coupling.png. The energy of a run whose chains were clamped is taken within those
+bounds.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def analysed(arguments: argparse.Namespace, given: set[str]) -> int:
     if arguments.coupling:
         return coupled(arguments, given)
     with exits.refusing(ValueError, RuntimeError, checkpoint.CheckpointError):
-        refuse(given, ["pairs", "lag", "budget", "warm_up", "seed"], "without coupling, which they are of")
+        refuse(given, ["pairs", "lag", "budget", "warm_up", "gradient", "seed"], "without coupling, which they are of")
         checks.positive("beta", arguments.beta, finite=True)
         if arguments.radius is not None:
             checks.positive("radius", arguments.radius, finite=True)
@@ -148,6 +149,10 @@ def coupled(arguments: argparse.Namespace, given: set[str]) -> int:
             found = coupling_report.examine(
                 subject, pairs=arguments.pairs, lag=arguments.lag, budget=arguments.budget, seed=arguments.seed
             )
+            if arguments.gradient and found.bound is not None:
+                found.report["gradient"] = coupling_report.gradient(
+                    subject, found.meetings, pairs=arguments.gradient, seed=arguments.seed
+                )
     for line in coupling_report.sentences(found.report):
         exits.say(line)
     if out is not None:
@@ -170,7 +175,7 @@ def subject_of(arguments: argparse.Namespace, run: Run | None) -> coupling_repor
     else:
         if parameter is not None:
             raise ValueError("parameter shapes a named target, and a run's energy has none")
-        bounds, chains = run.sampler.bounds, run.chains
+        bounds, chains = getattr(run.sampler, "bounds", None), run.chains
         if arguments.sampler is not None:
             run = with_sampler(run, arguments.sampler)
         (sampler,) = _one("sampler", _samplers(arguments, run))

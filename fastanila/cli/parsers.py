@@ -150,5 +150,9 @@ def ergodicity() -> argparse.ArgumentParser:
     parser.add_argument(
         "--warm-up", type=int, default=0, help="transitions in which --coupling's sampler adapts its step size first"
     )
+    parser.add_argument(
+        "--gradient", type=int, default=0, metavar="PAIRS",
+        help="of a run: cost and variance of an unbiased gradient in its parameters, by so many pairs that meet",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="names the noise of --coupling")
     return parser

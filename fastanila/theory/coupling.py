@@ -6,14 +6,14 @@ meeting tau, the first t >= lag with X_t = Y_(t - lag), bounds the total variati
 
     TV(pi_t, pi) <= E max(0, ceil((tau - lag - t) / lag))                (Biswas, Jacob and Vanetti 2019, Theorem 2.5)
 
-The samplers are those that judge a draw from independent normals: `MALA` and `AdjustedAniLA`. Their proposals are coupled
-by `couple` and judged by one uniform for both.
+The samplers are those that judge a draw from independent normals: `MALA` and `AdjustedAniLA`. Their proposals are
+coupled by `couple` and judged by one uniform for both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ from ..ops import reference
 from ..ops.reference import Proposal
 from ..samplers.metropolis import MALA, AdjustedAniLA
 from ..samplers.sampler import Sampler
-from ..samplers.state import State
+
+Exact: TypeAlias = MALA | AdjustedAniLA  #: the samplers whose chains can be coupled here
 
 #: How far apart two proposals of different scales may be, in squared standard deviations, for `couple` to try to make
 #: them one: from there on the chance, 2 Phi(-1), is not worth what the trial adds to their distance.
@@ -43,7 +44,7 @@ class Draws(NamedTuple):
 
 def draws(z: Tensor, *, seed: int, step: int) -> Draws:
     """Those of transition ``step`` for B pairs of chains like z (B, ...), from `Stream.COUPLING`."""
-    place = dict(seed=seed, stream=Stream.COUPLING, device=z.device, dtype=z.dtype)
+    place: dict[str, Any] = dict(seed=seed, stream=Stream.COUPLING, device=z.device, dtype=z.dtype)
     normal, extra = noise.normal((len(z), 2, *z.shape[1:]), step=4 * step, **place).unbind(1)
     coin, accept = noise.uniform((len(z), 2), step=4 * step + 1, **place).unbind(1)
     return Draws(normal, extra, coin, accept)
@@ -67,10 +68,13 @@ def couple(first: Proposal, second: Proposal, shared: Draws) -> Coupled:
 
     Different scales: with s the lesser of the two, element by element, N(mean, sd^2) is N(a, s^2) about a ~ N(mean,
     sd^2 - s^2). The two a are drawn first, and then x and y as above about them, with scale s. This is less than
-    maximal, but needs no rejection, whose number of trials has no bound. It spreads the chains where their scales differ
-    much. So it is done where their distance (squared, in units of s, and with what the a add to it) is below `NEAR`,
-    and elsewhere they are reflected, each at its own scale: x = mean_x + sd_x xi, y = mean_y + sd_y (xi - 2 e e.xi).
-    Which, is decided by the two states alone, and so each draw has its law.
+    maximal, but needs no rejection, whose number of trials has no bound. It spreads the chains where their scales
+    differ much. So it is done where their distance (squared, in units of s, and with what the a add to it) is below
+    `NEAR`. Elsewhere they are reflected, each at its own scale:
+
+        x = mean_x + sd_x xi;   y = mean_y + sd_y (xi - 2 e e.xi)
+
+    Which of the two is decided by the states alone, and so each draw has its law.
 
     Args:
         first, second: of B states each, (B, ...).
@@ -95,13 +99,19 @@ def couple(first: Proposal, second: Proposal, shared: Draws) -> Coupled:
     return Coupled(x, _rows(same, x, y), same)
 
 
+class Chains(NamedTuple):
+    z: Tensor  #: (B, ...)
+    energy: Tensor  #: (B,) at z
+    score: Tensor  #: (B, ...) at z
+
+
 class Pairs(NamedTuple):
-    x: State  #: the chains ahead: z (B, ...), energy (B,), score (B, ...)
-    y: State  #: the chains behind
+    x: Chains  #: those ahead
+    y: Chains  #: those behind
     met: Tensor  #: (B,) bool: x and y are one state, and stay so
 
 
-def transition(sampler: Sampler, evaluate: Evaluate, pairs: Pairs, shared: Draws) -> Pairs:
+def transition(sampler: Exact, evaluate: Evaluate, pairs: Pairs, shared: Draws) -> Pairs:
     """One transition of every pair: by `couple`, judged by a common uniform. Each chain's is the sampler's own.
 
     A pair that has met is computed once, and y is x: bit for bit, on every device.
@@ -109,7 +119,7 @@ def transition(sampler: Sampler, evaluate: Evaluate, pairs: Pairs, shared: Draws
     x, y, met = pairs
     proposed = couple(sampler.proposal(x.z, x.score), sampler.proposal(y.z, y.score), shared)
     same = proposed.same | met
-    to = state(evaluate, torch.cat((proposed.x, proposed.y[~same])).to(x.z.dtype))
+    to = chains_at(evaluate, torch.cat((proposed.x, proposed.y[~same])).to(x.z.dtype))
     of_y = torch.arange(len(met), device=met.device)
     of_y[~same] = torch.arange(len(met), len(to.z), device=met.device)  # where they differ; else x's own
     x, x_moved = _judged(sampler, x, rows_of(to, slice(len(met))), shared.accept)
@@ -118,22 +128,23 @@ def transition(sampler: Sampler, evaluate: Evaluate, pairs: Pairs, shared: Draws
     return Pairs(x, _picked(met, x, y), met)
 
 
-def alone(sampler: Sampler, evaluate: Evaluate, x: State, shared: Draws) -> State:
+def alone(sampler: Exact, evaluate: Evaluate, x: Chains, shared: Draws) -> Chains:
     """The transition of the chains ahead, while the others wait."""
     mean, sd = sampler.proposal(x.z, x.score)
-    return _judged(sampler, x, state(evaluate, (mean + sd * shared.normal).to(x.z.dtype)), shared.accept)[0]
+    return _judged(sampler, x, chains_at(evaluate, (mean + sd * shared.normal).to(x.z.dtype)), shared.accept)[0]
 
 
-def state(evaluate: Evaluate, z: Tensor) -> State:
+def chains_at(evaluate: Evaluate, z: Tensor) -> Chains:
     energy, score = evaluate(z)
-    return State(z, energy=energy, score=score)
+    assert energy is not None  # of an evaluator of an energy
+    return Chains(z, energy, score)
 
 
-def rows_of(chains: State, rows: Tensor | slice) -> State:
-    return State(*(None if part is None else part[rows] for part in chains))
+def rows_of(chains: Chains, rows: Tensor | slice) -> Chains:
+    return Chains(*(part[rows] for part in chains))
 
 
-def _judged(sampler: Sampler, old: State, new: State, uniform: Tensor) -> tuple[State, Tensor]:
+def _judged(sampler: Exact, old: Chains, new: Chains, uniform: Tensor) -> tuple[Chains, Tensor]:
     log_alpha = reference.log_accept(
         old.z, old.score, old.energy, new.z, new.score, new.energy, sampler.threshold, step_size=sampler.step_size,
         norm=sampler.norm,
@@ -142,8 +153,8 @@ def _judged(sampler: Sampler, old: State, new: State, uniform: Tensor) -> tuple[
     return _picked(accepted, new, old), accepted
 
 
-def _picked(which: Tensor, new: State, old: State) -> State:
-    return State(*(None if n is None else _rows(which, n, o) for n, o in zip(new, old, strict=True)))
+def _picked(which: Tensor, new: Chains, old: Chains) -> Chains:
+    return Chains(*(_rows(which, n, o) for n, o in zip(new, old, strict=True)))
 
 
 def _rows(which: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -168,7 +179,7 @@ class Moment(NamedTuple):
 
 
 def lagged(
-    sampler: Sampler,
+    sampler: Exact,
     energy: Callable[[Tensor], Tensor],
     x: Tensor,
     y: Tensor,
@@ -176,6 +187,7 @@ def lagged(
     lag: int,
     budget: int,
     seed: int,
+    step: int = 0,
     least: int = 0,
 ) -> Iterator[Moment]:
     """The pairs at t = 0, 1, 2, ..., to t = ``budget`` at most; a pair that has met ends there, if t >= ``least``.
@@ -186,7 +198,8 @@ def lagged(
         x, y: where X and Y start, (B, ...) floating point: draws of one law pi_0, y independent of x or not.
         lag: how many transitions X is ahead, at least 1.
         budget: transitions of X at most, at least ``lag``.
-        seed: names the randomness, with t and a pair's place in the batch, on `Stream.COUPLING`.
+        seed: names the randomness, with step + t and a pair's place in the batch, on `Stream.COUPLING`.
+        step: where in that stream transition 0 is; below 2^54 - ``budget``.
 
     Raises ValueError, TypeError naming the argument that cannot be.
     """
@@ -200,11 +213,11 @@ def lagged(
     with torch.no_grad(), sampling(energy):
         evaluate = evaluator(energy)
         rows = torch.arange(len(x), device=x.device)
-        ahead, behind = state(evaluate, x.detach()), state(evaluate, y.detach())
+        ahead, behind = chains_at(evaluate, x.detach()), chains_at(evaluate, y.detach())
         pairs = Pairs(ahead, behind, torch.zeros(len(x), dtype=torch.bool, device=x.device))
         for t in range(budget + 1):
             if t:
-                whole = draws(x, seed=seed, step=t)
+                whole = draws(x, seed=seed, step=step + t)
                 shared = Draws(*(part[rows] for part in whole))
                 if t <= lag:
                     pairs = pairs._replace(x=alone(sampler, evaluate, pairs.x, shared))
@@ -219,9 +232,10 @@ def lagged(
                 pairs = Pairs(rows_of(pairs.x, go_on), rows_of(pairs.y, go_on), pairs.met[go_on])
 
 
-def check_sampler(sampler: Sampler) -> None:
+def check_sampler(sampler: Sampler) -> Exact:
     if not isinstance(sampler, (MALA, AdjustedAniLA)):
         raise ValueError(f"sampler must be MALA or AdjustedAniLA to be coupled, got {type(sampler).__name__}")
+    return sampler
 
 
 class Meetings(NamedTuple):
@@ -235,7 +249,9 @@ class Meetings(NamedTuple):
         return bool((self.times >= 0).all())
 
 
-def meetings(sampler: Sampler, energy, x: Tensor, y: Tensor, *, lag: int, budget: int, seed: int) -> Meetings:
+def meetings(
+    sampler: Exact, energy, x: Tensor, y: Tensor, *, lag: int, budget: int, seed: int, step: int = 0
+) -> Meetings:
     """When each of B pairs meets. For the arguments and errors see `lagged`."""
     times = torch.full((len(x),), -1, dtype=torch.int64)
     evaluate, gradients = energy, 0
@@ -245,7 +261,7 @@ def meetings(sampler: Sampler, energy, x: Tensor, y: Tensor, *, lag: int, budget
         gradients += len(z)
         return evaluate(z)
 
-    for moment in lagged(sampler, counted, x, y, lag=lag, budget=budget, seed=seed):
+    for moment in lagged(sampler, counted, x, y, lag=lag, budget=budget, seed=seed, step=step):
         times[moment.rows[moment.met].cpu()] = moment.t
     return Meetings(times, lag, budget, gradients)
 
@@ -256,7 +272,7 @@ class Bound(NamedTuple):
 
 
 def tv_bound(found: Meetings, last: int | None = None) -> Bound:
-    """The mean over pairs of max(0, ceil((tau - lag - t) / lag)), for t = 0, ..., ``last``, by default to where it is 0.
+    """The mean over pairs of max(0, ceil((tau - lag - t) / lag)), for t = 0, ..., ``last``, by default till it is 0.
 
     Raises ValueError where a pair has not met: what is left out would be the largest terms.
     """

@@ -95,7 +95,7 @@ SAMPLERS = {"mala": MALA(0.8), "anila-mh": AdjustedAniLA(1.0, 0.6)}
 def after(target, sampler, start, other, steps, count, seed=0, transition=coupling.transition):
     """(x, y), (count,): pairs after some transitions, from ``start`` and ``other``."""
     evaluate = coupling.evaluator(target.energy)
-    ends = [coupling.state(evaluate, torch.full((count, 1), at, dtype=torch.float64)) for at in (start, other)]
+    ends = [coupling.chains_at(evaluate, torch.full((count, 1), at, dtype=torch.float64)) for at in (start, other)]
     pairs = coupling.Pairs(*ends, torch.zeros(count, dtype=torch.bool))
     for step in range(steps):
         pairs = transition(sampler, evaluate, pairs, coupling.draws(ends[0].z, seed=seed, step=step))
@@ -289,7 +289,7 @@ def test_samplers_and_starts_that_cannot_be_are_refused():
         with pytest.raises(ValueError, match="MALA or AdjustedAniLA"):
             next(coupling.lagged(sampler, energy, x, x, lag=1, budget=3, seed=0))
     for bad in (dict(lag=0), dict(budget=1, lag=2), dict(y=x[:3]), dict(y=x.double())):
-        with pytest.raises(ValueError, match=list(bad)[0]):
+        with pytest.raises(ValueError, match=next(iter(bad))):
             next(coupling.lagged(MALA(), energy, **dict(x=x, y=x, lag=1, budget=3, seed=0) | bad))
     run = a_run(MALA(), (2,), data="rings")
     with pytest.raises(ValueError, match="one law"):
