@@ -139,6 +139,8 @@ def coupled(arguments: argparse.Namespace, given: set[str]) -> int:
     """`analysed` with --coupling."""
     with exits.refusing(ValueError, TypeError, RuntimeError, checkpoint.CheckpointError):
         refuse(given, ["resolution", "beta", "radius"], "with coupling, which needs no grid")
+        if arguments.run is None:
+            refuse(given, ["gradient"], "without a run, whose energy has parameters")
         out = None if arguments.out is None else config.path_of("out", arguments.out)
         if out is not None:
             run_directory.check_writable(out)

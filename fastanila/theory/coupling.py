@@ -4,7 +4,7 @@ Two chains X and Y make the same transition, each by itself exactly the sampler'
 are in one state they stay together. If X is ``lag`` transitions ahead and both start from the law pi_0, the time of
 meeting tau, the first t >= lag with X_t = Y_(t - lag), bounds the total variation to the stationary law pi:
 
-    TV(pi_t, pi) <= E max(0, ceil((tau - lag - t) / lag))                (Biswas, Jacob and Vanetti 2019, Theorem 2.5)
+    TV(pi_t, pi) <= E max(0, ceil((tau - lag - t) / lag))                (Biswas, Jacob and Vanetti 2019)
 
 The samplers are those that judge a draw from independent normals: `MALA` and `AdjustedAniLA`. Their proposals are
 coupled by `couple` and judged by one uniform for both.
@@ -59,8 +59,8 @@ class Coupled(NamedTuple):
 def couple(first: Proposal, second: Proposal, shared: Draws) -> Coupled:
     """A draw from each of two proposals N(mean, sd^2), made equal with a positive chance.
 
-    Equal scales: the reflection-maximal coupling (Jacob, O'Leary and Atchade 2020, section 4; Bou-Rabee, Eberle and
-    Zimmer 2020). With d = (mean_x - mean_y) / sd and e = d / |d|,
+    Equal scales: the reflection-maximal coupling (Jacob, O'Leary and Atchade 2020; Bou-Rabee, Eberle and Zimmer
+    2020). With d = (mean_x - mean_y) / sd and e = d / |d|,
 
         x = mean_x + sd xi;   y = x with probability min(1, phi(xi + d) / phi(xi)),  else mean_y + sd (xi - 2 e e.xi)
 

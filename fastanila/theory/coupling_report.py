@@ -122,7 +122,7 @@ def examine(subject: Subject, *, pairs: int = 256, lag: int | None = None, budge
     if lag is None:
         named: dict[str, Any] = dict(seed=seed, step=_PILOT_STEP)
         pilot = meetings(subject.sampler, subject.energy, *starts(subject, min(pairs, _PILOT), **named), lag=1,
-                         budget=budget, **named)  # fmt: skip
+                         budget=budget + 1, **named)  # fmt: skip
         if not pilot.all_met:
             return Found(_report(subject, pilot, None, pilot.gradients), pilot, None)
         lag = max(1, int(pilot.times.double().quantile(_SHARE).ceil()))
@@ -147,8 +147,7 @@ def gradient(subject: Subject, found: Meetings, *, pairs: int, seed: int = 0) ->
     made = weighted(subject.sampler, subject.energy, *starts(subject, pairs, **named), at=at, lag=found.lag,
                     budget=found.budget + at[-1], **named)  # fmt: skip
     groups = next(g for g in (16, 8, 4, 2) if pairs % g == 0)
-    none = made.z[:0]
-    whole, one = (likelihood_gradient(subject.network, none, w, groups=groups) for w in (made, single(made)))
+    whole, one = (likelihood_gradient(subject.network, None, w, groups=groups) for w in (made, single(made)))
     cost = made.gradients / pairs
     return {"pairs": pairs, "first": at[0], "last": at[-1], "times": len(at), "norm": float(whole.mean.norm()),
             "error": float(whole.error.norm()), "gradients_a_pair": cost, "variance_a_pair": whole.variance,

@@ -111,11 +111,11 @@ class Gradient(NamedTuple):
         return self.groups.std(0) / len(self.groups) ** 0.5
 
 
-def likelihood_gradient(energy: nn.Module, data: Tensor, found: Weighted, *, groups: int = 16) -> Gradient:
+def likelihood_gradient(energy: nn.Module, data: Tensor | None, found: Weighted, *, groups: int = 16) -> Gradient:
     """Minus the mean gradient of U over data (N, ...), plus its mean under the model by ``found``: without bias.
 
-    The pairs are divided into ``groups`` of one size, at least 2. Raises ValueError where they cannot be, and for an
-    energy without parameters.
+    data: None gives the mean under the model alone, whose variance is the same. The pairs are divided into ``groups``
+    of one size, at least 2. Raises ValueError where they cannot be, and for an energy without parameters.
     """
     checks.count("groups", groups, least=2)
     if found.pairs % groups:
@@ -124,7 +124,9 @@ def likelihood_gradient(energy: nn.Module, data: Tensor, found: Weighted, *, gro
     if not parameters:
         raise ValueError("energy must have parameters to be differentiated in, got one without")
     each = found.pairs // groups
-    on_data = _summed(energy, parameters, data, torch.full((len(data),), 1 / len(data), dtype=torch.float64))
+    on_data: Tensor | float = 0.0
+    if data is not None:
+        on_data = _summed(energy, parameters, data, torch.full_like(data.flatten(1)[:, 0], 1 / len(data)))
     estimates = []
     for group in range(groups):
         own = found.pair // each == group
