@@ -243,6 +243,7 @@ class Meetings(NamedTuple):
     lag: int
     budget: int  #: transitions of X after which the others were given up
     gradients: int  #: of the energy, all pairs together
+    acceptance: float  #: share of the transitions of the chains ahead that moved them
 
     @property
     def all_met(self) -> bool:
@@ -254,16 +255,20 @@ def meetings(
 ) -> Meetings:
     """When each of B pairs meets. For the arguments and errors see `lagged`."""
     times = torch.full((len(x),), -1, dtype=torch.int64)
-    evaluate, gradients = energy, 0
+    gradients, moved, made, before = 0, 0, 0, x.detach().clone()
 
     def counted(z: Tensor) -> Tensor:
         nonlocal gradients
         gradients += len(z)
-        return evaluate(z)
+        return energy(z)
 
     for moment in lagged(sampler, counted, x, y, lag=lag, budget=budget, seed=seed, step=step):
         times[moment.rows[moment.met].cpu()] = moment.t
-    return Meetings(times, lag, budget, gradients)
+        if moment.t:
+            moved += int((before[moment.rows] != moment.x).flatten(1).any(1).sum())
+            made += len(moment.rows)
+            before[moment.rows] = moment.x
+    return Meetings(times, lag, budget, gradients, moved / max(made, 1))
 
 
 class Bound(NamedTuple):

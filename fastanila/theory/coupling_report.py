@@ -168,6 +168,7 @@ def _report(subject: Subject, found: Meetings, bound: Bound | None, gradients: i
         "lag": found.lag,
         "budget": found.budget - found.lag,
         "meeting_times": quantiles,
+        "acceptance": found.acceptance,
         "gradients": gradients,
         "close": None if bound is None else {f"{level:g}": close_from(bound, level) for level in LEVELS},
         "steps": None if bound is None or subject.steps is None else at(bound, subject.steps),
@@ -197,6 +198,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
     if report["meeting_times"]:
         half, most, last = (report["meeting_times"][q] for q in ("0.5", "0.9", "1"))
         lines[0] += f", half of these by {half:.0f}, nine tenths by {most:.0f}, the last at {last:.0f}"
+    lines[0] += f"; acceptance {report['acceptance']:.3f}"
     if report["bound"] is None:
         lines.append(f"no bound: {pairs - met} pairs had not met when the budget ended, and theirs are the largest "
                      "terms. The chains may take longer, or never pass from one mode to another")  # fmt: skip

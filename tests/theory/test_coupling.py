@@ -189,7 +189,7 @@ def test_pairs_that_have_met_stay_together(sampler):
 
 
 def test_the_bound_is_the_formula():
-    found = coupling.Meetings(torch.tensor([3, 8, 12]), 3, 100, 0)
+    found = coupling.Meetings(torch.tensor([3, 8, 12]), 3, 100, 0, 1.0)
     bound = coupling.tv_bound(found, 10)
     for t in range(11):
         terms = [max(0, math.ceil((tau - 3 - t) / 3)) for tau in (3, 8, 12)]
@@ -217,6 +217,7 @@ def test_the_bound_lies_above_the_true_distance(target, sampler, resolution, lag
     x = torch.from_numpy(grid.centres[start]).expand(count, 1)
     found = coupling.meetings(sampler, target.energy, x, x, lag=lag, budget=2000, seed=1)
     bound = coupling.tv_bound(found, len(truth) - 1)
+    assert 0.5 < found.acceptance < 1
     z = scipy.stats.norm.isf(FALSE_ALARM / len(truth))
 
     def below(bound):
@@ -231,7 +232,7 @@ def test_the_bound_lies_above_the_true_distance(target, sampler, resolution, lag
 
 
 def test_no_bound_of_pairs_that_have_not_met():
-    found = coupling.Meetings(torch.tensor([3, -1]), 1, 10, 0)
+    found = coupling.Meetings(torch.tensor([3, -1]), 1, 10, 0, 1.0)
     with pytest.raises(ValueError, match="1 of 2 had not within 10"):
         coupling.tv_bound(found)
 
@@ -243,7 +244,7 @@ def test_chains_that_do_not_meet_are_said_not_to(capsys, tmp_path):
     arguments = "--target double-well --parameter 30 --coupling --sampler mala --step-size 0.005 --budget 60 --pairs 40"
     assert ergodicity.main([*arguments.split(), "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "no bound" in printed and "at most" not in printed
+    assert "no bound" in printed and "at most" not in printed and "acceptance 0." in printed
     report = json.loads((tmp_path / "coupling.json").read_text())
     assert report["bound"] is None and report["close"] is None and report["met"] < report["pairs"]
     assert (tmp_path / "coupling.png").read_bytes()[1:4] == b"PNG"
