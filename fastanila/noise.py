@@ -59,6 +59,7 @@ class Stream(enum.IntEnum):
     MATCHING = 19  #: the noise that the way to the data begins in; step = update
     TIMES = 20  #: how far on that way; step = update
     FLIPS = 21  #: which images of the data are mirrored; step = update
+    COUPLING = 25  #: what coupled chains share; of transition t the steps 4 t and 4 t + 1
 
 
 def words(

@@ -128,7 +128,7 @@ def ergodicity() -> argparse.ArgumentParser:
         help="density: normal (the default), skewed, logistic, double-well, gaussian, correlated, banana, or a 2-D "
         "data set whose density has a score",
     )  # fmt: skip
-    target.add_argument("--run", help="run directory: the energy it learned, in two dimensions")
+    target.add_argument("--run", help="run directory: the energy it learned, in two dimensions but for --coupling")
     target.add_argument("--table", action="store_true", help="print the table of biases, and nothing else")
     parser.add_argument("--parameter", type=float, nargs="+", help="of the named target; several make a family")
     parser.add_argument("--sampler", choices=names_of("sampler"), help="default: anila, or the run's own")
@@ -139,5 +139,20 @@ def ergodicity() -> argparse.ArgumentParser:
     parser.add_argument("--box", type=float, nargs=2, metavar=("LOW", "HIGH"), help="box along every axis")
     parser.add_argument("--beta", type=float, default=0.25, help="of V = pi^-beta (default 0.25)")
     parser.add_argument("--radius", type=float, help="of the ball; default: it holds 95 %% of every target, or more")
-    parser.add_argument("--out", help="directory for ergodicity.json and ergodicity.png")
+    parser.add_argument("--out", help="directory for ergodicity.json and ergodicity.png, or coupling.json and .png")
+    parser.add_argument(
+        "--coupling", action="store_true",
+        help="pairs of chains that meet, in place of a grid, in any dimension: bounds the total variation to the law",
+    )  # fmt: skip
+    parser.add_argument("--pairs", type=int, default=256, help="how many, of --coupling (default: 256)")
+    parser.add_argument("--lag", type=int, help="transitions that one of a pair is ahead; default: found by 64 pairs")
+    parser.add_argument("--budget", type=int, default=2000, help="transitions in which pairs may meet (default: 2000)")
+    parser.add_argument(
+        "--warm-up", type=int, default=0, help="transitions in which --coupling's sampler adapts its step size first"
+    )
+    parser.add_argument(
+        "--gradient", type=int, default=0, metavar="PAIRS",
+        help="of a run: cost and variance of an unbiased gradient in its parameters, by so many pairs that meet",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="names the noise of --coupling")
     return parser
