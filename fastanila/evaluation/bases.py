@@ -43,16 +43,16 @@ class Gaussian:
         self.constant = root.diagonal().log().sum() + 0.5 * len(root) * math.log(2 * math.pi)
 
     @classmethod
-    def fitted(cls, data: Tensor, ridge: float = 1e-3) -> Gaussian:
-        """With the mean and covariance of data (N, ...), and ``ridge`` of the mean variance added to each variance."""
+    def fitted(cls, data: Tensor, ridge: float = 1e-3, floor: float = 0.0) -> Gaussian:
+        """With the mean and covariance of data (N, ...), and each variance larger by ``ridge`` of the mean variance and
+        by ``floor``. An element that hardly varies needs one of them: it would hold the step size down."""
         rows = data.flatten(1).double()
         if len(rows) < 2:
             raise ValueError(f"data must have at least 2 rows for a covariance, got {len(rows)}")
         centred = rows - rows.mean(0)
         covariance = centred.T @ centred / (len(rows) - 1)
-        level = covariance.diagonal().mean().clamp(min=1e-12)
-        covariance += ridge * level * torch.eye(rows.shape[1]).to(covariance)
-        return cls(tuple(data.shape[1:]), rows.mean(0), covariance)
+        extra = ridge * covariance.diagonal().mean().clamp(min=1e-12) + floor
+        return cls(tuple(data.shape[1:]), rows.mean(0), covariance + extra * torch.eye(rows.shape[1]).to(covariance))
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
         white = (z.flatten(1) - self.mean) @ self.inverse.T

@@ -144,6 +144,7 @@ def evaluate(
     train: Tensor,
     held_out: Tensor,
     *,
+    base: Uniform | Gaussian | None = None,
     box: tuple[float, float] | None = None,
     pixels: bool = False,
     chains: int = 256,
@@ -162,10 +163,13 @@ def evaluate(
     ..._lower and ..._upper: an upper bound of what the pixels themselves take (`bits`). note: one sentence, where all
     that means nothing.
 
-    The base is uniform on ``box``, or else a Gaussian fitted to the training data. Other arguments as of `bracket`.
+    The base is by default uniform on ``box``, or a Gaussian fitted to the training data where there is none. Other
+    arguments as of `bracket`.
     """
     checks.count("chains", chains, least=2)
-    base = Gaussian.fitted(spaced(train, _FITTED)) if box is None else Uniform(train.shape[1:], box, train.device)
+    if base is None:
+        within = None if box is None else Uniform(train.shape[1:], box, train.device)
+        base = Gaussian.fitted(spaced(train, _FITTED)) if within is None else within
     stream = Stream.ANNEALING
     rows = noise.integers(len(train), (chains,), seed=seed, step=1 << 32, stream=stream, device=train.device)
     found = bracket(

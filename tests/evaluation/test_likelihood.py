@@ -6,6 +6,7 @@ tests of it take few temperatures, at which the chains are far behind, where wha
 """
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -13,13 +14,17 @@ import pytest
 import torch
 from torch import nn
 
+from fastanila import data, evaluate, train
 from fastanila.evaluation import annealing, likelihood, quadrature
 from fastanila.evaluation.annealing import Annealed, Annealer, Schedule
 from fastanila.evaluation.bases import Folded, Gaussian, Uniform, fold
 from fastanila.models.energies import MLP
 from fastanila.ops import reference
-from fastanila.samplers import HMC, MALA, AdjustedAniLA, Langevin
+from fastanila.samplers import HMC, MALA, AdjustedAniLA, GradientDescent, Langevin
 from fastanila.samplers.stepwise import compiled_transition
+from fastanila.training import defaults
+from fastanila.training import run as run_training
+from fastanila.training.likelihood import likelihood_of
 
 ERRORS = 4.9
 
@@ -104,16 +109,16 @@ def test_the_mean_weight_is_unbiased_however_few_the_temperatures(name, up, log_
 class WithoutBase(Annealed):
     """The path's derivative taken for U, not U - U_0."""
 
-    def transition(self, evaluate, state, **settings):
+    def transition(self, evaluate_, state, **settings):
         lost = self.change * self.base(state.z)[0].double()
-        return super().transition(evaluate, state._replace(log_weight=state.log_weight - lost), **settings)
+        return super().transition(evaluate_, state._replace(log_weight=state.log_weight - lost), **settings)
 
 
 class WeighedLate(Annealed):
     """Weighed where the transition led, and not where it began."""
 
-    def transition(self, evaluate, state, **settings):
-        after, info = super().transition(evaluate, state, **settings)
+    def transition(self, evaluate_, state, **settings):
+        after, info = super().transition(evaluate_, state, **settings)
         late = state.log_weight - self.change * (after.energy - self.base(after.z)[0].double())
         return after._replace(log_weight=late), info
 
@@ -332,3 +337,85 @@ def test_what_cannot_be_annealed_is_refused(monkeypatch):
         likelihood.bracket(lambda z: -2 * z.square().sum(1), MALA(), base, starts, compile=False)
     with pytest.raises(ValueError, match="at least 2 rows"):
         Gaussian.fitted(torch.zeros(1, 2))
+
+
+@pytest.fixture(scope="module")
+def rings(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "rings"
+    flags = "--iterations 3 --steps 3 --chains 32 --batch-size 32 --sample-every 0 --width 8 --no-fused"
+    assert train.main([*flags.split(), "--out", str(out)]) == 0
+    return out
+
+
+FEW = "--likelihood --temperatures 40 --annealing-chains 200 --settle 30 --no-fused".split()
+
+
+def test_evaluate_likelihood_in_the_plane(rings, capsys):
+    capsys.readouterr()
+    assert evaluate.main([str(rings), *FEW]) == 0
+    found = json.loads(capsys.readouterr().out)["likelihood"]
+    run = run_training.load(rings)
+    log_z = quadrature.log_normalizer(run.energy, quadrature.grid((-12.0, 12.0), 400))
+    assert found["log_z"] == pytest.approx(log_z, abs=ERRORS * found["log_z_stderr"])
+    assert found["log_z_lower"] < log_z < found["log_z_upper"] < found["log_z_lower"] + 0.5
+    held_out = data.load("rings").draw(10_000, seed=0, step=0, purpose="held-out")
+    u = run.energy(held_out).detach()
+    assert found["nll"] == pytest.approx(u.mean().item() + found["log_z"], abs=1e-4)
+    spread = u.std().item() / 100
+    assert found["nll_stderr"] == pytest.approx(math.hypot(spread, found["log_z_stderr"]), rel=1e-3)
+    assert (found["chains"], found["temperatures"], found["gradients"]) == (200, 40, 110)
+    assert found["note"] is None and "bits_per_dimension" not in found
+    other = likelihood_of(run, sampler="hmc", chains=200, temperatures=40, settle=30, seed=1, fused=False)
+    assert other["gradients"] == 1100 and other["log_z"] == pytest.approx(log_z, abs=ERRORS * other["log_z_stderr"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", defaults.PLANES)
+def test_log_z_of_every_trained_density(name, tmp_path):
+    out = tmp_path / name
+    flags = "--iterations 300 --steps 10 --chains 256 --batch-size 256 --sample-every 0 --no-fused"
+    assert train.main(["--data", name, *flags.split(), "--out", str(out)]) == 0
+    run = run_training.load(out)
+    found = likelihood_of(run, chains=512, temperatures=200, settle=200, fused=False)
+    cells = quadrature.grid(quadrature.widened(data.load(name).box, 2.0), 500)
+    log_z = quadrature.log_normalizer(run.energy, cells)
+    assert abs(found["log_z"] - log_z) < min(ERRORS * found["log_z_stderr"], 0.05)
+    assert found["log_z_lower"] < log_z
+
+
+def test_evaluate_likelihood_of_clamped_images_at_their_temperature(tmp_path, capsys):
+    out = tmp_path / "digits"
+    flags = "--data digits --iterations 1 --steps 2 --chains 8 --batch-size 8 --width 2 --sample-every 0 --no-fused"
+    assert train.main([*flags.split(), "--out", str(out)]) == 0
+    run = run_training.load(out)
+    found = likelihood_of(run, chains=16, temperatures=10, settle=5, fused=False)
+    images = data.load("digits")
+    x = (images.held_out + 0.5) / 128 - 1
+    u = run.energy(x).detach() / 1e-4  # its noise scale is 0.01
+    assert found["nll"] - found["log_z"] == pytest.approx(u.mean().item(), rel=0.01)
+    assert found["bits_per_dimension"] == pytest.approx(found["nll"] / 64 / math.log(2) + 7)
+    assert {"bits_per_dimension_lower", "bits_per_dimension_upper"} <= found.keys()
+    # from a uniform base: log Z of an energy that hardly varies yet is about that of a box of 64 sides of length 2
+    flat = likelihood.bracket(
+        lambda z: 1e-3 * z.flatten(1).sum(1), MALA(), Uniform((1, 8, 8), (-1.0, 1.0)), x[:16], box=(-1.0, 1.0),
+        temperatures=2, settle=0, compile=False,
+    )  # fmt: skip
+    assert flat.forward.value == pytest.approx(64 * math.log(2), abs=1e-3)
+
+
+def test_evaluate_likelihood_refuses_in_one_line(rings, tmp_path, capsys):
+    capsys.readouterr()
+    assert evaluate.main([str(rings), "--temperatures", "10"]) == 2
+    assert capsys.readouterr().err == "error: temperatures has no effect without likelihood, which it is of\n"
+    assert evaluate.main([str(rings), "--seed", "1"]) == 2
+    assert "without chains or likelihood" in capsys.readouterr().err
+    run = run_training.load(rings)
+    for changed in (
+        run._replace(classes=3),
+        run._replace(settings=dataclasses.replace(run.settings, task="completion")),
+    ):
+        with pytest.raises(ValueError, match="likelihood needs a run that learns the density"):
+            likelihood_of(changed)
+    cold = dataclasses.replace(run.settings, sampler="gd", noise_scale=0.0)
+    with pytest.raises(ValueError, match="noise_scale must be positive"):
+        likelihood_of(run._replace(sampler=GradientDescent(), settings=cold))
