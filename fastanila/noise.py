@@ -60,6 +60,7 @@ class Stream(enum.IntEnum):
     TIMES = 20  #: how far on that way; step = update
     FLIPS = 21  #: which images of the data are mirrored; step = update
     COUPLING = 25  #: what coupled chains share; of transition t the steps 4 t and 4 t + 1
+    ANNEALING = 22  #: draws of the base that annealing starts from, its data's noise, what its pilot resamples
 
 
 def words(

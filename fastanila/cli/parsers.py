@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..samplers import EXACT
 from ..training import presets
 from ..training.settings import names_of
 
@@ -76,7 +77,23 @@ def evaluate() -> argparse.ArgumentParser:
         "--fid", action="store_true", help="FID too, of images (needs the fid extra, and a network once)"
     )
     parser.add_argument("--draws", type=int, default=1000, help="transitions that --chains makes (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="names the noise of --chains")
+    parser.add_argument(
+        "--likelihood", action="store_true", help="log Z and the held-out data's NLL by annealing, with a bracket"
+    )
+    parser.add_argument(
+        "--temperatures", type=int, default=1000, help="temperatures of --likelihood, each way (default: 1000)"
+    )
+    parser.add_argument(
+        "--annealing-chains", type=int, default=256, help="chains of --likelihood, each way (default: 256)"
+    )
+    parser.add_argument(
+        "--settle", type=int, default=1000,
+        help="transitions from data to the model's law, ahead of the upper bound of --likelihood (default: 1000)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--annealing-sampler", choices=EXACT, help="sampler of --likelihood; default: the run's if exact, or mala"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="names the noise of --chains and --likelihood")
     parser.add_argument(
         "--fused", action=argparse.BooleanOptionalAction, default=True, help="compile the transitions it makes"
     )
