@@ -59,6 +59,7 @@ class Stream(enum.IntEnum):
     MATCHING = 19  #: the noise that the way to the data begins in; step = update
     TIMES = 20  #: how far on that way; step = update
     FLIPS = 21  #: which images of the data are mirrored; step = update
+    SWAPS = 23  #: which replicas trade places, one a row; step = transitions made so far in the run
 
 
 def words(
