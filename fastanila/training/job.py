@@ -65,7 +65,8 @@ def prepare(
     seed = noise.as_word64(settings.seed, device)
     start = build.build_start(settings, dataset, device, vae and vae.model, seed)
     with torch.no_grad():
-        chains = start.draw(0, dataset.draw(settings.batch_size, seed=settings.seed, step=0, device=device)).clone()
+        chains = start.draw(0, dataset.draw(settings.batch_size, seed=settings.seed, step=0, device=device))
+        chains = chains[: settings.batch_size].clone()
     job = Job(
         settings=dataclasses.replace(settings, out=str(directory)),
         directory=directory,
