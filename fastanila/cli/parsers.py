@@ -115,6 +115,11 @@ def compare() -> argparse.ArgumentParser:
     parser.add_argument(
         "--step-size", type=float, help="step size of every sampler; default each one's for the data set"
     )
+    parser.add_argument(
+        "--replicas", type=int, default=1,
+        help="temperatures at which the exact samplers' chains trade places, with as many gradients in all",
+    )  # fmt: skip
+    parser.add_argument("--highest", type=float, help="temperature of the hottest replica; default train's")
     parser.add_argument("--out", required=True, help="folder of the runs, compare.json and compare.png")
     parser.add_argument(
         "--fused", action=argparse.BooleanOptionalAction, default=True, help="compiled transitions with the fused step"
