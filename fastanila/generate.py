@@ -18,6 +18,7 @@ from .data import classes, completion
 from .models.vae import VAE
 from .noise import Stream
 from .samplers import ReplicaExchange, starts
+from .samplers.sampler import Sampler
 from .samplers.starts import proposals
 from .training import build
 from .training.run import Run, box_of, updates_past, with_sampler
@@ -120,12 +121,9 @@ def moved(
         raise ValueError(f"warm_up adapts an exact sampler's step size, got sampler {run.settings.sampler}")
     if run.classes is not None:
         mask = classes.free(z) if mask is None else mask & classes.free(z)
-    own = {k: v for k, v in (("replicas", replicas), ("highest", highest)) if v is not None}
-    sampler = build.with_replicas(run.sampler, dataclasses.replace(run.settings, **own))
-    exchange = sampler if isinstance(sampler, ReplicaExchange) and steps else None
-    if exchange is None:
-        sampler = run.sampler
-    else:
+    sampler = with_replicas(run, replicas, highest) if steps else run.sampler
+    exchange = sampler if isinstance(sampler, ReplicaExchange) else None
+    if exchange is not None:
         z = exchange.start(z)
     first = updates_past(run) * run.settings.steps
     with build.arithmetic(run.settings.precision, fused=fused):
@@ -135,6 +133,12 @@ def moved(
             run.energy, z, steps=steps, seed=seed, step=first + warm_up, mask=mask, compile=fused and steps > 0
         )
     return z if exchange is None else exchange.cold(z)
+
+
+def with_replicas(run: Run, replicas: int | None = None, highest: float | None = None) -> Sampler:
+    """The run's sampler, or as many replicas of it; by default as many as in training."""
+    wanted = {k: v for k, v in (("replicas", replicas), ("highest", highest)) if v is not None}
+    return build.with_replicas(run.sampler, dataclasses.replace(run.settings, **wanted))
 
 
 def descended(run: Run, z: Tensor, steps: int, *, fused: bool = True) -> Tensor:

@@ -33,6 +33,7 @@ from .training.run import Run, box_of, data_of, load, updates_past, with_sampler
 
 SUFFIXES = (".png", ".npz")
 _OF_SAMPLER = ("step_size", "threshold", "norm", "leapfrog_steps")
+_TRADING = ("samples", "pairs")  #: of `MODES`, those of whose states replicas can trade places
 _COLUMNS = 8  # of a picture of interpolations
 
 
@@ -192,7 +193,9 @@ def sampled(arguments: argparse.Namespace, given: set[str]) -> int:
     check_effects(run, arguments, given)
     if changes or arguments.sampler is not None:
         run = with_sampler(run, arguments.sampler or run.settings.sampler, **changes)
-    exits.say(chain.describe(run.sampler, run.energy, run.chains, fused=arguments.fused))
+    trading = mode_of(run, arguments) in _TRADING and arguments.steps != 0
+    sampler = generate.with_replicas(run, **_replicas(arguments)) if trading else run.sampler
+    exits.say(chain.describe(sampler, run.energy, run.chains, fused=arguments.fused))
     out.parent.mkdir(parents=True, exist_ok=True)
     run_directory.check_writable(out.parent)
     with build.arithmetic(run.settings.precision):
@@ -214,7 +217,7 @@ def check_effects(run: Run, arguments: argparse.Namespace, given: set[str]) -> N
         raise ValueError(reason)
     exchange = ("replicas", "highest")
     moves = ("sampler", *_OF_SAMPLER, *exchange)
-    if mode_of(run, arguments) not in ("samples", "pairs"):
+    if mode_of(run, arguments) not in _TRADING:
         refuse(given, exchange, "where states cannot trade places: it needs plain samples of a run without classes")
     if (run.settings.replicas if arguments.replicas is None else arguments.replicas) == 1:
         refuse(given, ["highest"], "without replicas: it needs replicas above 1")

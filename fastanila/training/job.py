@@ -110,7 +110,8 @@ def check_finite(job: Job) -> None:
 def describe(job: Job) -> str:
     """One line on the device and the implementation in use."""
     energy = build.at_precision(job.ebm.module, job.settings.precision)
-    return chain.describe(job.sampler, energy, job.chains, fused=job.settings.fused, update=True)
+    sampler = build.with_replicas(job.sampler, job.settings)
+    return chain.describe(sampler, energy, job.chains, fused=job.settings.fused, update=True)
 
 
 #: Checkpoints kept that a run may go back to.
