@@ -71,11 +71,14 @@ def trials(samplers: Sequence[str], thresholds: Sequence[float], seeds: Sequence
 def settings_of(trial: Trial, common: dict[str, Any]) -> Settings:
     """The trial's settings: at most as many gradients of the energy an update as AniLA takes by its default.
 
-    An exact sampler takes one more than its transitions, where its chains start.
+    An exact sampler takes one more than its transitions, where its chains start. All replicas of a chain share its
+    gradients; the samplers that are not exact have none.
     """
+    if trial.sampler not in EXACT:
+        common = {k: v for k, v in common.items() if k not in ("replicas", "highest")}
     settings = config.resolve(Settings(**common, sampler=trial.sampler, seed=trial.seed))
     anila = vars(config.resolve(Settings(data=settings.data, sampler="anila")))
-    steps = anila["steps"] - (trial.sampler in EXACT)
+    steps = anila["steps"] // settings.replicas - (trial.sampler in EXACT)
     gradients = build.build_sampler(settings, registry.box_of(settings.data)).gradients
     own: dict[str, Any] = {"steps": max(steps // gradients, 1)}
     if trial.threshold is not None:
@@ -172,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def compared(arguments: argparse.Namespace, given: set[str]) -> int:
     """Make the comparison that the arguments ask for; the exit code. ``given``: those that the command line has."""
-    names = ("data", "data_dir", "image_size", "iterations", "step_size", "fused")
+    names = ("data", "data_dir", "image_size", "iterations", "step_size", "fused", "replicas", "highest")
     common = {k: v for k in names if (v := getattr(arguments, k)) is not None}
     with exits.refusing(ValueError):
         out = config.path_of("out", arguments.out)
@@ -180,6 +183,7 @@ def compared(arguments: argparse.Namespace, given: set[str]) -> int:
             raise ValueError(f"jobs must be at least 1, got {arguments.jobs}")
         if arguments.preset is not None:
             flags.refuse(given, ("thresholds", "step_size"), "with preset, which tunes them")
+            flags.refuse(given, ("replicas", "highest"), "with preset, whose forms have one temperature")
             experiment = preset_of(arguments, given)
             return compared_forms(experiment, arguments, {k: v for k, v in common.items() if k in given}, out)
         if other := set(arguments.samplers) - set(SAMPLERS):
@@ -192,6 +196,10 @@ def compared(arguments: argparse.Namespace, given: set[str]) -> int:
         by_name = {trial.name: trial for trial in trials(arguments.samplers, thresholds, arguments.seeds)}
         if arguments.thresholds and all(trial.threshold is None for trial in by_name.values()):
             raise ValueError(f"thresholds has no effect with samplers={' '.join(arguments.samplers)}, which have none")
+        if not set(arguments.samplers) & set(EXACT):
+            flags.refuse(given, ("replicas", "highest"), f"without one of the exact samplers ({', '.join(EXACT)})")
+        if arguments.replicas == 1:
+            flags.refuse(given, ("highest",), "without replicas: it needs replicas above 1")
         resolved = {name: settings_of(trial, common) for name, trial in by_name.items()}
         for reason in needs.idle(next(iter(resolved.values())), given & {"data_dir", "image_size"}).values():
             raise ValueError(reason)

@@ -103,7 +103,7 @@ def _evaluate(
         return report | vectors.evaluate(run.energy, dataset, chains)
     if start is None:
         started = build.build_start(settings, dataset, device)
-        start = started.tensors().get("population", started.draw(0))
+        start = started.tensors().get("population", started.draw(0))[: settings.chains]
     chains = generate.descended(run, chains, descent, fused=fused)
     energy = run.energy
     if run.classes is not None:

@@ -36,6 +36,19 @@ def test_equal_gradients_and_equal_clip_levels():
     assert tamed._level == pytest.approx(7.0)
 
 
+def test_replicas_share_a_chains_gradients(tmp_path, capsys):
+    common = dict(data="rings", iterations=10, replicas=4, highest=9.0)
+    of = {name: compare.settings_of(Trial(name, None, 3), common) for name in ("langevin", "mala")}
+    assert [(s.replicas, s.steps) for s in of.values()] == [(1, 60), (4, 14)]  # 4 (14 + 1) gradients
+    for flags, message in (
+        (["--replicas", "2"], "replicas has no effect without one of the exact samplers"),
+        (["--samplers", "mala", "--highest", "9"], "highest has no effect without replicas"),
+        (["--preset", "rings", "--replicas", "2"], "replicas has no effect with preset"),
+    ):
+        assert compare.main([*flags, "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_only_samplers_with_a_threshold_are_run_for_each():
     chosen = list(compare.trials(["mala", "tamed"], [2.0, 5.0], [0, 1]))
     assert [t.name for t in chosen] == [

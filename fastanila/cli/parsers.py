@@ -48,8 +48,13 @@ def sample() -> argparse.ArgumentParser:
     parser.add_argument("--norm", choices=names_of("norm"), help="its norm; default: as the run's")
     parser.add_argument("--leapfrog-steps", type=int, help="leapfrog steps of hmc")
     parser.add_argument(
-        "--warm-up", type=int, default=0, help="transitions in which an exact sampler adapts its step size"
+        "--warm-up", type=int, default=0,
+        help="transitions in which an exact sampler adapts its step size, and replicas their temperatures",
+    )  # fmt: skip
+    parser.add_argument(
+        "--replicas", type=int, help="temperatures that trade places, of an exact sampler; default: as the run's"
     )
+    parser.add_argument("--highest", type=float, help="temperature of the hottest replica; default: as the run's")
     parser.add_argument("--seed", type=int, default=0, help="names the noise")
     parser.add_argument("--device", default="auto", help=_DEVICE)
     parser.add_argument("--fused", action=argparse.BooleanOptionalAction, default=True, help="compile the transition")
@@ -127,6 +132,11 @@ def compare() -> argparse.ArgumentParser:
     parser.add_argument(
         "--step-size", type=float, help="step size of every sampler; default each one's for the data set"
     )
+    parser.add_argument(
+        "--replicas", type=int, default=1,
+        help="temperatures at which the exact samplers' chains trade places, with as many gradients in all",
+    )  # fmt: skip
+    parser.add_argument("--highest", type=float, help="temperature of the hottest replica; default train's")
     parser.add_argument("--out", required=True, help="folder of the runs, compare.json and compare.png")
     parser.add_argument(
         "--fused", action=argparse.BooleanOptionalAction, default=True, help="compiled transitions with the fused step"

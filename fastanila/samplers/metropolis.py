@@ -26,7 +26,7 @@ REFUSALS = {
     "refresh": "a gain held from the chain's start would make the reverse move unlike the one proposed",
 }
 
-_ABOVE_ALL = 1e30  #: an energy that no state has
+ABOVE_ALL = 1e30  #: an energy that no state has
 
 
 class Adapted(NamedTuple):
@@ -66,6 +66,10 @@ class Adjusted(Sampler):
         if energy is None:
             raise ValueError(f"energy must be given, for {type(self).__name__} compares energies, got a score only")
         return State(z, energy=energy.float(), score=score)
+
+    def proposed(self, state: State, *, seed, step, offset: int = 0, mask: Tensor | None = None) -> State:
+        """The state with the proposal that transition ``step`` judges, of samplers that make it ahead."""
+        return state
 
     def adapt(
         self,
@@ -134,23 +138,27 @@ class _AdjustedStep(Adjusted):
         leads to z, its energy, its score and the proposal of ``step``."""
         if state.score is None:
             z = state.z
-            above = torch.full((len(z),), _ABOVE_ALL, dtype=torch.float32, device=z.device)
+            above = torch.full((len(z),), ABOVE_ALL, dtype=torch.float32, device=z.device)
             before = State(z, energy=above, score=torch.zeros_like(z), proposal=z.clone())
             state = advance(before, seed, step - 1, offset, mask)
             # rejected: energy or score at z is not finite. From an infinite energy nothing is accepted: the chain stays
-            return state._replace(energy=torch.where(state.energy == _ABOVE_ALL, math.inf, state.energy))
-        if state.proposal is None:
-            settings = dict(step_size=self.step_size, norm=self.norm, seed=seed, step=step, offset=offset, mask=mask)
-            return state._replace(proposal=ops.anisotropic_step(state.z, state.score, self.threshold, **settings))
-        return state
+            return state._replace(energy=torch.where(state.energy == ABOVE_ALL, math.inf, state.energy))
+        return (
+            state
+            if state.proposal is not None
+            else self.proposed(state, seed=seed, step=step, offset=offset, mask=mask)
+        )
+
+    def proposed(self, state, *, seed, step, offset=0, mask=None):
+        settings = dict(step_size=self.step_size, norm=self.norm, seed=seed, step=step, offset=offset, mask=mask)
+        return state._replace(proposal=ops.anisotropic_step(state.z, state.score, self.threshold, **settings))
 
     def transition(self, evaluate, state, *, seed, step, offset=0, mask=None, statistics=True):
         settings = dict(step_size=self.step_size, norm=self.norm, seed=seed, offset=offset, mask=mask)
         if state.score is None:
             state = self.init(evaluate, state.z)
         if state.proposal is None:
-            first = ops.anisotropic_step(state.z, state.score, self.threshold, step=step, **settings)
-            state = state._replace(proposal=first)
+            state = self.proposed(state, seed=seed, step=step, offset=offset, mask=mask)
         proposal_energy, proposal_score = evaluate(state.proposal)
         moved = metropolis_step(
             state.z,

@@ -18,7 +18,7 @@ from ..models.energies import MLP, ConvNet
 from ..models.unet import UNet
 from ..models.wrappers import Autocast
 from ..ops import dispatch
-from ..samplers import SAMPLERS, starts
+from ..samplers import SAMPLERS, ReplicaExchange, starts
 from ..samplers.sampler import Sampler
 from . import config, own
 from .learner import as_number
@@ -184,6 +184,13 @@ def build_sampler(settings: Settings, box: tuple[float, float]) -> Sampler:
     return kind(**own)
 
 
+def with_replicas(sampler: Sampler, settings: Settings) -> Sampler:
+    """The sampler, or as many replicas of it as the settings want."""
+    if settings.replicas == 1:
+        return sampler
+    return ReplicaExchange.of(sampler, replicas=settings.replicas, highest=settings.highest)
+
+
 def build_start(
     settings: Settings, dataset: Dataset, device, proposer: vae.VAE | None = None, seed: Tensor | None = None
 ):
@@ -200,7 +207,7 @@ def build_start(
         return starts.NoiseStart(count, dataset.shape, dataset.box, seed=seed, device=device, labels=labels)
     return starts.PersistentStart(
         count, settings.chains, dataset.shape, dataset.box, seed=seed, device=device,
-        reinit=as_number(settings.reinit, device), labels=labels,
+        reinit=as_number(settings.reinit, device), labels=labels, replicas=settings.replicas,
     )  # fmt: skip
 
 

@@ -45,6 +45,8 @@ def resolve(settings: Settings, shape: tuple[int, ...] | None = None) -> Setting
     settings = dataclasses.replace(settings, **{name: str(path_of(name, value)) for name, value in written.items()})
     if settings.init is None:
         settings = dataclasses.replace(settings, init="vae" if settings.task == "completion" else "persistent")
+    if settings.replicas != 1 and settings.reinit is None:  # they lead to other modes as restarts do, without a bias
+        settings = dataclasses.replace(settings, reinit=0.0)
     usual = defaults(settings.data, settings.sampler, settings.init, settings.task, shape)
     settings = dataclasses.replace(settings, **{k: v for k, v in usual.items() if getattr(settings, k) is None})
     if not usual and any(getattr(settings, name) is None for name in DEFAULTS["rings"].keys() - {"chains"}):
@@ -78,6 +80,7 @@ def check(settings: Settings, shape: tuple[int, ...] | None = None) -> None:
         "leapfrog_steps",
         "batch_size",
         "iterations",
+        "replicas",
     ):
         checks.count(name, getattr(settings, name))
     for name in ("log_every", "save_every"):
@@ -101,6 +104,7 @@ def check(settings: Settings, shape: tuple[int, ...] | None = None) -> None:
             raise ValueError(f"{name} must be between 0 and 1, got {getattr(settings, name)}")
     if settings.sampler in EXACT:
         _check_exact(settings)
+    _check_replicas(settings)
     persistent = settings.init == "persistent"
     if settings.chains % settings.batch_size or not (persistent or settings.chains == settings.batch_size):
         wanted = "a multiple of" if persistent else f"with init={settings.init} equal to"
@@ -155,6 +159,20 @@ def _check_exact(settings: Settings) -> None:
         got = getattr(settings, name)
         if got != needed:
             raise ValueError(f"{name} must be {needed} with sampler={settings.sampler}, got {got}: {REFUSALS[why]}")
+
+
+def _check_replicas(settings: Settings) -> None:
+    if not 1 < settings.highest < float("inf"):
+        raise ValueError(f"highest must be above 1, the temperature of the cold chains, got {settings.highest}")
+    if settings.replicas == 1:
+        return
+    if settings.sampler not in EXACT:
+        wanted = f"1 with sampler={settings.sampler}: an exchange is of laws, and only {', '.join(EXACT)} have them"
+        raise ValueError(f"replicas must be {wanted}, got {settings.replicas}")
+    needed = (("init", "persistent"), ("task", "generation"), ("classes", False))
+    for name, wanted in needed:
+        if (got := getattr(settings, name)) != wanted:
+            raise ValueError(f"replicas must be 1 with {name}={got}, got {settings.replicas}: they need {wanted}")
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:

@@ -26,7 +26,7 @@ from .settings import Settings
 class Run(NamedTuple):
     energy: nn.Module  #: the moving average where the run keeps one, in eval mode
     sampler: Sampler
-    chains: Tensor  #: (B, ...) the chains as the run left them
+    chains: Tensor  #: (B, ...) the chains as the run left them, of replicas the cold ones
     settings: Settings
     iteration: int  #: updates made
     vae: vae.VAE | None = None  #: of init="vae": what proposes where chains start; its moving average, as the energy's
@@ -71,10 +71,8 @@ def _load(directory: Path, device: torch.device, energy: nn.Module | None, data:
     network = build_energy(settings, shape, copy.deepcopy(energy), found.classes)
     model = at_precision(trained(network, found.energy), settings.precision)
     proposer = trained(build_vae(settings, shape, box), found.vae or MISSING) if settings.init == "vae" else None
-    sampler = build_sampler(settings, box)
-    return Run(
-        model, sampler, found.chains, settings, found.iteration, proposer, found.fingerprint, box, data, found.classes
-    )
+    sampler, chains = build_sampler(settings, box), found.chains[: settings.chains]
+    return Run(model, sampler, chains, settings, found.iteration, proposer, found.fingerprint, box, data, found.classes)
 
 
 def refuse_given(settings: Settings, directory: str | Path, energy: Any, data: Any) -> None:
@@ -106,7 +104,8 @@ def with_sampler(run: Run, sampler: str, **changes: Any) -> Run:
     before = run.settings
     own = defaults.translated(vars(before), before.sampler, sampler, changes.get("step_size")) | changes
     refresh = before.refresh if "refresh" in known else "transition"
-    settings = dataclasses.replace(before, sampler=sampler, refresh=refresh, **own)
+    replicas = before.replicas if sampler in EXACT else 1
+    settings = dataclasses.replace(before, sampler=sampler, refresh=refresh, replicas=replicas, **own)
     config.check(settings)
     heated = sampler in EXACT and before.noise_scale != 1.0
     energy = Tempered(run.energy, before.noise_scale**2).eval() if heated else run.energy

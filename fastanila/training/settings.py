@@ -91,6 +91,12 @@ class Settings:
         None, "Step size eps, squared units of data; of hmc the square of its leapfrog step."
     )
     leapfrog_steps: int = setting(10, "Leapfrog steps, each with a gradient, of one transition of hmc.")
+    replicas: int = setting(
+        1,
+        "Temperatures at which an exact sampler's chains run side by side and trade places, so that the cold ones, "
+        "which alone teach, cross between modes. Each makes as many gradients as all chains did without.",
+    )
+    highest: float = setting(20.0, "Temperature of the hottest replica; the others lie between it and 1.")
     noise_scale: float | None = setting(
         None, "Langevin noise scale sigma; below 1 the chains run at the temperature sigma^2. Exact samplers have none."
     )

@@ -23,7 +23,7 @@ from ..models.wrappers import for_chains
 from ..noise import Stream
 from ..samplers import starts
 from ..samplers.chain import chain_of
-from ..samplers.state import Info, State
+from ..samplers.state import Info, State, mapped
 from . import build
 from .defaults import ENERGIES
 from .job import Job
@@ -67,8 +67,9 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
     on_chains = for_chains(energy) if s.fused else energy
     # An energy of the user's own that does not compile may run eagerly, with a warning; not where all is one graph.
     strict = s.energy in ENERGIES or compiles_once(device)
-    chain = chain_of(job.sampler, on_chains, z=job.chains, compile=s.fused, capture=False, strict=strict)
-    numbers = job.sampler.numbers_on(device)
+    sampler = build.with_replicas(job.sampler, s)
+    chain = chain_of(sampler, on_chains, z=job.chains, compile=s.fused, capture=False, strict=strict)
+    numbers = sampler.numbers_on(device)
     step_size = as_number(float(s.step_size), device)
     one = torch.ones((), dtype=torch.float32, device=device)
     # tensors, because a number would be a constant of what is compiled, and another one would compile it anew
@@ -78,6 +79,10 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
     schedules = [learner.rate.on(device) for learner in job.learners]
     seed, factor = job.seed, job.lr_factor
     rates = [group["lr"] for learner in job.learners for group in learner.optimizer.param_groups]
+
+    def cold(x: Tensor) -> Tensor:
+        """Of what has rows for all replicas, the cold ones, which alone teach."""
+        return x if s.replicas == 1 else x[: s.batch_size]
 
     def begin(iteration: Tensor):
         """What an update draws, and the step of its first transition: a chain's index is its place in this update's
@@ -121,7 +126,7 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
             rate.copy_(schedule.at(iteration) * factor)
         decays = [torch.where(broken, 1.0, average_decay(iteration - x.first, ema)) for x in schedules]
         job.start.keep(iteration, z, unless=broken)
-        job.chains.copy_(torch.where(broken, job.chains, z))
+        job.chains.copy_(torch.where(broken, job.chains, cold(z)))
         if job.proposals is not None:
             job.proposals.copy_(torch.where(broken, job.proposals, start))
         job.broken.copy_(broken)
@@ -144,16 +149,17 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
                 if s.fused:
                     for_chains(energy)  # the parameters of now
                 state, info = chain(s.steps, numbers, state, seed, first, 0, free)
+            chains, info = cold(state.z), mapped(cold, info)
         matched = match(batch, job.made) if matches or s.matching_weight else None
         if matches:
             matched.backward(one)
-            result = watched(batch, state.z, matched)
+            result = watched(batch, chains, matched)
         else:
-            result = learn_of(batch, state.z)
+            result = learn_of(batch, chains)
             (result.loss if matched is None else result.loss + matching_weight * matched).backward(one)
         teaching = None
         if job.vae is not None:
-            lesson = teach_of(batch, state.z, xi, job.made)
+            lesson = teach_of(batch, chains, xi, job.made)
             lesson.loss.backward(one)
             teaching = Teaching(lesson.reconstruction, lesson.kl)
         with torch.no_grad():
