@@ -59,6 +59,7 @@ class Stream(enum.IntEnum):
     MATCHING = 19  #: the noise that the way to the data begins in; step = update
     TIMES = 20  #: how far on that way; step = update
     FLIPS = 21  #: which images of the data are mirrored; step = update
+    RESAMPLING = 24  #: where the resampling of weighted walkers begins to count; step = updates made
 
 
 def words(

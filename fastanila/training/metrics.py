@@ -20,6 +20,7 @@ from ..samplers import starts
 from . import build
 from .config import tensorboard_writer
 from .job import Job
+from .live import live
 from .update import Update, revision
 
 
@@ -108,6 +109,8 @@ class Progress:
             + (f" matching {row['matching']:.3f}" if "matching" in row else "")
             + (f" moved {row['moved']:.3f} recon {row['reconstruction']:.3f} kl {row['kl']:.2f}" if "kl" in row else "")
             + (f" accepted {row['acceptance']:.1%}" if row.get("acceptance", 1) < 1 else "")
+            + (f" ess {row['ess']:.1%}" if "ess" in row else "")
+            + (f" nll live {row['nll_live']:.3f}" if "nll_live" in row else "")
             + (f" nll {row['nll']:.3f}" if "nll" in row else "")
             + (f" accuracy {row['accuracy']:.1%}" if "accuracy" in row else "")
         )
@@ -165,6 +168,7 @@ def summary(job: Job, made: Update) -> dict[str, float | int]:
         row |= {"vae_grad_norm": made.grad_norms[1].item(), "vae_lr": job.rate * job.vae.rate.at(job.iteration - 1)}
     if made.classification is not None:
         row |= {name: value.item() for name, value in made.classification._asdict().items()}
+    row |= live(job)
     if job.rolled_back:
         row |= {"rollback": len(job.rolled_back), "diverged": job.rolled_back[-1].diverged}
     return row

@@ -2,8 +2,9 @@
 
 An update draws data, starts chains, moves them K transitions of the sampler, and takes an Adam step along
 mean grad U(data) - mean grad U(chains). With init="vae" the chains start at what a VAE proposes, and the VAE takes an
-Adam step of its own along its ELBO's gradient at where the chains end (Xie, Zheng and Li). Updates of a warm-up by
-matching have no chains: see `matching`. An update reads nothing back: the number of updates made and whether they are
+Adam step of its own along its ELBO's gradient at where the chains end (Xie, Zheng and Li). With init="weighted" means
+over chains are weighted, and the weights follow the step: see `samplers.weighted`. Updates of a warm-up by matching
+have no chains: see `matching`. An update reads nothing back: the number of updates made and whether they are
 still finite are tensors too, so that on CUDA the whole of it is one graph, captured once and replayed.
 """
 
@@ -76,7 +77,7 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
     steps, ema, energy_l2, clip_grad, kl, warm_up, data_noise = (as_number(x, device) for x in of)
     class_weight, matching_weight = (as_number(x, device) for x in (s.class_weight, s.matching_weight))
     schedules = [learner.rate.on(device) for learner in job.learners]
-    seed, factor = job.seed, job.lr_factor
+    seed, factor, weighted = job.seed, job.lr_factor, s.init == "weighted"
     rates = [group["lr"] for learner in job.learners for group in learner.optimizer.param_groups]
 
     def begin(iteration: Tensor):
@@ -95,9 +96,12 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
         times = noise.uniform((len(batch), *[1] * (batch.dim() - 1)), stream=Stream.TIMES, **how)
         return matching(energy, batch, begins, times, step_size)
 
-    def learn(batch: Tensor, chains: Tensor) -> Likelihood:
+    def learn(batch: Tensor, chains: Tensor, log_weights: Tensor | None) -> Likelihood:
         l2 = energy_l2 if s.energy_l2 else 0.0
-        return likelihood(energy, batch, chains, l2, class_weight if s.classes else None)
+        return likelihood(energy, batch, chains, l2, class_weight if s.classes else None, log_weights)
+
+    def reweigh(made: Tensor, before: Tensor, z: Tensor, unless: Tensor) -> None:
+        job.start.reweigh(made, before - energy(z).double(), unless > 0)
 
     def teach(batch: Tensor, chains: Tensor, xi: Tensor, iteration: Tensor) -> ELBO:
         lesson = torch.where(iteration < warm_up, batch, chains) if s.vae_warm_up else chains
@@ -114,7 +118,7 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
             rate.copy_(schedule.at(iteration) * factor)
         decays = [torch.where(broken, 1.0, average_decay(iteration - x.first, ema)) for x in schedules]
         job.start.keep(iteration, z, unless=broken)
-        job.chains.copy_(torch.where(broken, job.chains, z))
+        job.chains.copy_(torch.where(broken, job.chains, z[: len(job.chains)]))
         if job.proposals is not None:
             job.proposals.copy_(torch.where(broken, job.proposals, start))
         job.broken.copy_(broken)
@@ -125,6 +129,7 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
     # What runs once an update: on a CPU it takes a twentieth of it, and would take longer to compile than that saves.
     compile = compiled if s.fused and compiles_once(device) else lambda function: function
     begin_of, learn_of, teach_of, settle_of, follow_of = map(compile, (begin, learn, teach, settle, follow))
+    reweigh_of = compile(reweigh)
 
     def update() -> Update:
         for learner in job.learners:
@@ -137,12 +142,13 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
                 if s.fused:
                     for_chains(energy)  # the parameters of now
                 state, info = chain(s.steps, numbers, state, seed, first, 0, free)
+            before = energy(state.z).double() if weighted else None
         matched = match(batch, job.made) if matches or s.matching_weight else None
         if matches:
             matched.backward(one)
             result = Likelihood(matched, *(energy(x).mean().detach() for x in (batch, state.z)))
         else:
-            result = learn_of(batch, state.z)
+            result = learn_of(batch, state.z[: s.batch_size], job.start.walker_log_weights if weighted else None)
             (result.loss if matched is None else result.loss + matching_weight * matched).backward(one)
         teaching = None
         if job.vae is not None:
@@ -154,11 +160,15 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
             norms = iter(torch._foreach_norm([g for of in grads for g in of]))
             norms = [list(itertools.islice(norms, len(of))) for of in grads]
             energies = [result.energy_data, result.energy_chains]
+            energies += [job.start.log_weights.logsumexp(0)] if weighted else []
             totals, broken, decays = settle_of(job.made, energies, norms, grads, state.z, start)
             for learner in job.learners:
                 move(learner, unless=broken)
             if s.ema:
                 follow_of(*averaged_parameters(job.learners), decays)
+            if before is not None:
+                with sampling(energy):
+                    reweigh_of(job.made, before, state.z, broken)
         matched = None if matched is None else matched.detach()
         return Update(result.energy_data, result.energy_chains, totals, matched, info, teaching, result.classification)
 
