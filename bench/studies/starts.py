@@ -1,8 +1,8 @@
 """Where chains start, at the same number of gradients: `python -m bench.studies.starts --out DIR [--write BLOCK]`.
 
 Trains the same energy with chains that persist, by themselves or weighted, start from noise, or at a VAE's proposals,
-as many transitions an update, and compares the models, and how far chains then have to go. With images (--data digits --inits vae): what the
-transitions make of a VAE's proposals.
+as many transitions an update, and compares the models, and how far chains then have to go. With images (--data digits
+--inits vae): what the transitions make of a VAE's proposals.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ bias, and softmax(A) weighs the walkers in averages of the model, up to the bias
 
 That holds for given changes of the energy. Walkers whose average the parameters learn from make the changes that they
 are to measure: the energy rises where they are, and their estimate of log Z is too low. A second population, the
-witnesses, is moved and weighted alike and never learned from. (Desjardins, Courville and Bengio 2011 track Z of a
-restricted Boltzmann machine while it learns, by tempered chains.)
+witnesses, is moved and weighted alike and never learned from. It may follow another energy than the walkers do: the
+moving average of the parameters takes a smoother way, which costs less of the weights. (Desjardins, Courville and
+Bengio 2011 track Z of a restricted Boltzmann machine while it learns, by tempered chains.)
 """
 
 from __future__ import annotations
@@ -87,65 +88,72 @@ def log_z(log_weights: Tensor) -> LogZ:
     return LogZ(value, (blocks - value).exp().std() / math.sqrt(BLOCKS))
 
 
+class Population:
+    """States (n, ...), float32, and their log weights (n,), float64, in ``blocks`` that are resampled each by itself.
+
+    Updates change both where they are. They begin as draws of N(0, sd^2 I), with the weights of `begin`.
+    """
+
+    def __init__(self, states: Tensor, blocks: int):
+        self.states, self.blocks = states, blocks
+        self.log_weights = torch.zeros(len(states), dtype=torch.float64, device=states.device)
+
+    @torch.no_grad()
+    def begin(self, energy: Callable[[Tensor], Tensor], sd: float) -> None:
+        """Weights of the first energy: A = -U(z) - log N(z; 0, sd^2 I), all the same where it is that Gaussian's."""
+        z = self.states.double().flatten(1)
+        log_density = -0.5 * (z / sd).square().sum(1) - z.shape[1] * math.log(sd * math.sqrt(2 * math.pi))
+        self.log_weights.copy_(-energy(self.states).double() - log_density)
+
+    def keep(self, z: Tensor, unless: Tensor) -> None:
+        """The states after their transitions, unless the 0-dim bool says no."""
+        self.states.copy_(torch.where(unless, self.states, z))
+
+    def reweigh(self, change: Tensor, u: Tensor, unless: Tensor) -> None:
+        """A += change (n,), which is U_old - U_new at the states, and resample with uniforms u (blocks,), unless the
+        0-dim bool says no."""
+        new = (self.log_weights + change.double()).view(self.blocks, -1)
+        states, new = resampled(self.states.unflatten(0, (self.blocks, -1)), new, u)
+        self.states.copy_(torch.where(unless, self.states, states.flatten(0, 1)))
+        self.log_weights.copy_(torch.where(unless, self.log_weights, new.flatten()))
+
+
 class WeightedStart:
     """Walkers with weights, and the witnesses, on the device: every update moves all of them.
 
-    They begin as draws of N(0, sd^2 I), float32, with the weights that `begin` gives them. Walkers are one population
-    and the witnesses `BLOCKS` of equal size; each is resampled by itself, from one uniform an update.
-    ValueError where the witnesses are no multiple of `BLOCKS`.
+    Walkers are one population of ``count``, and the witnesses `BLOCKS` of equal size.
+    ValueError where they are no multiple of `BLOCKS`.
     """
 
     def __init__(self, count: int, witnesses: int, shape, sd: float, *, seed: int | Tensor, device=None):
         if witnesses % BLOCKS:
             raise ValueError(f"witnesses must be a multiple of {BLOCKS}, got {witnesses}")
-        self.count, self.sd, self.seed = count, sd, seed
-        step = (1 << 56) - 1  # as `PersistentStart`
-        everyone = (count + witnesses, *shape)
-        self.states = sd * noise.normal(everyone, seed=seed, step=step, stream=Stream.START, device=device)
-        self.log_weights = torch.zeros(len(self.states), dtype=torch.float64, device=device)
+        self.sd, self.seed = sd, seed
+        everyone, step = (count + witnesses, *shape), (1 << 56) - 1  # the step as that of `PersistentStart`
+        states = sd * noise.normal(everyone, seed=seed, step=step, stream=Stream.START, device=device)
+        self.walkers = Population(states[:count].clone(), 1)
+        self.witnesses = Population(states[count:].clone(), BLOCKS)
 
-    @torch.no_grad()
     def begin(self, energy: Callable[[Tensor], Tensor]) -> None:
-        """Weights of the first energy: A = -U(z) - log N(z; 0, sd^2 I), all the same where it is that Gaussian's."""
-        z = self.states.double().flatten(1)
-        log_density = -0.5 * (z / self.sd).square().sum(1) - z.shape[1] * math.log(self.sd * math.sqrt(2 * math.pi))
-        self.log_weights.copy_(-energy(self.states).double() - log_density)
+        for population in (self.walkers, self.witnesses):
+            population.begin(energy, self.sd)
 
     def draw(self, update: int | Tensor, given: Tensor | None = None) -> Tensor:
-        """(count + witnesses, ...): the walkers, then the witnesses."""
-        return self.states
+        return self.walkers.states
 
     def keep(self, update: int | Tensor, z: Tensor, unless: Tensor) -> None:
-        self.states.copy_(torch.where(unless, self.states, z))
+        self.walkers.keep(z, unless)
 
-    def reweigh(self, update: int | Tensor, change: Tensor, unless: Tensor) -> None:
-        """A += change (count + witnesses,), U_old - U_new at the states kept, and resample, unless the 0-dim bool says
-        no. ``update``: names the uniforms."""
-        new = self.log_weights + change.double()
-        u = noise.uniform((1 + BLOCKS,), seed=self.seed, step=update, stream=Stream.RESAMPLING, device=new.device)
-        z, a = resampled(self.states[None, : self.count], new[None, : self.count], u[:1])
-        states, weights = [z[0]], [a[0]]
-        if len(new) > self.count:
-            blocks = self.states[self.count :].unflatten(0, (BLOCKS, -1))
-            z, a = resampled(blocks, new[self.count :].view(BLOCKS, -1), u[1:])
-            states, weights = [*states, z.flatten(0, 1)], [*weights, a.flatten()]
-        self.states.copy_(torch.where(unless, self.states, torch.cat(states)))
-        self.log_weights.copy_(torch.where(unless, self.log_weights, torch.cat(weights)))
-
-    @property
-    def walker_log_weights(self) -> Tensor:
-        """(count,) float64."""
-        return self.log_weights[: self.count]
-
-    @property
-    def witness_log_weights(self) -> Tensor:
-        """(witnesses,) float64."""
-        return self.log_weights[self.count :]
+    def uniforms(self, made: int | Tensor) -> Tensor:
+        """Of update ``made``, by which its walkers (the first) and its witnesses' blocks are resampled:
+        (1 + BLOCKS,)."""
+        shape, device = (1 + BLOCKS,), self.walkers.states.device
+        return noise.uniform(shape, seed=self.seed, step=made, stream=Stream.RESAMPLING, device=device)
 
     def tensors(self) -> dict[str, Tensor]:
         return {
-            "population": self.states[: self.count],
-            "log_weights": self.walker_log_weights,
-            "witnesses": self.states[self.count :],
-            "witness_log_weights": self.witness_log_weights,
+            "population": self.walkers.states,
+            "log_weights": self.walkers.log_weights,
+            "witnesses": self.witnesses.states,
+            "witness_log_weights": self.witnesses.log_weights,
         }

@@ -199,6 +199,7 @@ def _first_sd(settings: Settings, dataset: Dataset) -> float:
     """Of the Gaussian that walkers begin as: the first energy's law; of an energy of the user's own the data's."""
     if own.is_own(settings.energy):
         return _root_mean_square(settings, dataset)
+    settings = fitted(settings, dataset)
     return (settings.temperature / (settings.confinement + settings.reference_sd**-2)) ** 0.5
 
 

@@ -65,8 +65,7 @@ def prepare(
     seed = noise.as_word64(settings.seed, device)
     start = build.build_start(settings, dataset, device, vae and vae.model, seed)
     with torch.no_grad():
-        drawn = start.draw(0, dataset.draw(settings.batch_size, seed=settings.seed, step=0, device=device))
-        chains = drawn[: settings.batch_size].clone()
+        chains = start.draw(0, dataset.draw(settings.batch_size, seed=settings.seed, step=0, device=device)).clone()
     if settings.init == "weighted":
         start.begin(ebm.module.eval())
     job = Job(

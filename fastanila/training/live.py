@@ -22,31 +22,24 @@ _HELD_OUT = 4096
 def live(job: Job) -> dict[str, float]:
     """Of a run with init="weighted", as its last update left it; nothing of others.
 
-    ess: effective sample size of the walkers, as a share of them. With witnesses, which measure the rest:
-    ess_witnesses: theirs. log_z, log_z_error: log Z of the parameters as they are, and its standard error. nll_live:
-    mean U of held-out data, the same ones every time, plus log Z: nats. nll_average: the same of the moving average,
-    which evaluation and sampling use; its log Z is that of weights A + U(z) - U_average(z).
+    ess: effective sample size of the walkers, as a share of them. With witnesses, which measure the rest of the moving
+    average, the model that evaluation and sampling use: ess_witnesses: theirs. log_z, log_z_error: log Z and its
+    standard error. nll_live: mean U of held-out data, the same ones every time, plus log Z: nats.
     """
     if job.settings.init != "weighted":
         return {}
-    start = job.start
-    row = {"ess": weighted.ess(start.walker_log_weights).item()}
-    log_weights = start.witness_log_weights
-    if not len(log_weights):
-        return row
-    data, witnesses = held_out(job), start.states[start.count :]
-    log_z = weighted.log_z(log_weights)
-    on_data, on_witnesses = _energies(job, job.ebm.module, data, witnesses)
-    row |= {
-        "ess_witnesses": weighted.ess(log_weights).item(),
-        "log_z": log_z.value.item(),
-        "log_z_error": log_z.error.item(),
-        "nll_live": (on_data.mean() + log_z.value).item(),
-    }
-    if job.ebm.average is not None:
-        of_data, of_witnesses = _energies(job, job.ebm.average, data, witnesses)
-        moved = weighted.log_z(log_weights + on_witnesses - of_witnesses)
-        row["nll_average"] = (of_data.mean() + moved.value).item()
+    row = {"ess": weighted.ess(job.start.walkers.log_weights).item()}
+    log_weights = job.start.witnesses.log_weights
+    if len(log_weights):
+        log_z, energy = weighted.log_z(log_weights), build.at_precision(job.ebm.average, job.settings.precision)
+        with sampling(energy):
+            on_data = energy(held_out(job)).double().mean()
+        row |= {
+            "ess_witnesses": weighted.ess(log_weights).item(),
+            "log_z": log_z.value.item(),
+            "log_z_error": log_z.error.item(),
+            "nll_live": (on_data + log_z.value).item(),
+        }
     return row
 
 
@@ -59,9 +52,3 @@ def held_out(job: Job) -> Tensor:
         x = (from_pixels(data.held_out) if isinstance(data, Images) else data.held_out).to(job.device)
     normals = noise.normal(x.shape, step=noise.MAX_STEP - 1, stream=Stream.DATA_NOISE, **how)  # of no update
     return x + job.settings.data_noise * normals
-
-
-def _energies(job: Job, network: torch.nn.Module, *states: Tensor) -> list[Tensor]:
-    energy = build.at_precision(network, job.settings.precision)
-    with sampling(energy):
-        return [energy(x).double() for x in states]

@@ -31,6 +31,7 @@ from .job import Job
 from .learner import as_number, averaged_parameters, clipped_norm, follow, gradients, move
 from .losses import ELBO, Classification, Likelihood, elbo, likelihood
 from .matching import matching
+from .weighing import build_weighing
 
 #: An energy beyond this has left everything that training could bring back.
 _LARGEST_ENERGY = 1e8
@@ -77,7 +78,7 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
     steps, ema, energy_l2, clip_grad, kl, warm_up, data_noise = (as_number(x, device) for x in of)
     class_weight, matching_weight = (as_number(x, device) for x in (s.class_weight, s.matching_weight))
     schedules = [learner.rate.on(device) for learner in job.learners]
-    seed, factor, weighted = job.seed, job.lr_factor, s.init == "weighted"
+    seed, factor = job.seed, job.lr_factor
     rates = [group["lr"] for learner in job.learners for group in learner.optimizer.param_groups]
 
     def begin(iteration: Tensor):
@@ -100,9 +101,6 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
         l2 = energy_l2 if s.energy_l2 else 0.0
         return likelihood(energy, batch, chains, l2, class_weight if s.classes else None, log_weights)
 
-    def reweigh(made: Tensor, before: Tensor, z: Tensor, unless: Tensor) -> None:
-        job.start.reweigh(made, before - energy(z).double(), unless > 0)
-
     def teach(batch: Tensor, chains: Tensor, xi: Tensor, iteration: Tensor) -> ELBO:
         lesson = torch.where(iteration < warm_up, batch, chains) if s.vae_warm_up else chains
         return elbo(job.vae.module, lesson, kl_weight(kl, warm_up if s.vae_warm_up else None, iteration), xi)
@@ -118,7 +116,7 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
             rate.copy_(schedule.at(iteration) * factor)
         decays = [torch.where(broken, 1.0, average_decay(iteration - x.first, ema)) for x in schedules]
         job.start.keep(iteration, z, unless=broken)
-        job.chains.copy_(torch.where(broken, job.chains, z[: len(job.chains)]))
+        job.chains.copy_(torch.where(broken, job.chains, z))
         if job.proposals is not None:
             job.proposals.copy_(torch.where(broken, job.proposals, start))
         job.broken.copy_(broken)
@@ -129,7 +127,7 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
     # What runs once an update: on a CPU it takes a twentieth of it, and would take longer to compile than that saves.
     compile = compiled if s.fused and compiles_once(device) else lambda function: function
     begin_of, learn_of, teach_of, settle_of, follow_of = map(compile, (begin, learn, teach, settle, follow))
-    reweigh_of = compile(reweigh)
+    weighing = build_weighing(job, energy, compile, strict=strict) if s.init == "weighted" else None
 
     def update() -> Update:
         for learner in job.learners:
@@ -142,13 +140,13 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
                 if s.fused:
                     for_chains(energy)  # the parameters of now
                 state, info = chain(s.steps, numbers, state, seed, first, 0, free)
-            before = energy(state.z).double() if weighted else None
+            moved = None if weighing is None else weighing.move(state.z, seed, first)
         matched = match(batch, job.made) if matches or s.matching_weight else None
         if matches:
             matched.backward(one)
             result = Likelihood(matched, *(energy(x).mean().detach() for x in (batch, state.z)))
         else:
-            result = learn_of(batch, state.z[: s.batch_size], job.start.walker_log_weights if weighted else None)
+            result = learn_of(batch, state.z, None if weighing is None else job.start.walkers.log_weights)
             (result.loss if matched is None else result.loss + matching_weight * matched).backward(one)
         teaching = None
         if job.vae is not None:
@@ -160,15 +158,15 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
             norms = iter(torch._foreach_norm([g for of in grads for g in of]))
             norms = [list(itertools.islice(norms, len(of))) for of in grads]
             energies = [result.energy_data, result.energy_chains]
-            energies += [job.start.log_weights.logsumexp(0)] if weighted else []
+            if moved is not None:
+                energies += [u.mean().float() for u in moved[:2] if len(u)]
             totals, broken, decays = settle_of(job.made, energies, norms, grads, state.z, start)
             for learner in job.learners:
                 move(learner, unless=broken)
-            if s.ema:
+            if job.ebm.average is not None:
                 follow_of(*averaged_parameters(job.learners), decays)
-            if before is not None:
-                with sampling(energy):
-                    reweigh_of(job.made, before, state.z, broken)
+            if weighing is not None:
+                weighing.follow(job.made, moved, broken)
         matched = None if matched is None else matched.detach()
         return Update(result.energy_data, result.energy_chains, totals, matched, info, teaching, result.classification)
 

@@ -8,7 +8,7 @@ import scipy.integrate
 import scipy.stats
 import torch
 
-from fastanila import MALA
+from fastanila import MALA, noise
 from fastanila.samplers import weighted
 from known import FALSE_ALARM
 
@@ -90,28 +90,30 @@ def exact():
     return [scipy.integrate.quad(density, -12, 12, args=(power,), limit=200)[0] for power in (0, 2)]
 
 
-def scores(start, blocks):
+def scores(kind, blocks):
     """How many standard errors the blocks' estimates of the two are out, after all changes."""
-    start.begin(energy(0))
+    population = kind(SD * noise.normal((32 * blocks, 1), seed=4, step=0, stream=noise.Stream.START), blocks)
+    population.begin(energy(0), SD)
     never = torch.tensor(False)
     for t in range(CHANGES):
-        z = MALA(0.2).run(energy(t), start.draw(t), steps=STEPS, seed=4, step=t * STEPS, compile=False)
-        start.keep(t, z, unless=never)
-        start.reweigh(t + 1, energy(t)(z) - energy(t + 1)(z), unless=never)
-    w = start.witness_log_weights.view(blocks, -1).exp()
-    x2 = start.states[start.count :].double().square().view(blocks, -1)
+        z = MALA(0.2).run(energy(t), population.states, steps=STEPS, seed=4, step=t * STEPS, compile=False)
+        population.keep(z, unless=never)
+        u = noise.uniform((blocks,), seed=4, step=t, stream=noise.Stream.RESAMPLING)
+        population.reweigh(energy(t)(z) - energy(t + 1)(z), u, unless=never)
+    w = population.log_weights.view(blocks, -1).exp()
+    x2 = population.states.double().square().view(blocks, -1)
     found = [w.mean(1).numpy(), (w * x2).mean(1).numpy()]
     return [(x.mean() - true) / (x.std(ddof=1) / math.sqrt(blocks)) for x, true in zip(found, exact(), strict=True)]
 
 
-class Forgetful(weighted.WeightedStart):
-    def reweigh(self, update, change, unless):
-        super().reweigh(update, torch.zeros_like(change), unless)
+class Forgetful(weighted.Population):
+    def reweigh(self, change, u, unless):
+        super().reweigh(torch.zeros_like(change), u, unless)
 
 
-class Backwards(weighted.WeightedStart):
-    def reweigh(self, update, change, unless):
-        super().reweigh(update, -change, unless)
+class Backwards(weighted.Population):
+    def reweigh(self, change, u, unless):
+        super().reweigh(-change, u, unless)
 
 
 def keeping_weights(states, log_weights, u, right=weighted.resampled):
@@ -125,17 +127,16 @@ def never(states, log_weights, u):
 @pytest.mark.parametrize(
     ("kind", "resampled", "right"),
     [
-        (weighted.WeightedStart, weighted.resampled, True),
-        (weighted.WeightedStart, never, True),
+        (weighted.Population, weighted.resampled, True),
+        (weighted.Population, never, True),
         (Forgetful, weighted.resampled, False),
         (Backwards, weighted.resampled, False),
-        (weighted.WeightedStart, keeping_weights, False),
+        (weighted.Population, keeping_weights, False),
     ],
     ids=["as it is", "without resampling", "no weights", "the sign flipped", "resampled, weights kept"],
 )
 def test_weighted_averages_are_those_of_the_last_energy(kind, resampled, right, monkeypatch):
     blocks, bound = 512, scipy.stats.norm.isf(FALSE_ALARM / 2 / 2)
-    monkeypatch.setattr(weighted, "BLOCKS", blocks)
     seen = []
 
     def watched(states, log_weights, u):
@@ -143,7 +144,7 @@ def test_weighted_averages_are_those_of_the_last_energy(kind, resampled, right, 
         return resampled(states, log_weights, u)
 
     monkeypatch.setattr(weighted, "resampled", watched)
-    found = scores(kind(32, 32 * blocks, (1,), SD, seed=4), blocks)
+    found = scores(kind, blocks)
     assert (max(map(abs, found)) < bound) == right, found
     assert kind is Forgetful or sum(seen) > blocks  # each block was resampled, in the mean, or would have been
 
@@ -153,8 +154,10 @@ def test_nothing_changes_where_an_update_is_broken():
     start.begin(lambda x: x.square().sum(1))
     before = {name: x.clone() for name, x in start.tensors().items()}
     broken = torch.tensor(True)
-    start.keep(0, torch.full((24, 3), math.nan), unless=broken)
-    start.reweigh(1, torch.full((24,), math.nan), unless=broken)
+    start.keep(0, torch.full((8, 3), math.nan), unless=broken)
+    start.witnesses.keep(torch.full((16, 3), math.nan), unless=broken)
+    start.walkers.reweigh(torch.full((8,), math.nan), start.uniforms(1)[:1], unless=broken)
+    start.witnesses.reweigh(torch.full((16,), math.nan), start.uniforms(1)[1:], unless=broken)
     assert {name: x.shape for name, x in before.items()} == {
         "population": (8, 3), "log_weights": (8,), "witnesses": (16, 3), "witness_log_weights": (16,)
     }  # fmt: skip
@@ -164,10 +167,12 @@ def test_nothing_changes_where_an_update_is_broken():
 def test_the_first_weights_are_those_of_importance():
     start = weighted.WeightedStart(8, 16, (2, 3), 1.5, seed=1)
     start.begin(lambda x: x.square().sum((1, 2)) / (2 * 1.5**2) - 7.0)
-    np.testing.assert_allclose(start.log_weights, 7.0 + 6 * math.log(1.5 * math.sqrt(2 * math.pi)), rtol=1e-6)
+    wanted = 7.0 + 6 * math.log(1.5 * math.sqrt(2 * math.pi))
+    np.testing.assert_allclose(start.walkers.log_weights, np.full(8, wanted), rtol=1e-6)
     start.begin(lambda x: torch.zeros(len(x)))
-    density = scipy.stats.norm(scale=1.5).logpdf(start.states.double().numpy()).sum((1, 2))
-    np.testing.assert_allclose(start.log_weights, -density, rtol=1e-6)
+    for population in (start.walkers, start.witnesses):
+        density = scipy.stats.norm(scale=1.5).logpdf(population.states.double().numpy()).sum((1, 2))
+        np.testing.assert_allclose(population.log_weights, -density, rtol=1e-6)
 
 
 def test_witnesses_come_in_blocks():
