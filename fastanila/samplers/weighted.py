@@ -8,7 +8,8 @@ weight. So the walkers of an exact sampler, each with a log weight A,
 
 have at any time, however short the transitions, E[exp(A) g(z)] = Z E_model[g]: the mean of exp(A) measures Z without
 bias, and softmax(A) weighs the walkers in averages of the model, up to the bias of order 1 / count of a ratio of means
-(Carbone, Hua, Coste and Vanden-Eijnden 2023, arXiv 2305.19414, Algorithm 1; Carbone 2025, arXiv 2506.07843).
+(Carbone, Hua, Coste and Vanden-Eijnden 2023, arXiv 2305.19414, whose unadjusted transitions add a ratio of their
+densities to A, which is 0 of exact ones; Carbone 2025, arXiv 2506.07843).
 
 That holds for given changes of the energy. Walkers whose average the parameters learn from make the changes that they
 are to measure: the energy rises where they are, and their estimate of log Z is too low. A second population, the

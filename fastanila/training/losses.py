@@ -44,7 +44,7 @@ def likelihood(
     data: (N, ...), chains: (M, ...), of one dtype and device; energy maps either to one float32 energy a state.
 
     ``log_weights``: (M,), of chains whose law is the model's with the weights softmax(log_weights): means over chains
-    are weighted by them (Carbone, Hua, Coste and Vanden-Eijnden 2023, eq. 15).
+    are weighted by them (Carbone, Hua, Coste and Vanden-Eijnden 2023).
 
     ``class_weight``: of states that carry their class, and a `wrappers.ClassEnergy`. The energies are then U(x, y), so
     that with chains of the data's classes it is the likelihood of x given y; and the loss has the weight times the

@@ -39,26 +39,27 @@ def build_weighing(job: Job, energy: Callable[[Tensor], Tensor], compile: Callab
     chain = chain_of(job.sampler, on_chains, z=witnesses.states, compile=s.fused, capture=False, strict=strict)
     numbers = job.sampler.numbers_on(job.device)
 
-    def move(z: Tensor, seed: Tensor, first: Tensor) -> Moved:
-        with sampling(energy):
-            of_walkers = energy(z).double()
-        if not len(witnesses.states):
-            return Moved(of_walkers, witnesses.log_weights, witnesses.states)
-        with sampling(average):
-            if s.fused:
-                for_chains(average)  # the parameters of now
-            # their indices go on from the walkers', so that no noise is shared
-            state, _ = chain(s.steps, numbers, State(witnesses.states), seed, first, s.batch_size, None)
-            return Moved(of_walkers, average(state.z).double(), state.z)
+    def values(z: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        return energy(z).double(), average(states).double() if len(states) else witnesses.log_weights
 
     def reweigh(made: Tensor, moved: Moved, unless: Tensor) -> None:
         broken, u = unless > 0, job.start.uniforms(made)
-        walkers.reweigh(moved.walkers - energy(walkers.states).double(), u[:1], broken)
+        witnesses.keep(moved.states, broken)
+        of_walkers, of_witnesses = values(walkers.states, witnesses.states)
+        walkers.reweigh(moved.walkers - of_walkers, u[:1], broken)
         if len(witnesses.states):
-            witnesses.keep(moved.states, broken)
-            witnesses.reweigh(moved.witnesses - average(witnesses.states).double(), u[1:], broken)
+            witnesses.reweigh(moved.witnesses - of_witnesses, u[1:], broken)
 
-    reweigh_of = compile(reweigh)
+    values_of, reweigh_of = compile(values), compile(reweigh)
+
+    def move(z: Tensor, seed: Tensor, first: Tensor) -> Moved:
+        states = witnesses.states
+        with sampling(energy), sampling(average):
+            if s.fused:
+                for_chains(average)  # the parameters of now
+            if len(states):  # whose indices go on from the walkers', so that no noise is shared
+                states = chain(s.steps, numbers, State(states), seed, first, s.batch_size, None)[0].z
+            return Moved(*values_of(z, states), states)
 
     def follow(made: Tensor, moved: Moved, unless: Tensor) -> None:
         with sampling(energy), sampling(average):
