@@ -16,7 +16,7 @@ from torch import nn
 from .. import files
 from ..data import classes, completion, samples
 from ..evaluation import plane, plots, vectors
-from ..samplers import starts
+from ..samplers import starts, weighted
 from . import build
 from .config import tensorboard_writer
 from .job import Job
@@ -197,19 +197,23 @@ def evaluated(job: Job) -> nn.Module:
 
 def picture(job: Job, path: Path) -> None:
     """What the chains are at, in the order of their classes if they have any; of init="vae" the last update's proposals
-    above what became of them."""
+    above what became of them, and of init="weighted" resampled by their weights."""
+    chains = job.chains
+    if job.settings.init == "weighted":
+        walkers = job.start.walkers
+        chains = weighted.evenly(walkers.states, walkers.log_weights, seed=job.seed, step=job.iteration)
     if job.data.shape == (2,):
         title = f"{job.data.name}, {job.iteration} updates"
-        plots.save_plane(path, evaluated(job), job.data, job.chains, title, proposals=job.proposals)
+        plots.save_plane(path, evaluated(job), job.data, chains, title, proposals=job.proposals)
         return
-    if job.chains.dim() == 2:
-        vectors.save_pairs(path, job.data, job.chains, f"{job.data.name}, {job.iteration} updates", job.proposals)
+    if chains.dim() == 2:
+        vectors.save_pairs(path, job.data, chains, f"{job.data.name}, {job.iteration} updates", job.proposals)
         return
-    shown = [x for x in (job.proposals, job.chains) if x is not None]
+    shown = [x for x in (job.proposals, chains) if x is not None]
     if job.settings.task == "completion":
-        shown = [completion.images(x) for x in (completion.hidden(job.chains), *shown)]
+        shown = [completion.images(x) for x in (completion.hidden(chains), *shown)]
     if job.settings.classes:
-        z = job.chains[:64]
+        z = chains[:64]
         shown = [classes.images(z)[classes.labels(z).argsort(stable=True)]]
     if len(shown) == 1:
         plots.save_images(path, shown[0][:64], job.data.box)
