@@ -13,6 +13,10 @@ from .. import checks
 from ..data import classes
 from ..data.completion import free
 from .energies import MLP, ConvNet
+from .unet import UNet
+
+#: The networks whose ``layers`` autocast computes at its own precision.
+_NETWORKS = (MLP, ConvNet, UNet)
 
 
 class ConditionalEnergy(nn.Module):
@@ -87,7 +91,7 @@ class Autocast(nn.Module):
         It is kept, and each call writes the parameters of now into it, so that what was compiled or captured of it
         stays good. It shares all other tensors. Of networks that it does not know, it is the energy itself.
         """
-        networks = [m for m in self.modules() if isinstance(m, (MLP, ConvNet))]
+        networks = [m for m in self.modules() if isinstance(m, _NETWORKS)]
         masters = [p for network in networks for p in network.layers.parameters()]
         if not masters:
             return self
@@ -96,7 +100,7 @@ class Autocast(nn.Module):
         if len(source) != len(everything) or any(a is not b for a, b in zip(source, everything, strict=True)):
             self._twin = _Twin(self._cast(masters), everything)
         twin = self._twin.energy
-        copies = [p for m in twin.modules() if isinstance(m, (MLP, ConvNet)) for p in m.layers.parameters()]
+        copies = [p for m in twin.modules() if isinstance(m, _NETWORKS) for p in m.layers.parameters()]
         torch._foreach_copy_(copies, [p.detach() for p in masters])
         return twin
 

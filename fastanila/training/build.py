@@ -15,6 +15,7 @@ from .. import noise
 from ..data import classes, completion, densities, images, registry, samples
 from ..models import score, vae, wrappers
 from ..models.energies import MLP, ConvNet
+from ..models.unet import UNet
 from ..models.wrappers import Autocast
 from ..ops import dispatch
 from ..samplers import SAMPLERS, starts, weighted
@@ -98,12 +99,14 @@ def _network(settings: Settings, shape: tuple[int, ...], given: nn.Module | None
                 seed=settings.seed,
             )
         else:
-            network = ConvNet(
-                shape[0], shape[1], settings.width,
-                confinement=confinement, activation=settings.activation, outputs=count or 1,
-            )  # fmt: skip
+            image = dict(confinement=confinement, outputs=count or 1)
+            if settings.energy == "unet":
+                network = UNet(*shape[:2], settings.width, **image)
+            else:
+                network = ConvNet(*shape[:2], settings.width, activation=settings.activation, **image)
         if settings.init == "weighted":  # begins as the Gaussian that it is relative to
-            for p in network.head.parameters():
+            last = network.layers.last if settings.energy == "unet" else network.head
+            for p in last.parameters():
                 nn.init.zeros_(p)
         if settings.classes:
             return wrappers.ClassEnergy(network, count)

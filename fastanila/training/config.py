@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..samplers import EXACT
 from . import own
-from .defaults import DEFAULTS, ENERGIES, IMAGES, PLANES, defaults, of_data
+from .defaults import DEFAULTS, ENERGIES, IMAGE_ENERGIES, IMAGES, PLANES, VECTOR_ENERGIES, defaults, of_data
 from .settings import Settings, without_none
 
 try:
@@ -151,11 +151,12 @@ def _check_energy(settings: Settings, shape: tuple[int, ...] | None) -> None:
         wanted = f"one of {', '.join(ENERGIES)}, or package.module:function"
         raise ValueError(f"energy must be {wanted}; got {settings.energy!r}")
     table = of_data(settings.data, shape)
-    if table and settings.energy != table["energy"]:
+    fitting = VECTOR_ENERGIES if table.get("energy") in VECTOR_ENERGIES else IMAGE_ENERGIES
+    if table and settings.energy not in fitting:
         what = settings.data if shape is None else f"data of shape {tuple(shape)}"
-        raise ValueError(f"energy must be {table['energy']} for {what}, got {settings.energy}")
+        raise ValueError(f"energy must be {' or '.join(fitting)} for {what}, got {settings.energy}")
     if shape is not None and len(shape) == 3 and shape[1] != shape[2]:
-        raise ValueError(f"data must be square images for energy=convnet, got {tuple(shape)}")
+        raise ValueError(f"data must be square images for energy={settings.energy}, got {tuple(shape)}")
 
 
 def _check_weighted(settings: Settings) -> None:

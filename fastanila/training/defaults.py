@@ -67,7 +67,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": _DIGITS,
 }
 
-ENERGIES = ("mlp", "convnet")
+#: Networks by the shape of what they take: vectors, or images.
+VECTOR_ENERGIES, IMAGE_ENERGIES = ("mlp",), ("convnet", "unet")
+ENERGIES = VECTOR_ENERGIES + IMAGE_ENERGIES
 
 
 def of_data(name: str, shape: tuple[int, ...] | None = None) -> dict[str, Any]:

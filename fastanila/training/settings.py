@@ -47,14 +47,15 @@ class Settings:
 
     energy: str | None = setting(
         None,
-        "Energy network: mlp for vectors, convnet (five layers) for images; or package.module:function, which returns "
-        "an nn.Module of your own, (B, ...) to (B,), and is given the data's shape if it takes an argument.",
+        "Energy network: mlp for vectors, convnet (five layers) or unet (slower, and finer) for images; or "
+        "package.module:function, which returns an nn.Module of your own, (B, ...) to (B,), and is given the data's "
+        "shape if it takes an argument.",
     )
     activation: Literal["leaky-relu", "silu"] | None = setting(
         None,
         "Activation of the convnet: leaky-relu, as in the papers, or silu, whose score is smooth: matching needs that.",
     )
-    width: int | None = setting(None, "Units of a hidden layer (mlp), or channels of the first layer (convnet).")
+    width: int | None = setting(None, "Units of a hidden layer (mlp), or channels of the first layer (convnet, unet).")
     depth: int | None = setting(None, "Hidden layers (mlp).")
     features: int | None = setting(None, "Random Fourier features ahead of the network (mlp); 0 for none.")
     feature_scale: float | None = setting(

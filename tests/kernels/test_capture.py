@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastanila import AniLA, Langevin
-from fastanila.models import MLP, ConvNet, GaussianMixture
+from fastanila.models import MLP, ConvNet, GaussianMixture, UNet
 from fastanila.models.wrappers import Autocast
 from fastanila.samplers import chain, whole_chain
 from fastanila.samplers import stepwise as stepwise_samplers
@@ -49,6 +49,7 @@ ENERGIES = {
     "mixture": (lambda: GaussianMixture(torch.eye(2)), (65, 2)),
     "mlp": (lambda: MLP(2, width=32, features=16), (65, 2)),
     "convnet": (lambda: ConvNet(3, 16, 8), (5, 3, 16, 16)),
+    "unet": (lambda: UNet(3, 16, 8), (5, 3, 16, 16)),
     "bf16": (lambda: Autocast(ConvNet(3, 16, 8)), (5, 3, 16, 16)),
 }
 

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 from fastanila import AniLA, data, noise
-from fastanila.models import MLP, ConvNet, GaussianMixture, wrappers
+from fastanila.models import MLP, ConvNet, GaussianMixture, UNet, wrappers
 from fastanila.models.score import evaluator
 from fastanila.models.wrappers import Autocast
 from fastanila.samplers import starts
@@ -30,6 +30,41 @@ def test_convnet(channels, size):
 def test_convnet_refuses_tiny_images():
     with pytest.raises(ValueError, match="size must be at least 8 pixels, got 7"):
         ConvNet(1, 7)
+
+
+@pytest.mark.parametrize("channels, size, confinement", [(1, 8, 0.0), (3, 16, 0.5), (2, 20, 0.0)])
+def test_unet(channels, size, confinement):
+    """The energy is the product that it says it is, and its score the gradient of that; every output has one network's
+    energy of its own."""
+    torch.manual_seed(0)
+    net = UNet(channels, size, width=4, confinement=confinement).double()
+    x = torch.randn(3, channels, size, size, dtype=torch.float64)
+    field = net.layers(x)
+    assert field.shape == x.shape
+    expected = 0.025 * (x * field).flatten(1).sum(1) + confinement / 2 * x.square().flatten(1).sum(1)
+    torch.testing.assert_close(net(x).double(), expected, rtol=1e-5, atol=1e-6)  # it reduces in float32
+    net = net.float()
+    x = x.float()
+    energy, score = evaluator(net)(x)
+    assert energy.dtype == torch.float32 and energy.shape == (3,)
+    direction, h = torch.randn_like(x), 1e-2
+    slope = (net(x + h * direction) - net(x - h * direction)) / (2 * h)
+    torch.testing.assert_close(-(score * direction).flatten(1).sum(1), slope, rtol=2e-2, atol=1e-3)
+    torch.testing.assert_close(evaluator(net, traced=True)(x), (energy, score))
+
+    several = UNet(channels, size, width=4, confinement=confinement, outputs=3)
+    for i in range(3):
+        one = UNet(channels, size, width=4, confinement=confinement)
+        weights = several.layers.state_dict()
+        own = slice(i * channels, (i + 1) * channels)
+        one.layers.load_state_dict({k: v[own] if k.startswith("last") else v for k, v in weights.items()})
+        torch.testing.assert_close(several(x)[:, i], one(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [4, 18])
+def test_unet_refuses_sizes_that_its_levels_do_not_divide(size):
+    with pytest.raises(ValueError, match=f"size must be a multiple of 4 and at least 8 pixels for a U-Net, got {size}"):
+        UNet(1, size)
 
 
 @pytest.mark.parametrize("features", [0, 8])
@@ -167,10 +202,11 @@ def test_restarts_differ_from_the_starts():
     "build, shape",
     [
         (lambda: ConvNet(3, 9, 4, confinement=0.1), (5, 3, 9, 9)),
+        (lambda: UNet(3, 12, 4, confinement=0.1), (5, 3, 12, 12)),
         (lambda: MLP(3, 8, features=4), (7, 3)),
         (lambda: wrappers.ConditionalEnergy(ConvNet(2, 8, 4)), (3, 2, 8, 8)),
     ],
-    ids=["convnet", "mlp", "conditional"],
+    ids=["convnet", "unet", "mlp", "conditional"],
 )
 def test_weights_cast_ahead_change_no_bit(build, shape):
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from fastanila import generate
 from fastanila.noise import Stream, uniform
 from fastanila.training import config, job, loop, update
 from fastanila.training.learner import Schedule
-from fastanila.training.matching import LAST, SPEED, matching
+from fastanila.training.matching import LAST, LEAST, SPEED, matching
 from fastanila.training.settings import Settings
 
 
@@ -31,14 +31,15 @@ def test_the_loss_is_its_definition(shape):
     g = torch.Generator().manual_seed(3)
     data, begins = (2 * torch.rand(shape, generator=g, dtype=torch.float64) - 1 for _ in range(2))
     times = torch.rand((shape[0], *[1] * (len(shape) - 1)), generator=g, dtype=torch.float64)
-    times.view(-1)[0] = 0.95  # within the last share
+    times.view(-1)[:2] = torch.tensor([0.95, 0.99])  # within the last share, and so near that the weight is at its most
     energy, step_size = Quartic(1.7), 0.3
     squares = []
     for d, e, t in zip(data, begins, times.flatten().tolist(), strict=True):
         for a, b in zip(d.flatten().tolist(), e.flatten().tolist(), strict=True):
             gradient = 1.7 * (t * a + (1 - t) * b) ** 3
-            wanted = 2 * SPEED / step_size * min(1.0, (1 - t) / LAST) * (b - a)
-            squares.append(((gradient - wanted) * step_size / (2 * SPEED)) ** 2)
+            share = min(1.0, (1 - t) / LAST)
+            wanted = 2 * SPEED / step_size * share * (b - a)
+            squares.append(((gradient - wanted) * step_size / (2 * SPEED)) ** 2 / max(LEAST, share))
     loss = matching(energy, data, begins, times, step_size)
     assert loss.item() == pytest.approx(sum(squares) / len(squares), rel=1e-12)
     (slope,) = torch.autograd.grad(loss, energy.a)

@@ -178,7 +178,7 @@ def test_references_on_the_command_line(tmp_path, mine, capsys, monkeypatch):
         ("--energy own_module:broken", r"energy: own_module:broken\(\) failed: RuntimeError: no such thing"),
         ("--energy own_module:column", r"energy must map \(B, ...\) to \(B,\) = \(3,\), got \(3, 1\)"),
         ("--energy own_module:wrong", r"energy: Net cannot take a batch of the data, \(3, 2\)"),
-        ("--energy mpl", "energy must be one of mlp, convnet, or package.module:function"),
+        ("--energy mpl", "energy must be one of mlp, convnet, unet, or package.module:function"),
         ("--energy convnet", r"energy must be mlp for data of shape \(2,\), got convnet"),
         ("--energy own_module:plain --width 3", "width has no effect with energy=own_module:plain"),
         ("--data own_module:empty", r"data must have at least 2 rows"),

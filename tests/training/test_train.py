@@ -118,6 +118,8 @@ def test_learning_rate_and_average():
         dict(energy_l2=0.1, data_noise=0.05, clip_grad=0.1, ema=0.0, lr_decay="none"),
         dict(data="checkerboard", clamp=True),
         dict(data="digits", energy="convnet", width=4, chains=32, batch_size=16, features=0),
+        dict(data="digits", energy="unet", width=4, chains=32, batch_size=16, features=0, classes=True),
+        dict(data="digits", energy="unet", width=4, chains=32, batch_size=16, features=0, precision="bf16", matching=2),
     ],
     ids=str,
 )
