@@ -146,6 +146,7 @@ def test_poor_walkers_are_resampled_and_log_z_stays():
         dict(confinement=0.3, temperature=0.5),
         dict(temperature=0.25, data_noise=0.5),
         dict(data="digits", energy=None, width=4, features=0, sampler="mala", step_size=0.01, batch_size=8),
+        dict(data="digits", energy="unet", width=4, features=0, sampler="mala", step_size=0.01, batch_size=8),
     ],
     ids=str,
 )
