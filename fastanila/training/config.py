@@ -54,6 +54,11 @@ def resolve(settings: Settings, shape: tuple[int, ...] | None = None) -> Setting
     if settings.vae_warm_up is None:
         warm_up = settings.iterations // 4 if settings.init == "vae" else 0
         settings = dataclasses.replace(settings, vae_warm_up=warm_up)
+    if settings.witnesses is None:
+        from ..samplers.weighted import BLOCKS
+
+        count = -(-settings.batch_size // BLOCKS) * BLOCKS if settings.init == "weighted" else 0
+        settings = dataclasses.replace(settings, witnesses=count)
     if settings.chains is None:
         batches = of_data(settings.data, shape)["chains"] // settings.batch_size if settings.init == "persistent" else 1
         settings = dataclasses.replace(settings, chains=max(1, batches) * settings.batch_size)
@@ -86,7 +91,7 @@ def check(settings: Settings, shape: tuple[int, ...] | None = None) -> None:
     for name in ("log_every", "save_every"):
         checks.count(name, getattr(settings, name))
     checks.count("chains", settings.chains)
-    for name in ("depth", "features", "sample_every", "vae_warm_up", "matching", "seed", "rollbacks"):
+    for name in ("depth", "features", "sample_every", "vae_warm_up", "matching", "seed", "rollbacks", "witnesses"):
         checks.count(name, getattr(settings, name), least=0)
     if settings.seed >= 1 << 63:
         raise ValueError(f"seed must be below 2**63, got {settings.seed}")
@@ -116,7 +121,12 @@ def check(settings: Settings, shape: tuple[int, ...] | None = None) -> None:
     if settings.matching >= settings.iterations:
         wanted = f"below iterations ({settings.iterations}), or chains never take over"
         raise ValueError(f"matching must be {wanted}, got {settings.matching}")
-    for wanted, given in (("init=vae", settings.init == "vae"), ("classes", settings.classes)):
+    weighted = settings.init == "weighted"
+    for wanted, given in (
+        ("init=vae", settings.init == "vae"),
+        ("classes", settings.classes),
+        ("init=weighted", weighted),
+    ):
         if given and (settings.matching or settings.matching_weight):
             raise ValueError(f"matching and matching_weight must be 0 with {wanted}, got {settings.matching}")
     if settings.flips and (len(shape) != 3 if shape else settings.data in PLANES):
@@ -131,8 +141,10 @@ def check(settings: Settings, shape: tuple[int, ...] | None = None) -> None:
         raise ValueError(f"init must be vae with task=completion, got {settings.init}")
     if settings.classes and settings.task != "generation":
         raise ValueError(f"task must be generation with classes, got {settings.task}")
-    if settings.classes and settings.init == "vae":
-        raise ValueError("init must be persistent, data or noise with classes, got vae")
+    if settings.classes and settings.init in ("vae", "weighted"):
+        raise ValueError(f"init must be persistent, data or noise with classes, got {settings.init}")
+    if weighted:
+        _check_weighted(settings)
 
 
 def _check_energy(settings: Settings, shape: tuple[int, ...] | None) -> None:
@@ -149,6 +161,18 @@ def _check_energy(settings: Settings, shape: tuple[int, ...] | None) -> None:
         raise ValueError(f"energy must be {' or '.join(fitting)} for {what}, got {settings.energy}")
     if shape is not None and len(shape) == 3 and shape[1] != shape[2]:
         raise ValueError(f"data must be square images for energy={settings.energy}, got {tuple(shape)}")
+
+
+def _check_weighted(settings: Settings) -> None:
+    from ..samplers.weighted import BLOCKS
+
+    if settings.sampler not in EXACT:
+        raise ValueError(
+            f"sampler must be one of {', '.join(EXACT)} with init=weighted, got {settings.sampler}: its transitions "
+            "change the law of the walkers, which their weights cannot follow"
+        )
+    if settings.witnesses % BLOCKS:
+        raise ValueError(f"witnesses must be a multiple of {BLOCKS}, got {settings.witnesses}")
 
 
 def _check_exact(settings: Settings) -> None:

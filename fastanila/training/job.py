@@ -54,7 +54,7 @@ def prepare(
     if settings.tensorboard:
         tensorboard_writer()
     dataset = build.load_data(settings, device) if found is None else build.load_data(settings, device, given=found)
-    vae, first = None, 0
+    settings, vae, first = build.fitted(settings, dataset), None, 0
     if settings.init == "vae":
         network, first = build.build_vae(settings, dataset.shape, dataset.box), settings.vae_warm_up
         vae = learner.build(network, settings, settings.vae_lr, settings.vae_lr_decay, device)
@@ -67,6 +67,8 @@ def prepare(
     with torch.no_grad():
         chains = start.draw(0, dataset.draw(settings.batch_size, seed=settings.seed, step=0, device=device))
         chains = chains[: settings.batch_size].clone()
+    if settings.init == "weighted":
+        start.begin(ebm.module.eval())
     job = Job(
         settings=dataclasses.replace(settings, out=str(directory)),
         directory=directory,

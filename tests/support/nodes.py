@@ -202,6 +202,8 @@ CASES: dict[str, Case] = {
     "update: digits, the warm-up by matching": update(**SMALL_IMAGES, matching=10, activation="silu", flips=True),
     "update: digits, matching beside the likelihood": update(**SMALL_IMAGES, matching_weight=1.0, activation="silu"),
     "update: digits, classes": update(**SMALL_IMAGES, classes=True),
+    "update: rings, weighted": update(**SMALL | dict(sampler="mala", init="weighted", witnesses=16)),
+    "update: digits, weighted": update(**SMALL_IMAGES | dict(sampler="mala", init="weighted", step_size=0.01)),
     "update: rings, a small vae": update(**SMALL, init="vae", vae_width=16, vae_warm_up=2),
     "update: digits, completion": update(
         **SMALL | dict(data="digits", width=8, features=0),
