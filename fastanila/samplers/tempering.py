@@ -221,7 +221,8 @@ class ReplicaExchange(Sampler):
         """(R - 1,): the mean probability of an exchange of each replica with the next, of the energies U (R B,)."""
         u = energies.unflatten(0, (self.replicas, -1))
         betas = 1 / torch.as_tensor(self.temperatures, dtype=torch.float32, device=u.device)
-        return ((betas[:-1] - betas[1:])[:, None] * (u[:-1] - u[1:])).clamp(max=0).exp().mean(1)
+        log_ratio = (betas[:-1] - betas[1:])[:, None] * (u[:-1] - u[1:])
+        return log_ratio.clamp(max=0).exp().nan_to_num(0.0).mean(1)  # not a number: neither energy is finite
 
     def calibrate(self, energy, z, **settings):
         """This sampler with the inner one's step size, and threshold, as `Sampler.calibrate` proposes them at z, some
