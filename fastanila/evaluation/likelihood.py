@@ -23,6 +23,7 @@ from .bases import Folded, Gaussian, Uniform
 from .plane import spaced
 
 ERRORS = 3  #: standard errors that a bracket has beyond its two estimates
+_UNSETTLED = 2.5  #: standard errors of both that the upper estimate lies below the lower one: by chance once in 160
 _LEAST_ESS = 20  #: chains' worth of weights below which a standard error means little
 _WIDE, _WIDE_EACH = 1.0, 0.02  #: nats, and nats a dimension, of a bracket that still says something
 _BATCH, _FITTED = 1024, 10_000  #: states whose energy is taken at a time, and the most that a base is fitted to
@@ -69,10 +70,11 @@ class Bracket(NamedTuple):
         wide, width = max(_WIDE, _WIDE_EACH * dimension), self.upper - self.lower
         if not all(math.isfinite(x) for x in (self.lower, self.upper)):
             return "a weight is not finite: the energy has no law that the base leads to, and nothing here counts"
-        if width < 0:
+        below = self.forward.value - self.reverse.value
+        if below > _UNSETTLED * math.hypot(self.forward.stderr, self.reverse.stderr) or width < 0:
             return (
-                f"the upper bound lies {-width:.3g} nats below the lower one: the chains that it is from had not "
-                "settled to the model's law, so it bounds nothing"
+                f"the upper estimate lies {below:.3g} nats below the lower one: the chains that it is from had not "
+                "settled to the model's law, so it bounds nothing; the lower one stands"
             )
         if width > wide:
             return f"the bracket is {width:.3g} nats wide, which says nothing of this model: take more temperatures"

@@ -310,6 +310,7 @@ def test_what_means_nothing_is_said_in_one_sentence():
     assert "7.06 nats wide" in note(1.0, 8.0)
     assert note(1.0, 8.0, dimension=1000) is None
     assert "had not settled" in note(8.0, 1.0)
+    assert "had not settled" in note(1.05, 1.0) and note(1.03, 1.0) is None  # of errors of 0.014 together
     assert "those of 3 chains" in note(1.0, 1.1, ess=3.0)
     assert "not finite" in note(1.0, math.nan)
 
