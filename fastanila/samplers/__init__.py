@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .calibration import calibrate
     from .hmc import HMC
     from .langevin import AniLA, GradientDescent, Langevin, TamedLangevin
+    from .metric import Preconditioned
     from .metropolis import MALA, AdjustedAniLA
     from .sampler import Sampler
 
@@ -24,6 +25,7 @@ __all__ = [
     "CodedAniLA",
     "GradientDescent",
     "Langevin",
+    "Preconditioned",
     "Sampler",
     "ShrunkNoise",
     "TamedLangevin",
@@ -49,7 +51,8 @@ _ALL = _UNADJUSTED | _EXACT
 #: The names of the samplers whose law is the model's own (`Sampler.is_exact`).
 EXACT = tuple(_EXACT)
 
-_HOMES = {place.partition(".")[2]: place for place in (*_ALL.values(), "sampler.Sampler", "calibration.calibrate")}
+_OTHERS = ("sampler.Sampler", "calibration.calibrate", "metric.Preconditioned")
+_HOMES = {place.partition(".")[2]: place for place in (*_ALL.values(), *_OTHERS)}
 
 
 def __getattr__(name: str):
