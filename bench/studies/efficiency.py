@@ -34,6 +34,7 @@ from .. import markdown
 CLIPPED = 0.1  #: fraction of exact draws' scores beyond the threshold
 STABILITIES = (0.1, 0.01)  #: of `calibrate`, for the unadjusted samplers
 LONGEST = 50  #: leapfrog steps
+KINDS = ("unadjusted", "exact", "metric")
 ADAPTING = 150  #: transitions in which an exact sampler adapts
 _DIM, _FUNNEL_DIM, _FUNNEL_SD = 50, 10, 3.0
 _REFERENCE = 100_000  #: exact draws that the chains are compared with
@@ -125,11 +126,17 @@ def _normals(dim: int) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- samplers
 
 
-def samplers(target: Target, chains: int, adapting: int, *, exact: bool = False) -> Iterator[tuple[str, Sampler]]:
-    """Each sampler, or each exact one, by name, its numbers chosen as ABOUT says."""
-    if not exact:
+def samplers(
+    target: Target, chains: int, adapting: int, *, kinds: Sequence[str] = KINDS
+) -> Iterator[tuple[str, Sampler]]:
+    """Each sampler of these kinds by name, its numbers chosen as ABOUT says."""
+    start, how = target.draws[:chains], dict(steps=adapting, seed=1, compile=False)
+    if "unadjusted" in kinds:
         yield from unadjusted(target)
-    yield from adjusted(target, chains, adapting)
+    if "exact" in kinds:
+        yield from adjusted(target, start, how)
+    if "metric" in kinds:
+        yield from with_metric(target, start, how)
 
 
 def unadjusted(target: Target) -> Iterator[tuple[str, Sampler]]:
@@ -147,23 +154,25 @@ def unadjusted(target: Target) -> Iterator[tuple[str, Sampler]]:
             yield f"{name} ({stability:g})", chosen
 
 
-def adjusted(target: Target, chains: int, adapting: int) -> Iterator[tuple[str, Sampler]]:
-    calibrating, start = target.draws[:4096], target.draws[:chains]
-    how = dict(steps=adapting, seed=1, compile=False)
-    mala = MALA(step_size=calibrate(target.energy, calibrating).step_size)
-    yield "mala", mala.adapt(target.energy, start, **how).sampler
-    by_norm = {}
+def adjusted(target: Target, start: Tensor, how: dict) -> Iterator[tuple[str, Sampler]]:
+    calibrating = target.draws[:4096]
+    step_size = calibrate(target.energy, calibrating).step_size
+    yield "mala", MALA(step_size=step_size).adapt(target.energy, start, **how).sampler
     for norm in ("element", "chain"):
         chosen = AdjustedAniLA(norm=norm).calibrate(target.energy, calibrating, clip_fraction=CLIPPED)
-        by_norm[norm] = chosen.adapt(target.energy, start, **how).sampler
-        yield f"anila-mh, {norm}", by_norm[norm]
-    yield "hmc", hmc(target, HMC(step_size=mala.step_size), start, how)
-    learned = mala.adapt(target.energy, start, metric=True, **how).sampler
-    yield "mala, metric", learned
-    for norm, chosen in by_norm.items():
-        metric = Preconditioned(chosen, learned.scale).calibrate(target.energy, calibrating, clip_fraction=CLIPPED)
-        yield f"anila-mh, {norm}, metric", metric.adapt(target.energy, start, **how).sampler
-    yield "hmc, metric", hmc(target, Preconditioned(HMC(step_size=learned.step_size), learned.scale), start, how)
+        yield f"anila-mh, {norm}", chosen.adapt(target.energy, start, **how).sampler
+    yield "hmc", hmc(target, HMC(step_size=step_size), start, how)
+
+
+def with_metric(target: Target, start: Tensor, how: dict) -> Iterator[tuple[str, Sampler]]:
+    calibrating = target.draws[:4096]
+    mala = MALA().calibrate(target.energy, calibrating).adapt(target.energy, start, metric=True, **how).sampler
+    yield "mala, metric", mala
+    for norm in ("element", "chain"):
+        chosen = Preconditioned(AdjustedAniLA(norm=norm), mala.scale)
+        chosen = chosen.calibrate(target.energy, calibrating, clip_fraction=CLIPPED)
+        yield f"anila-mh, {norm}, metric", chosen.adapt(target.energy, start, **how).sampler
+    yield "hmc, metric", hmc(target, Preconditioned(HMC(step_size=mala.step_size), mala.scale), start, how)
 
 
 def hmc(target: Target, sampler: HMC | Preconditioned, start: Tensor, how: dict) -> HMC | Preconditioned:
@@ -251,11 +260,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, help="a trained run in two dimensions; default: a short one is trained")
     parser.add_argument("--target", default="", help="only targets whose name has this in it")
-    parser.add_argument("--exact", action="store_true", help="only the exact samplers")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of samplers")
     parser.add_argument("--chains", type=int, default=128)
     parser.add_argument("--gradients", type=int, default=2000, help="of each chain")
     parser.add_argument("--write", action="store_true", help="put the table into bench/RESULTS.md")
     arguments = parser.parse_args(argv)
+    if arguments.write and (arguments.target or set(arguments.kinds) != set(KINDS)):
+        parser.error("--write is for the whole table, without --target and --kinds")
     diagnostics.arviz()  # or fail now, and not after the training
     chosen = [t for t in (gaussian(1.0), gaussian(100.0), funnel(), eight_gaussians()) if arguments.target in t.name]
     if arguments.target in "learned energy":
@@ -266,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = []
     for target in chosen:
         began = time.monotonic()
-        for name, sampler in samplers(target, arguments.chains, ADAPTING, exact=arguments.exact):
+        for name, sampler in samplers(target, arguments.chains, ADAPTING, kinds=arguments.kinds):
             results.append(result(target, name, sampler, arguments.chains, arguments.gradients))
             print(*cells(results[-1]), sep=", ", file=sys.stderr, flush=True)
         print(f"{target.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)

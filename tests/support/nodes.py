@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import fake_device
-from fastanila import MALA, AdjustedAniLA, AniLA, Langevin
+from fastanila import MALA, AdjustedAniLA, AniLA, Langevin, Preconditioned
 from fastanila.models import MLP, ConvNet, GaussianMixture
 from fastanila.samplers import whole_chain
 from fastanila.samplers.sampler import Sampler
@@ -180,6 +180,7 @@ CASES: dict[str, Case] = {
     "transition: convnet, bf16, a frozen gain": transition(convnet, IMAGES, FROZEN, "bf16"),
     "transition: convnet, adjusted by chain": transition(convnet, IMAGES, AdjustedAniLA(50.0, 0.001, norm="chain")),
     "transition: convnet, adjusted by element": transition(convnet, IMAGES, ADJUSTED),
+    "transition: mlp, a metric": transition(mlp, VECTORS, Preconditioned(ADJUSTED, torch.tensor([0.5, 1.6]))),
     "run: mixture": run(mixture, VECTORS, ANILA),
     "run: mlp": run(mlp, VECTORS, ANILA),
     "run: mixture, adjusted": run(mixture, VECTORS, ADJUSTED),
