@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .calibration import calibrate
     from .hmc import HMC
     from .langevin import AniLA, GradientDescent, Langevin, TamedLangevin
+    from .metric import Preconditioned
     from .metropolis import MALA, AdjustedAniLA
     from .sampler import Sampler
     from .tempering import ReplicaExchange
@@ -25,6 +26,7 @@ __all__ = [
     "CodedAniLA",
     "GradientDescent",
     "Langevin",
+    "Preconditioned",
     "ReplicaExchange",
     "Sampler",
     "ShrunkNoise",
@@ -51,7 +53,7 @@ _ALL = _UNADJUSTED | _EXACT
 #: The names of the samplers whose law is the model's own (`Sampler.is_exact`).
 EXACT = tuple(_EXACT)
 
-_OTHERS = ("sampler.Sampler", "calibration.calibrate", "tempering.ReplicaExchange")
+_OTHERS = ("sampler.Sampler", "calibration.calibrate", "metric.Preconditioned", "tempering.ReplicaExchange")
 _HOMES = {place.partition(".")[2]: place for place in (*_ALL.values(), *_OTHERS)}
 
 

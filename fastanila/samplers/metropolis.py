@@ -10,13 +10,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, ops
+from .. import ops
 from ..models.score import Evaluate
 from ..ops import reference
 from ..ops.metropolis import metropolis_step
 from ..ops.reference import Proposal
-from . import calibration
-from .sampler import Sampler, check_run, check_settings
+from . import adaptation
+from .sampler import Sampler, check_settings
 from .state import Info, State
 
 #: Settings of the unadjusted samplers that these have not, and why.
@@ -30,7 +30,7 @@ ABOVE_ALL = 1e30  #: an energy that no state has
 
 
 class Adapted(NamedTuple):
-    sampler: Any  #: of the same type, with the step size found, which stays as it is
+    sampler: Any  #: of the same type, or a `Preconditioned` of it, with what was found, which stays as it is
     z: Tensor  #: (B, ...) the chains, which went on meanwhile
 
 
@@ -82,6 +82,7 @@ class Adjusted(Sampler):
         offset: int = 0,
         mask: Tensor | None = None,
         target_acceptance: float | None = None,
+        metric: bool = False,
         compile: bool = True,
     ) -> Adapted:
         """Move the step size, by dual averaging (Hoffman and Gelman 2014), to a mean acceptance over all chains.
@@ -94,29 +95,21 @@ class Adjusted(Sampler):
             energy: as for `run`, with z, seed, step, offset, mask and compile.
             steps: transitions to make, at least one.
             target_acceptance: in (0, 1), default 0.574 (Roberts and Rosenthal 1998), HMC 0.8.
+            metric: learn a diagonal metric too, and return a `Preconditioned` of this sampler: see its `adapt`.
 
         Raises:
             ValueError, TypeError: naming the argument, as `run` does.
         """
-        target = self.target_acceptance if target_acceptance is None else target_acceptance
-        if not 0 < target < 1:
-            raise ValueError(f"target_acceptance must be between 0 and 1, got {target}")
-        check_run(self, z, steps, seed, step, offset, mask)
-        checks.count("steps", steps)
-        if energy is None:
-            raise ValueError(f"energy must be given, for {type(self).__name__} compares energies, got None")
-        checks.callables(energy=energy)
-        found = calibration.dual_averaging(self.step_size, z.device)
-        place = self.numbers.index("step_size")
+        settings = dict(
+            steps=steps, seed=seed, step=step, offset=offset, mask=mask, target_acceptance=target_acceptance,
+            compile=compile,
+        )  # fmt: skip
+        if metric:
+            from .metric import Preconditioned  # whose file knows this one
 
-        with self._chain(energy, z, None, mask, seed, step, compile) as (chain, state, seed_t, step_t):
-            numbers = list(self.numbers_on(z.device))
-            for t in range(steps):
-                numbers[place] = found.step_size
-                state, info = chain(1, tuple(numbers), state, seed_t, step_t + t, offset, mask)
-                state = state._replace(proposal=None)  # made with a step size that changes: it is made anew
-                found = calibration.averaged(found, info.acceptance.mean(), target)
-        return Adapted(dataclasses.replace(self, step_size=found.kept.item()), state.z)
+            return Preconditioned(self).adapt(energy, z, metric=True, **settings)
+        found = adaptation.warm_up(self, energy, z, metric=False, **settings)
+        return Adapted(dataclasses.replace(self, step_size=found.step_size), found.z)
 
 
 @dataclasses.dataclass(frozen=True)

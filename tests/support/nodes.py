@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import fake_device
-from fastanila import MALA, AdjustedAniLA, AniLA, Langevin, ReplicaExchange
+from fastanila import MALA, AdjustedAniLA, AniLA, Langevin, Preconditioned, ReplicaExchange
 from fastanila.models import MLP, ConvNet, GaussianMixture
 from fastanila.samplers import whole_chain
 from fastanila.samplers.sampler import Sampler
@@ -181,6 +181,7 @@ CASES: dict[str, Case] = {
     "transition: convnet, adjusted by chain": transition(convnet, IMAGES, AdjustedAniLA(50.0, 0.001, norm="chain")),
     "transition: convnet, adjusted by element": transition(convnet, IMAGES, ADJUSTED),
     "transition: mlp, 5 replicas": transition(mlp, VECTORS, ReplicaExchange.of(ADJUSTED, replicas=5, highest=9.0)),
+    "transition: mlp, a metric": transition(mlp, VECTORS, Preconditioned(ADJUSTED, torch.tensor([0.5, 1.6]))),
     "run: mixture": run(mixture, VECTORS, ANILA),
     "run: mlp": run(mlp, VECTORS, ANILA),
     "run: mixture, adjusted": run(mixture, VECTORS, ADJUSTED),
