@@ -17,7 +17,7 @@ from . import presets
 from .presets import Choice, Preset
 from .settings import Settings
 
-#: Makes runs by name, in a folder of the name given, and returns a line for each: see `compare.train_all`.
+#: Makes runs by name, in a folder of the name given, and returns a line for each: see `several.train_all`.
 Make = Callable[[Mapping[str, Settings], str], list[dict[str, Any]]]
 
 
@@ -31,6 +31,8 @@ def rule(preset: Preset) -> str:
     """The rule in words."""
     assert preset.comparison is not None
     pilots = preset.comparison.pilots
+    if not pilots.iterations:
+        return "Nothing is tuned: every form has its own start."
     steps, thresholds = (", ".join(f"{x:g}" for x in xs) for xs in (pilots.step_sizes, pilots.thresholds))
     return (
         f"Every form is tuned alike, by pilots of {pilots.iterations} updates with seed {pilots.seed}. They have the "
@@ -44,13 +46,18 @@ def has_threshold(form: str) -> bool:
 
 def tune(preset: Preset, common: Mapping[str, Any], make: Make) -> tuple[dict[str, Tuned], list[dict[str, Any]]]:
     """What each form of the preset's comparison is given, and the lines of all pilots. ``common`` is that of
-    `presets.settings_of`."""
+    `presets.settings_of`. Pilots of no updates tune nothing. Raises ValueError where a form cannot be tuned."""
     assert preset.comparison is not None
     pilots, forms = preset.comparison.pilots, preset.comparison.forms
     own = dict(common) | {"iterations": pilots.iterations}
     wanted = [form for form in forms if form != presets.EFFECTIVE]
     if presets.EFFECTIVE in forms and presets.ITS_SOURCE not in forms:
         raise ValueError(f"samplers must have {presets.ITS_SOURCE} beside {presets.EFFECTIVE}, whose step size is its")
+
+    if not pilots.iterations:
+        if presets.EFFECTIVE in forms:
+            raise ValueError(f"pilots must be at least 1 with {presets.EFFECTIVE}, whose step size they find; got 0")
+        return {form: Tuned(Choice(form), (), False) for form in forms}, []
 
     def tried(choices: list[Choice], folder: str) -> list[dict[str, Any]]:
         settings = {c.name: presets.settings_of(preset, c, seed=pilots.seed, common=own) for c in choices}

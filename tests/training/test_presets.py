@@ -14,7 +14,7 @@ from fastanila import compare, train
 from fastanila.data import registry
 from fastanila.evaluation import comparison, quadrature
 from fastanila.samplers import EXACT, SAMPLERS
-from fastanila.training import build, config, needs, presets, side_by_side, tuning
+from fastanila.training import build, config, needs, presets, several, side_by_side, tuning
 from fastanila.training.presets import Choice
 from fastanila.training.settings import Settings
 from run_files import quiet
@@ -268,12 +268,12 @@ def in_process(monkeypatch):
     made = []
 
     def trained(settings, directory, threads):
-        if compare.progress(directory) is None:
+        if several.progress(directory) is None:
             made.append(directory.name)
             quiet(dataclasses.replace(settings, out=str(directory)))
         return True
 
-    monkeypatch.setattr(compare, "train", trained)
+    monkeypatch.setattr(several, "train", trained)
     return made
 
 
