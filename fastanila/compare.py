@@ -141,7 +141,7 @@ def compared(arguments: argparse.Namespace, given: set[str]) -> int:
         run_directory.check_writable(out)
 
     def measure(name: str, directory: Path, finished: bool) -> dict[str, Any]:
-        return measured(dataclasses.asdict(by_name[name]), directory, finished, arguments.data_dir)
+        return measured(dataclasses.asdict(by_name[name]), directory, finished, arguments.data_dir, arguments.fused)
 
     lines = made(lambda: several.train_all(resolved, out / "compare.json", arguments.jobs, measure, exits.say))
     rows = summary(lines)
@@ -234,11 +234,18 @@ def compared_forms(preset: presets.Preset, arguments: argparse.Namespace, common
 
     def work() -> dict[str, Any]:
         tuned, pilots = tuning.tune(preset, common, lambda resolved, folder: make(resolved, f"pilots/{folder}"))
-        keys = list(itertools.product(forms, seeds))
-        chosen = {(f, s): presets.settings_of(preset, tuned[f].choice, seed=s, common=common) for f, s in keys}
-        lines = make({f"{f}-seed{s}": settings for (f, s), settings in chosen.items()}, "runs")
-        lines = [line | {"form": form} for (form, _), line in zip(keys, lines, strict=True)]
-        return side_by_side.document(preset, tuned, pilots, lines)
+
+        def runs(of: Sequence[str], folder: str) -> list[dict[str, Any]]:
+            keys = list(itertools.product(of, seeds))
+            chosen = {(f, s): presets.settings_of(preset, tuned[f].choice, seed=s, common=common) for f, s in keys}
+            lines = make({f"{f}-seed{s}": settings for (f, s), settings in chosen.items()}, folder)
+            return [line | {"form": form} for (form, _), line in zip(keys, lines, strict=True)]
+
+        lines = runs(list(tuned), "runs")
+        if presets.EFFECTIVE in forms:
+            tuned[presets.EFFECTIVE] = tuning.effective(tuned[presets.ITS_SOURCE], lines)
+            lines += runs([presets.EFFECTIVE], "effective")
+        return side_by_side.document(preset, common, tuned, pilots, lines)
 
     document = made(work)
     files.write_text(out / "compare.json", json.dumps(side_by_side.finite(document), indent=2) + "\n")

@@ -90,8 +90,9 @@ def by_form(lines: Sequence[dict[str, Any]], rival: str) -> list[dict[str, Any]]
     """A row for each form, of runs by several seeds, in the order in which they come.
 
     ``each`` is the measure of every seed whose run did not diverge, ``mean`` and ``sd`` are over them (sd: None for
-    one), ``less`` is how much less it is than that of the form ``rival``, seed by seed, with ``less_sd``; the others
-    are means. Raises ValueError where no run reports a measure.
+    one), ``less`` is how much less it is than that of the form ``rival``, seed by seed, with ``less_sd``. ``wins``
+    counts the seeds where it is less at all, of ``pairs``. The others are means. Raises ValueError where no run reports
+    a measure.
     """
     measure = measure_of(lines)
     of_rival = {line["seed"]: score(line, measure) for line in lines if line["form"] == rival}
@@ -106,6 +107,7 @@ def by_form(lines: Sequence[dict[str, Any]], rival: str) -> list[dict[str, Any]]
             {"form": form, "of": measure, "seeds": len(group), "failed": len(group) - len(well), "each": each}
             | {"mean": fmean(each) if each else None, "sd": stdev(each) if len(each) > 1 else None}
             | {"less": fmean(less) if less else None, "less_sd": stdev(less) if len(less) > 1 else None}
+            | {"wins": sum(x > 0 for x in less), "pairs": len(less)}
             | {k: fmean(line[k] for line in well) for k in SHOWN if k != measure and well and all(k in x for x in well)}
         )
     return rows
@@ -118,7 +120,8 @@ def form_table(rows: Sequence[dict[str, Any]], labels: Mapping[str, str], tuned:
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for row in rows:
         cells = [labels[row["form"]], tuned[row["form"]]]
-        cells += [_spread(row["mean"], row["sd"]), _spread(row["less"], row["less_sd"])]
+        wins = f" ({row['wins']} of {row['pairs']})" if row["pairs"] else ""
+        cells += [_spread(row["mean"], row["sd"]), _spread(row["less"], row["less_sd"]) + wins]
         cells += [f"{row[k]:.3g}" if k in row else "-" for k in shown] + [f"{row['failed']} of {row['seeds']}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -202,14 +202,32 @@ def test_the_rule_is_steps_first_then_thresholds():
     assert [len(resolved) for _, resolved in calls] == [9, 3]
     assert all(s.iterations == 200 and s.seed == 0 for _, resolved in calls for s in resolved.values())
     assert {s.step_size for s in calls[1][1].values()} == {0.02}  # at the best step size alone
-    assert list(tuned) == ["langevin", "anila", "langevin-effective", "mala"] and len(lines) == 12
+    assert list(tuned) == ["langevin", "anila", "mala"] and len(lines) == 12
     assert tuned["langevin"] == (Choice("langevin", 1, 1), (), False)
     assert tuned["anila"] == (Choice("anila", 4, 0.2), ("step_size", "threshold"), False)
     assert tuned["mala"] == (Choice("mala", 0.25, 1), ("step_size",), False)
-    # Langevin's step is then AniLA's, 4 times the start, times the mean gain
-    assert tuned["langevin-effective"].choice.step_size == pytest.approx(1.6)
-    effective = presets.settings_of(preset, tuned["langevin-effective"].choice, seed=1)
-    assert (effective.sampler, effective.step_size) == ("langevin", pytest.approx(0.005 * 1.6))
+
+
+def test_the_mean_step_is_that_of_the_runs_which_are_compared():
+    preset = presets.read("rings")
+    source = tuning.Tuned(Choice("anila", 4, 0.2), ("step_size",), False)
+    gains = {1: 0.5, 2: 0.7, 3: math.nan}
+    lines = [dict(form="anila", seed=s, diverged=s == 3, gamma_mean=gain) for s, gain in gains.items()]
+    lines += [dict(form="langevin", seed=1, diverged=False, gamma_mean=1.0)]
+    found = tuning.effective(source, lines)
+    assert found == (Choice("langevin-effective", pytest.approx(4 * 0.6), 1), (), False)
+    settings = presets.settings_of(preset, found.choice, seed=1)
+    assert (settings.sampler, settings.step_size) == ("langevin", pytest.approx(0.005 * 4 * 0.6))
+    assert tuning.effective(source, lines[2:]) == (Choice("langevin-effective", 4, 1), (), True)
+
+
+def test_without_pilots_every_form_has_its_own_start():
+    preset = presets.read("rings")
+    none = presets.changed(preset, pilots=preset.comparison.pilots._replace(iterations=0))
+    tuned, lines = tuning.tune(none, {}, lambda *_: pytest.fail("a pilot"))
+    assert lines == [] and set(tuned) == set(preset.comparison.forms) - {"langevin-effective"}
+    assert all(found == (Choice(form), (), False) for form, found in tuned.items())
+    assert tuning.rule(none).startswith("Nothing is tuned: every form has its own start. Langevin at AniLA's mean step")
 
 
 def test_a_form_whose_pilots_all_fail_keeps_the_least_step():
@@ -247,7 +265,8 @@ def test_rows_are_means_and_differences_seed_by_seed():
     assert third["mean"] is None and third["failed"] == 1
     labels = {form: presets.FORMS[form].label for form in presets.FORMS}
     text = comparison.form_table([first, second, third], labels, dict.fromkeys(labels, "eps 1"), "langevin")
-    assert "| AniLA, by element | eps 1 | 4.25 ± 0.35 | 1.75 ± 1.1 | 0.1 | 1 | 1 of 3 |" in text.splitlines()
+    assert (second["wins"], second["pairs"], first["pairs"]) == (2, 2, 0)
+    assert "| AniLA, by element | eps 1 | 4.25 ± 0.35 | 1.75 ± 1.1 (2 of 2) | 0.1 | 1 | 1 of 3 |" in text.splitlines()
     assert len({row.count("|") for row in text.splitlines()}) == 1
 
 
@@ -290,7 +309,8 @@ def test_a_preset_is_compared(in_process, tmp_path, monkeypatch, capsys):
         return {"iteration": run.iteration, "gap": gap}
 
     monkeypatch.setattr(compare, "evaluate", coarse)
-    command = ["--preset", "rings", "--no-fused", "--iterations", "2", "--out", str(tmp_path)]
+    command = ["--preset", "rings", "--no-fused", "--iterations", "2", "--settings", "chains=32"]
+    command += ["--out", str(tmp_path)]
     assert compare.main(command) == 0
     assert in_process == [
         "langevin-step1-b1", "langevin-step4-b1", "anila-step1-b1", "anila-step4-b1", in_process[4],
@@ -304,11 +324,11 @@ def test_a_preset_is_compared(in_process, tmp_path, monkeypatch, capsys):
     assert found["summary"][1]["less"] == pytest.approx(plain["gap"] - ours["gap"])
     chosen, step_size = found["tuned"]["anila"]["factors"], tiny.settings["step_size"]
     assert ours["step_size"] == pytest.approx(chosen[0] * step_size)
-    (pilot,) = (x for x in found["pilots"] if x["form"] == "anila" and x["factors"] == chosen)
-    assert effective["step_size"] == pytest.approx(ours["step_size"] * pilot["gamma_mean"])
+    assert effective["step_size"] == pytest.approx(ours["step_size"] * ours["gamma_mean"])
     page = (tmp_path / "compare.md").read_text()
     assert page in capsys.readouterr().out and "| Langevin at AniLA's mean step |" in page
     assert r"\|s\| seldom exceeds it" in page and "times 0.1, 1." in page
+    assert "| chains | 32 |  | asked for; the preset has 16 |" in page and "| steps | 4 |  | quick |" in page
     assert (tmp_path / "compare.png").stat().st_size > 10_000
     in_process.clear()
     assert compare.main(command) == 0 and in_process == []  # all of it is there
@@ -332,6 +352,10 @@ def test_what_goes_with_a_preset_and_what_does_not(tmp_path, capsys):
         ("--preset rings --step-size 1", "step_size has no effect with preset, which tunes them"),
         ("--preset completion --samplers hmc", "samplers must be of langevin, .* with preset=completion, got hmc"),
         ("--preset rings --image-size 8", "image_size has no effect with data=rings"),
+        ("--preset rings --pilots -1", "pilots must be at least 0, got -1"),
+        ("--preset rings --settings norm=chain lr=x", "lr must be a number, got 'x'"),
+        ("--preset rings --settings vae_lr=1", "vae_lr has no effect with init=persistent"),
+        ("--pilots 3", "pilots has no effect without preset, whose forms they tune"),
         ("--samplers anila-channel", "samplers must be of .* without preset, got anila-channel"),
     ):
         assert compare.main([*flags.split(), *out]) == 2
