@@ -31,9 +31,9 @@ from typing import Any
 
 from . import files
 from .cli import exits, flags, parsers
-from .data import registry
+from .data import Images, registry
 from .evaluate import evaluate
-from .evaluation import plots
+from .evaluation import features, plots
 from .evaluation.comparison import MEASURES, summary, table
 from .samplers import EXACT, SAMPLERS
 from .training import (
@@ -130,13 +130,14 @@ def compared(arguments: argparse.Namespace, given: set[str]) -> int:
                 f"samplers must be of {', '.join(SAMPLERS)} without preset, got {', '.join(sorted(other))}"
             )
     common |= {"sample_every": 0} | more
-    with exits.refusing(ValueError):
+    with exits.refusing(ValueError, ModuleNotFoundError):
         thresholds = arguments.thresholds or [defaults.defaults(arguments.data, "anila").get("threshold", 1.0)]
         by_name = {trial.name: trial for trial in trials(arguments.samplers, thresholds, arguments.seeds)}
         if arguments.thresholds and all(trial.threshold is None for trial in by_name.values()):
             raise ValueError(f"thresholds has no effect with samplers={' '.join(arguments.samplers)}, which have none")
         resolved = {name: settings_of(trial, common) for name, trial in by_name.items()}
         refuse_idle(resolved.values(), given & {"data_dir", "image_size"} | more.keys())
+        check_images(next(iter(resolved.values())))
         out.mkdir(parents=True, exist_ok=True)
         run_directory.check_writable(out)
 
@@ -160,6 +161,15 @@ def others(texts: Sequence[str], also: tuple[str, ...]) -> dict[str, Any]:
     if taken := [name for name in own if name in values]:
         raise ValueError(f"settings cannot have {taken[0]}, which the comparison or a flag of its own gives")
     return values
+
+
+def check_images(settings: Settings) -> None:
+    """Raise ahead of the trainings what measuring the first would raise: FileNotFoundError where there are no images,
+    ModuleNotFoundError without the network whose features compare them."""
+    data = build.load_data(settings, "cpu")
+    if isinstance(data, Images):
+        labels = data.train_labels, data.held_out_labels
+        features.extractor_of(data.train, labels[0], data.held_out, labels[1])
 
 
 def refuse_idle(runs: Iterable[Settings], names: Iterable[str]) -> None:
@@ -220,6 +230,8 @@ def compared_forms(preset: presets.Preset, arguments: argparse.Namespace, common
     forms, seeds = preset.comparison.forms, preset.comparison.seeds
     first = [presets.settings_of(preset, presets.Choice(form), seed=seeds[0], common=common) for form in forms]
     refuse_idle(first, common.keys() - {"data", "iterations", "fused"})
+    with exits.refusing(ModuleNotFoundError):
+        check_images(first[0])
     out.mkdir(parents=True, exist_ok=True)
     run_directory.check_writable(out)
 

@@ -205,6 +205,7 @@ def test_the_figure_shows_numbers_of_any_sign(tmp_path, monkeypatch):
             dict(sampler="anila", threshold=threshold, seed=0, diverged=False, kid=number)
             for threshold, number in ((2.0, 1.0), (4.0, kid))
         ]
+        lines += [dict(sampler="mala", threshold=None, seed=0, diverged=False, kid=1.0)]
         plots.save_comparison(tmp_path / "x.png", compare.summary(lines), "KID")
     scales, labels, lows = zip(
         *((axis.get_yscale(), axis.get_ylabel(), axis.get_ylim()[0]) for (axis,) in (f.axes for f in figures)),

@@ -153,27 +153,30 @@ def save_grids(path: str | Path, sets: Mapping[str, Tensor], box: tuple[float, f
 
 
 def save_planes(path: str | Path, density, models: Mapping[str, tuple[Callable[[Tensor], Tensor], Tensor]]) -> None:
-    """The data, and by name each model's density with its chains (N, 2) under it, in the data's box.
+    """The data, and by name each model's density with its chains (N, 2) under it, in the data's box, six in a row.
 
     ``models``: by name (energy, chains).
     """
     from matplotlib.figure import Figure
 
     low, high = density.box
-    columns = len(models) + 1
-    figure = Figure(figsize=(2.1 * columns, 4.6), layout="constrained")
-    above, below = figure.subplots(2, columns)
+    columns = min(6, len(models) + 1)
+    rows = -(-(len(models) + 1) // columns)
+    figure = Figure(figsize=(2.1 * columns, 4.4 * rows), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    pairs = [(axes[2 * row, column], axes[2 * row + 1, column]) for row in range(rows) for column in range(columns)]
+    for axis in axes.flatten():
+        axis.set(xlim=(low, high), ylim=(low, high), aspect="equal", xticks=[], yticks=[])
     points = density.draw(4096, seed=0, step=0, purpose="held-out", device="cpu")
-    above[0].scatter(*points.T.numpy(), s=0.3, color="black", linewidths=0)
-    above[0].set_title("data", fontsize="small")
-    below[0].set_axis_off()
-    for top, bottom, (name, (energy, chains)) in zip(above[1:], below[1:], models.items(), strict=True):
+    pairs[0][0].scatter(*points.T.numpy(), s=0.3, color="black", linewidths=0)
+    pairs[0][0].set_title("data", fontsize="small")
+    for (top, bottom), (name, (energy, chains)) in zip(pairs[1:], models.items(), strict=False):
         cells = quadrature.grid(density.box, 150, chains.device)
         with torch.no_grad():
             learned = quadrature.model_log_density(energy, cells).exp().reshape(cells.n, cells.n).cpu()
         top.imshow(learned.T.numpy(), origin="lower", extent=(low, high, low, high), cmap="magma")
         top.set_title(name, fontsize="small")
         bottom.scatter(*chains.detach().float().cpu().T.numpy(), s=1, color="tab:red", linewidths=0)
-    for axis in (*above, *below):
-        axis.set(xlim=(low, high), ylim=(low, high), aspect="equal", xticks=[], yticks=[])
+    for axis in (pairs[0][1], *(axis for pair in pairs[len(models) + 1 :] for axis in pair)):
+        axis.set_axis_off()
     plots.save_figure(path, figure)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastanila import compare, train
+from fastanila import compare, data, train
 from fastanila.data import registry
-from fastanila.evaluation import comparison, quadrature
+from fastanila.evaluation import comparison, extractors, plots, quadrature
 from fastanila.samplers import EXACT, SAMPLERS
 from fastanila.training import build, config, needs, presets, several, side_by_side, tuning
 from fastanila.training.presets import Choice
@@ -332,6 +332,42 @@ def test_a_preset_is_compared(in_process, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "compare.png").stat().st_size > 10_000
     in_process.clear()
     assert compare.main(command) == 0 and in_process == []  # all of it is there
+
+
+def test_planes_have_a_panel_each(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda _, figure: figures.append(figure))
+    density = registry.load("rings")
+    models = {f"form {n}": (lambda z: z.square().sum(1), torch.full((3, 2), float(n))) for n in range(7)}
+    comparison.save_planes(tmp_path / "x.png", density, models)
+    (figure,) = figures
+    named = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert named == ["data", *models] and sum(axis.axison for axis in figure.axes) == 1 + 2 * 7
+    places = {axis.get_title(): axis.get_subplotspec() for axis in figure.axes}
+    for axis in figure.axes:  # the chains lie under the density of the same form
+        if axis.axison and axis.collections and not axis.get_title():
+            place = axis.get_subplotspec()
+            ((number, _), *_) = axis.collections[0].get_offsets()
+            above = places[f"form {number:.0f}"]
+            assert (place.rowspan.start, place.colspan) == (above.rowspan.stop, above.colspan)
+
+
+def test_what_measuring_needs_is_missed_ahead_of_the_trainings(tmp_path, monkeypatch, capsys):
+    out = ["--data", "image-folder", "--samplers", "gd", "--out", str(tmp_path / "x")]
+    for preset in ([], ["--preset", "flowers"]):
+        assert compare.main([*preset, *out, "--data-dir", str(tmp_path / "none")]) == 2
+        assert "none" in capsys.readouterr().err
+
+    def missing():
+        raise ModuleNotFoundError("pip install fastanila[features]")
+
+    monkeypatch.setattr(extractors, "efficientnet_lite0", missing)
+    colour = data.Images("made-up", *(torch.zeros(4, 3, 16, 16, dtype=torch.uint8),) * 2)
+    monkeypatch.setattr(build, "load_data", lambda *_: colour)
+    for preset in ([], ["--preset", "flowers"]):
+        assert compare.main([*preset, *out]) == 2
+        assert capsys.readouterr().err == "error: pip install fastanila[features]\n"
+    assert not (tmp_path / "x").exists()
 
 
 def test_images_are_shown_as_grids(tmp_path):
