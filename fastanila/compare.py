@@ -78,13 +78,14 @@ def trials(samplers: Sequence[str], thresholds: Sequence[float], seeds: Sequence
 
 
 def settings_of(trial: Trial, common: dict[str, Any]) -> Settings:
-    """The trial's settings: at most as many gradients of the energy an update as AniLA takes by its default.
+    """The trial's settings: at most as many gradients of the energy an update as AniLA takes, by ``common`` or by its
+    default.
 
     An exact sampler takes one more than its transitions, where its chains start.
     """
     settings = config.resolve(Settings(**common, sampler=trial.sampler, seed=trial.seed))
     anila = vars(config.resolve(Settings(data=settings.data, sampler="anila")))
-    steps = anila["steps"] - (trial.sampler in EXACT)
+    steps = common.get("steps", anila["steps"]) - (trial.sampler in EXACT)
     gradients = build.build_sampler(settings, registry.box_of(settings.data)).gradients
     own: dict[str, Any] = {"steps": max(steps // gradients, 1)}
     if trial.threshold is not None:
@@ -118,13 +119,17 @@ def compared(arguments: argparse.Namespace, given: set[str]) -> int:
         out = config.path_of("out", arguments.out)
         if arguments.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {arguments.jobs}")
+        for name in ("samplers", "thresholds", "seeds"):
+            if len(set(values := getattr(arguments, name))) < len(values):
+                raise ValueError(f"{name} must differ from one another, got {' '.join(map(str, values))}")
         if arguments.preset is not None:
             flags.refuse(given, ("thresholds", "step_size"), "with preset, which tunes them")
             experiment = preset_of(arguments, given)
-            own = {k: v for k, v in common.items() if k in given} | others(arguments.settings, ())
+            more = others(arguments.settings, [name for name in COMMON if name != "step_size"])
+            own = {k: v for k, v in common.items() if k in given} | more
             return compared_forms(experiment, arguments, own, out)
         flags.refuse(given, ("pilots",), "without preset, whose forms they tune")
-        more = others(arguments.settings, ("steps",))
+        more = others(arguments.settings, ["threshold", *COMMON])
         if other := set(arguments.samplers) - set(SAMPLERS):
             raise ValueError(
                 f"samplers must be of {', '.join(SAMPLERS)} without preset, got {', '.join(sorted(other))}"
@@ -153,11 +158,11 @@ def compared(arguments: argparse.Namespace, given: set[str]) -> int:
     return exits.DONE
 
 
-def others(texts: Sequence[str], also: tuple[str, ...]) -> dict[str, Any]:
+def others(texts: Sequence[str], also: Sequence[str]) -> dict[str, Any]:
     """The settings that --settings gives. Raises ValueError for one that the comparison itself gives its runs (``also``
     among them), or that has a flag of its own."""
     values = config.assigned(texts, "settings")
-    own = ("sampler", "seed", "out", "sample_every", "threshold", "step_size", *COMMON, *also)
+    own = ("sampler", "seed", "out", "sample_every", *also)
     if taken := [name for name in own if name in values]:
         raise ValueError(f"settings cannot have {taken[0]}, which the comparison or a flag of its own gives")
     return values

@@ -34,6 +34,8 @@ def test_equal_gradients_and_equal_clip_levels():
     }  # fmt: skip
     assert {name: of[name].steps for name in wanted} == wanted
     for name, s in of.items():
+        few = compare.settings_of(Trial(name, 7.0, 3), common | {"steps": 22})
+        assert few.steps == {steps: 22, steps - 1: 21, (steps - 1) // 10: 2}[s.steps]
         assert s.sampler == name and s.seed == 3 and s.iterations == 10
     assert of["anila"].threshold == of["anila-mh"].threshold == 7.0
     tamed = build.build_sampler(of["tamed"], (-1.0, 1.0))
@@ -176,7 +178,7 @@ def test_settings_of_every_run(tmp_path, capsys, monkeypatch):
         (["breadth=4"], "settings has an unknown key 'breadth'"),
         (["width=wide"], "width must be an integer, got 'wide'"),
         (["seed=3"], "settings cannot have seed, which the comparison or a flag of its own gives"),
-        (["steps=3"], "settings cannot have steps, which"),
+        (["threshold=3"], "settings cannot have threshold, which"),
         (["vae_width=3"], "vae_width has no effect with init=persistent"),
     ):
         assert compare.main([*common, *texts]) == 2

@@ -97,6 +97,16 @@ def test_forms_have_equal_gradients(name):
         assert other.threshold == pytest.approx(expected)
 
 
+def test_a_start_that_is_asked_for_is_that_of_every_form_without_one_of_its_own():
+    preset, start = presets.read("rings"), dict(step_size=0.02, threshold=5.0, steps=20)
+    of = {f: presets.settings_of(preset, Choice(f), seed=0, common=start) for f in preset.comparison.forms}
+    for form in ("langevin", "anila", "anila-channel", "shrunk-noise", "anila-mh", "mala", "gd"):
+        assert of[form].step_size == 0.02 and of[form].steps == 20 - (form in ("anila-mh", "mala"))
+    assert of["anila"].threshold == of["shrunk-noise"].threshold == of["anila-mh"].threshold == 5.0
+    assert build.build_sampler(of["tamed"], (-1.0, 1.0))._level == pytest.approx(5.0)
+    assert (of["anila-coded"].step_size, of["anila-coded"].threshold) == (0.0196, 1.02)
+
+
 def test_the_printed_and_the_coded_form_begin_with_the_papers_numbers():
     """In the plane the energy is that of temperature 1, see tests/samplers/test_ablations.py."""
     for name, threshold in (("flowers", (0.01, 0.01)), ("cifar10", (2e-4, 1e-4)), ("rings", (0.01, 0.01))):
@@ -391,6 +401,8 @@ def test_what_goes_with_a_preset_and_what_does_not(tmp_path, capsys):
         ("--preset rings --pilots -1", "pilots must be at least 0, got -1"),
         ("--preset rings --settings norm=chain lr=x", "lr must be a number, got 'x'"),
         ("--preset rings --settings vae_lr=1", "vae_lr has no effect with init=persistent"),
+        ("--preset rings --seeds 1 2 1", "seeds must differ from one another, got 1 2 1"),
+        ("--samplers mala mala", "samplers must differ from one another, got mala mala"),
         ("--pilots 3", "pilots has no effect without preset, whose forms they tune"),
         ("--samplers anila-channel", "samplers must be of .* without preset, got anila-channel"),
     ):
