@@ -155,6 +155,7 @@ def save_grids(path: str | Path, sets: Mapping[str, Tensor], box: tuple[float, f
 def save_planes(path: str | Path, density, models: Mapping[str, tuple[Callable[[Tensor], Tensor], Tensor]]) -> None:
     """The data, and by name each model's density with its chains (N, 2) under it, in the data's box, six in a row.
 
+    All densities have one scale, which ends at the greatest of the data's density.
     ``models``: by name (energy, chains).
     """
     from matplotlib.figure import Figure
@@ -170,11 +171,13 @@ def save_planes(path: str | Path, density, models: Mapping[str, tuple[Callable[[
     points = density.draw(4096, seed=0, step=0, purpose="held-out", device="cpu")
     pairs[0][0].scatter(*points.T.numpy(), s=0.3, color="black", linewidths=0)
     pairs[0][0].set_title("data", fontsize="small")
+    most = quadrature.data_log_density(density, quadrature.grid(density.box, 150, "cpu")).max().exp().item()
     for (top, bottom), (name, (energy, chains)) in zip(pairs[1:], models.items(), strict=False):
         cells = quadrature.grid(density.box, 150, chains.device)
         with torch.no_grad():
             learned = quadrature.model_log_density(energy, cells).exp().reshape(cells.n, cells.n).cpu()
-        top.imshow(learned.T.numpy(), origin="lower", extent=(low, high, low, high), cmap="magma")
+        box = (low, high, low, high)
+        top.imshow(learned.T.numpy(), origin="lower", extent=box, cmap="magma", vmin=0.0, vmax=most)
         top.set_title(name, fontsize="small")
         bottom.scatter(*chains.detach().float().cpu().T.numpy(), s=1, color="tab:red", linewidths=0)
     for axis in (pairs[0][1], *(axis for pair in pairs[len(models) + 1 :] for axis in pair)):

@@ -60,9 +60,12 @@ def markdown(preset: Preset, found: Mapping[str, Any]) -> str:
         f"{found['rule']} Mean and standard deviation over the seeds {seeds}. 'Less than' is by how much the measure "
         f"is less than {FORMS[RIVAL].label}'s with the same seed, and for how many seeds it is less at all.",
         "",
-        "Numbers with * are the least or the largest that the pilots tried; with ! all runs that could tune it failed.",
-        "",
     ]
+    if found["pilots"]:
+        edge = (
+            "Numbers with * are the least or the largest that the pilots tried; with ! all that could tune it failed."
+        )
+        lines += [edge, ""]
     lines += ["| setting | value | the papers' | chosen, because |", "| --- | --- | --- | --- |"]
     for name, value in found["settings"].items():
         cells = [name, str(value), preset.papers.get(name, ""), preset.chosen.get(name, "")]

@@ -353,6 +353,9 @@ def test_planes_have_a_panel_each(tmp_path, monkeypatch):
     (figure,) = figures
     named = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert named == ["data", *models] and sum(axis.axison for axis in figure.axes) == 1 + 2 * 7
+    (scale,) = {image.get_clim() for axis in figure.axes for image in axis.images}
+    cells = quadrature.grid(density.box, 150)
+    assert scale == (0.0, pytest.approx(quadrature.data_log_density(density, cells).max().exp().item()))
     places = {axis.get_title(): axis.get_subplotspec() for axis in figure.axes}
     for axis in figure.axes:  # the chains lie under the density of the same form
         if axis.axison and axis.collections and not axis.get_title():
