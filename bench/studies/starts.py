@@ -20,11 +20,10 @@ from typing import Any
 from torch import Tensor
 
 from fastanila import data, generate
-from fastanila.compare import train_all
 from fastanila.evaluate import evaluate
 from fastanila.evaluation import plane as plane_evaluation
 from fastanila.evaluation import quadrature
-from fastanila.training import config, defaults
+from fastanila.training import config, defaults, several
 from fastanila.training import run as run_training
 from fastanila.training import settings as settings_training
 
@@ -180,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for data_set, init, seed in itertools.product(arguments.data, arguments.inits, arguments.seeds)
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    lines = train_all(
+    lines = several.train_all(
         resolved, arguments.out / "starts.json", arguments.jobs,
         lambda name, directory, finished: measured(directory, resolved[name], finished),
     )  # fmt: skip

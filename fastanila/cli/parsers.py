@@ -137,6 +137,13 @@ def compare() -> argparse.ArgumentParser:
         help="temperatures at which the exact samplers' chains trade places, with as many gradients in all",
     )  # fmt: skip
     parser.add_argument("--highest", type=float, help="temperature of the hottest replica; default train's")
+    parser.add_argument(
+        "--pilots", type=int, help="with a preset: updates of a pilot, 0 to tune nothing; default the preset's own"
+    )
+    parser.add_argument(
+        "--settings", nargs="+", default=[], metavar="NAME=VALUE",
+        help="other settings of every run, as fastanila.train has them: chains=128 width=8",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, help="folder of the runs, compare.json and compare.png")
     parser.add_argument(
         "--fused", action=argparse.BooleanOptionalAction, default=True, help="compiled transitions with the fused step"

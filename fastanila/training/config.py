@@ -261,6 +261,24 @@ def checked(values: dict[str, Any], where: str) -> dict[str, Any]:
     return values
 
 
+def assigned(texts: Iterable[str], where: str) -> dict[str, Any]:
+    """Settings from texts of NAME=VALUE, the value as JSON writes it; other texts stand for themselves. Raises
+    ValueError for what is none, comes twice, or has another type."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.replace("-", "_")
+        if not equals:
+            raise ValueError(f"{where} must be of NAME=VALUE, got {text!r}")
+        if name in values:
+            raise ValueError(f"{where} has {name} twice")
+        try:
+            values[name] = json.loads(value)
+        except json.JSONDecodeError:
+            values[name] = value
+    return checked(values, where)
+
+
 def _by_name(pairs: Iterable[tuple[str, Any]], path: Path) -> dict[str, Any]:
     """The settings of a file, whose names it may write with - for _. Raises ValueError where it has one twice."""
     values: dict[str, Any] = {}
