@@ -81,7 +81,7 @@ def warm_up(
 class Moments(NamedTuple):
     """Of states of all chains and of some transitions."""
 
-    count: int
+    draws: int
     mean: Tensor  #: of a state's shape, float32; so is the next
     squares: Tensor  #: sum of the squared deviations from the mean
 
@@ -93,11 +93,11 @@ def pooled(before: Moments | None, z: Tensor) -> Moments:
     squares = (z - mean).square().sum(0)
     if before is None:
         return Moments(count, mean, squares)
-    total, apart = before.count + count, mean - before.mean
+    total, apart = before.draws + count, mean - before.mean
     return Moments(
         total,
         before.mean + apart * (count / total),
-        before.squares + squares + apart.square() * (before.count * count / total),
+        before.squares + squares + apart.square() * (before.draws * count / total),
     )
 
 
@@ -109,7 +109,7 @@ def scale_of(moments: Moments, free: Tensor | None = None) -> Tensor:
 
     Raises ValueError if the variances are not finite, or all 0.
     """
-    n, variance = moments.count, moments.squares / max(moments.count - 1, 1)
+    n, variance = moments.draws, moments.squares / max(moments.draws - 1, 1)
     of = variance.flatten() if free is None else variance[free]
     weight = _PRIOR_DRAWS / (n + _PRIOR_DRAWS)
     log_sd = 0.5 * ((1 - weight) * variance + weight * _PRIOR_PART * of.mean()).log()

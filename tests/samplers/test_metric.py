@@ -280,7 +280,7 @@ def test_pooled_moments_and_their_regularised_scale_equal_the_definition():
     for part in parts:
         moments = adaptation.pooled(moments, torch.from_numpy(part).float())
     everything = np.concatenate(parts)
-    assert moments.count == 12
+    assert moments.draws == 12
     np.testing.assert_allclose(moments.mean, everything.mean(0), rtol=1e-5)
     np.testing.assert_allclose(moments.squares / 11, everything.var(0, ddof=1), rtol=1e-4)
     variance = everything.var(0, ddof=1)
