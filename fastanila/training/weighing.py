@@ -34,6 +34,7 @@ def build_weighing(job: Job, energy: Callable[[Tensor], Tensor], compile: Callab
     """``energy``: of the walkers, at the run's precision. Witnesses follow the moving average of its parameters, which
     is the model that evaluation and sampling use. ``compile``: what runs once an update; ``strict``: as `chain_of`."""
     s, walkers, witnesses = job.settings, job.start.walkers, job.start.witnesses
+    assert job.ebm.average is not None  # of this start every run keeps one
     average = build.at_precision(job.ebm.average, s.precision)
     on_chains = for_chains(average) if s.fused else average
     chain = chain_of(job.sampler, on_chains, z=witnesses.states, compile=s.fused, capture=False, strict=strict)
@@ -59,7 +60,8 @@ def build_weighing(job: Job, energy: Callable[[Tensor], Tensor], compile: Callab
                 for_chains(average)  # the parameters of now
             if len(states):  # whose indices go on from the walkers', so that no noise is shared
                 states = chain(s.steps, numbers, State(states), seed, first, s.batch_size, None)[0].z
-            return Moved(*values_of(z, states), states)
+            of_walkers, of_witnesses = values_of(z, states)
+        return Moved(of_walkers, of_witnesses, states)
 
     def follow(made: Tensor, moved: Moved, unless: Tensor) -> None:
         with sampling(energy), sampling(average):
