@@ -20,32 +20,41 @@ if __name__ == "__main__":  # ahead of torch, which takes seconds to import
     exits.begin(parsers.compare())
 
 import argparse
-import concurrent.futures
 import dataclasses
 import itertools
 import json
-import os
 import signal
-import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import files
 from .cli import exits, flags, parsers
-from .data import registry
+from .data import Images, registry
 from .evaluate import evaluate
-from .evaluation import plots
+from .evaluation import features, plots
 from .evaluation.comparison import MEASURES, summary, table
 from .samplers import EXACT, SAMPLERS
-from .training import build, checkpoint, config, defaults, needs, presets, run_directory, side_by_side, tuning
+from .training import (
+    build,
+    checkpoint,
+    config,
+    defaults,
+    loop,
+    needs,
+    presets,
+    run_directory,
+    several,
+    side_by_side,
+    tuning,
+)
 from .training.metrics import read_rows
-from .training.run import load, read_settings
+from .training.run import load
 from .training.settings import Settings
+
+#: Settings of all runs that are flags.
+COMMON = ("data", "data_dir", "image_size", "iterations", "step_size", "fused", "replicas", "highest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +78,17 @@ def trials(samplers: Sequence[str], thresholds: Sequence[float], seeds: Sequence
 
 
 def settings_of(trial: Trial, common: dict[str, Any]) -> Settings:
-    """The trial's settings: at most as many gradients of the energy an update as AniLA takes by its default.
+    """The trial's settings: at most as many gradients of the energy an update as AniLA takes, by ``common`` or by its
+    default.
 
-    An exact sampler takes one more than its transitions, where its chains start.
+    An exact sampler takes one more than its transitions, where its chains start. All replicas of a chain share its
+    gradients; the samplers that are not exact have none.
     """
+    if trial.sampler not in EXACT:
+        common = {k: v for k, v in common.items() if k not in ("replicas", "highest")}
     settings = config.resolve(Settings(**common, sampler=trial.sampler, seed=trial.seed))
     anila = vars(config.resolve(Settings(data=settings.data, sampler="anila")))
-    steps = anila["steps"] - (trial.sampler in EXACT)
+    steps = common.get("steps", anila["steps"]) // settings.replicas - (trial.sampler in EXACT)
     gradients = build.build_sampler(settings, registry.box_of(settings.data)).gradients
     own: dict[str, Any] = {"steps": max(steps // gradients, 1)}
     if trial.threshold is not None:
@@ -84,74 +97,6 @@ def settings_of(trial: Trial, common: dict[str, Any]) -> Settings:
     settings = dataclasses.replace(settings, **own)
     config.check(settings)
     return settings
-
-
-def train(settings: Settings, directory: Path, threads: int) -> bool:
-    """Make the run, in a process of its own, or what is left of it; whether it ended well rather than diverged.
-
-    Raises ValueError if the folder holds a run with other settings, RuntimeError with what the process said if it
-    failed in any other way.
-    """
-    if (directory / "config.json").exists():
-        before = dataclasses.replace(read_settings(directory), out=None)
-        others = [k for k, v in vars(before).items() if v != getattr(settings, k)]
-        if others:
-            raise ValueError(f"out holds a run with another {', '.join(others)}: {directory}")
-    made = progress(directory)
-    if made == settings.iterations:
-        return True
-    file = directory.with_name(f"{directory.name}.json")
-    files.write_text(file, config.dump(settings))
-    arguments = ["--resume", str(directory)] if made is not None else ["--config", str(file), "--out", str(directory)]
-    result = subprocess.run(
-        [sys.executable, "-m", "fastanila.train", *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        capture_output=True,
-        text=True,
-    )
-    if result.returncode not in (exits.DONE, exits.DIVERGED):
-        raise RuntimeError(f"{directory}: training failed: {(result.stderr or result.stdout).strip()[-2000:]}")
-    return result.returncode == 0
-
-
-def train_all(
-    resolved: Mapping[str, Settings], file: Path, jobs: int, measure: Callable[[str, Path, bool], dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Make the runs, in folders by their names beside ``file``, and measure each; their lines, in order.
-
-    ``jobs`` at a time share the processor's cores. ``measure`` takes a run's name, its folder and whether it ended well
-    rather than diverged, and is called for one run at a time. The file always holds the lines so far, as JSON. The same
-    call again makes what is missing. Raises what `train` raises, and then no other run begins.
-    """
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    lines: dict[str, dict[str, Any]] = {}
-    turn = threading.Lock()  # a measurement uses torch's own threads, and the table is written by one at a time
-
-    def make(name: str) -> None:
-        directory = file.parent / name
-        finished = train(resolved[name], directory, threads)
-        with turn:
-            lines[name] = measure(name, directory, finished)
-            found = [lines[name] for name in resolved if name in lines]
-            files.write_text(file, json.dumps(found, indent=2) + "\n")
-            exits.say(f"{len(lines)} of {len(resolved)}: {name} {'done' if finished else 'diverged'}")
-
-    torch.set_num_threads(threads)
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        try:
-            for done in [pool.submit(make, name) for name in resolved]:
-                done.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # one that fails, or Ctrl-C, ends all
-    return [lines[name] for name in resolved]
-
-
-def progress(directory: Path) -> int | None:
-    """Updates that the run's last checkpoint has made; None if it has none, so that a run can begin there."""
-    try:
-        return load(directory, "cpu").iteration
-    except FileNotFoundError:
-        return None
 
 
 def measured(
@@ -172,38 +117,47 @@ def main(argv: list[str] | None = None) -> int:
 
 def compared(arguments: argparse.Namespace, given: set[str]) -> int:
     """Make the comparison that the arguments ask for; the exit code. ``given``: those that the command line has."""
-    names = ("data", "data_dir", "image_size", "iterations", "step_size", "fused")
-    common = {k: v for k in names if (v := getattr(arguments, k)) is not None}
+    common = {k: v for k in COMMON if (v := getattr(arguments, k)) is not None}
     with exits.refusing(ValueError):
         out = config.path_of("out", arguments.out)
         if arguments.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {arguments.jobs}")
+        for name in ("samplers", "thresholds", "seeds"):
+            if len(set(values := getattr(arguments, name))) < len(values):
+                raise ValueError(f"{name} must differ from one another, got {' '.join(map(str, values))}")
         if arguments.preset is not None:
             flags.refuse(given, ("thresholds", "step_size"), "with preset, which tunes them")
+            flags.refuse(given, ("replicas", "highest"), "with preset, whose forms have one temperature")
             experiment = preset_of(arguments, given)
-            return compared_forms(experiment, arguments, {k: v for k, v in common.items() if k in given}, out)
+            more = others(arguments.settings, [name for name in COMMON if name != "step_size"])
+            own = {k: v for k, v in common.items() if k in given} | more
+            return compared_forms(experiment, arguments, own, out)
+        flags.refuse(given, ("pilots",), "without preset, whose forms they tune")
+        more = others(arguments.settings, ["threshold", *COMMON])
         if other := set(arguments.samplers) - set(SAMPLERS):
             raise ValueError(
                 f"samplers must be of {', '.join(SAMPLERS)} without preset, got {', '.join(sorted(other))}"
             )
-    common |= {"sample_every": 0}
-    with exits.refusing(ValueError):
+    common |= {"sample_every": 0} | more
+    with exits.refusing(ValueError, ModuleNotFoundError):
         thresholds = arguments.thresholds or [defaults.defaults(arguments.data, "anila").get("threshold", 1.0)]
         by_name = {trial.name: trial for trial in trials(arguments.samplers, thresholds, arguments.seeds)}
         if arguments.thresholds and all(trial.threshold is None for trial in by_name.values()):
             raise ValueError(f"thresholds has no effect with samplers={' '.join(arguments.samplers)}, which have none")
+        if not set(arguments.samplers) & set(EXACT):
+            flags.refuse(given, ("replicas", "highest"), f"without one of the exact samplers ({', '.join(EXACT)})")
+        if arguments.replicas == 1:
+            flags.refuse(given, ("highest",), "without replicas: it needs replicas above 1")
         resolved = {name: settings_of(trial, common) for name, trial in by_name.items()}
-        for reason in needs.idle(next(iter(resolved.values())), given & {"data_dir", "image_size"}).values():
-            raise ValueError(reason)
+        refuse_idle(resolved.values(), given & {"data_dir", "image_size"} | more.keys())
+        check_images(next(iter(resolved.values())))
         out.mkdir(parents=True, exist_ok=True)
         run_directory.check_writable(out)
 
     def measure(name: str, directory: Path, finished: bool) -> dict[str, Any]:
-        return measured(dataclasses.asdict(by_name[name]), directory, finished, arguments.data_dir)
+        return measured(dataclasses.asdict(by_name[name]), directory, finished, arguments.data_dir, arguments.fused)
 
-    lines = made(lambda: train_all(resolved, out / "compare.json", arguments.jobs, measure))
-    if lines is None:
-        return 128 + signal.SIGINT
+    lines = made(lambda: several.train_all(resolved, out / "compare.json", arguments.jobs, measure, exits.say))
     rows = summary(lines)
     of = next((row["of"] for row in rows if row["each"]), "gap")
     plots.save_comparison(out / "compare.png", rows, MEASURES[of])
@@ -212,14 +166,46 @@ def compared(arguments: argparse.Namespace, given: set[str]) -> int:
     return exits.DONE
 
 
+def others(texts: Sequence[str], also: Sequence[str]) -> dict[str, Any]:
+    """The settings that --settings gives. Raises ValueError for one that the comparison itself gives its runs (``also``
+    among them), or that has a flag of its own."""
+    values = config.assigned(texts, "settings")
+    own = ("sampler", "seed", "out", "sample_every", *also)
+    if taken := [name for name in own if name in values]:
+        raise ValueError(f"settings cannot have {taken[0]}, which the comparison or a flag of its own gives")
+    return values
+
+
+def check_images(settings: Settings) -> None:
+    """Raise ahead of the trainings what measuring the first would raise: FileNotFoundError where there are no images,
+    ModuleNotFoundError without the network whose features compare them."""
+    data = build.load_data(settings, "cpu")
+    if isinstance(data, Images):
+        labels = data.train_labels, data.held_out_labels
+        features.extractor_of(data.train, labels[0], data.held_out, labels[1])
+
+
+def refuse_idle(runs: Iterable[Settings], names: Iterable[str]) -> None:
+    """Raise ValueError for a setting that has no effect in any of the runs."""
+    names = set(names)
+    reasons = [needs.idle(run, names) for run in runs]
+    for name in reasons[0]:
+        if all(name in of_run for of_run in reasons):
+            raise ValueError(reasons[0][name])
+
+
 def made(work: Callable[[], Any]) -> Any:
-    """What the work returns; None where Ctrl-C ended it, which is said. What is wrong with the runs is `Refused`."""
+    """What the work returns. What is wrong with the runs is `Refused`. A signal ends the process with its exit code,
+    and a line that says what goes on."""
     try:
-        with exits.refusing(RuntimeError, ValueError, ModuleNotFoundError, checkpoint.CheckpointError):
+        with exits.refusing(ValueError, ModuleNotFoundError, checkpoint.CheckpointError, several.Failed):
             return work()
     except KeyboardInterrupt:
-        exits.complain("stopped; the same command goes on")
-        return None
+        number = signal.SIGINT
+    except loop.Interrupted as stop:
+        number = signal.Signals(stop.number)
+    exits.complain("stopped; the same command goes on")
+    raise SystemExit(128 + number)
 
 
 # ---------------------------------------------------------------------------------------------------------- presets
@@ -239,7 +225,11 @@ def preset_of(arguments: argparse.Namespace, given: set[str]) -> presets.Preset:
         preset = presets.changed(preset, forms=tuple(arguments.samplers))
     if "seeds" in given:
         preset = presets.changed(preset, seeds=tuple(arguments.seeds))
-    if "iterations" in given and arguments.iterations < pilots.iterations:  # a first look
+    if "pilots" in given:
+        if arguments.pilots < 0:
+            raise ValueError(f"pilots must be at least 0, got {arguments.pilots}")
+        preset = presets.changed(preset, pilots=pilots._replace(iterations=arguments.pilots))
+    elif "iterations" in given and arguments.iterations < pilots.iterations:  # a first look
         preset = presets.changed(preset, pilots=pilots._replace(iterations=arguments.iterations))
     return preset
 
@@ -252,8 +242,9 @@ def compared_forms(preset: presets.Preset, arguments: argparse.Namespace, common
     assert preset.comparison is not None
     forms, seeds = preset.comparison.forms, preset.comparison.seeds
     first = [presets.settings_of(preset, presets.Choice(form), seed=seeds[0], common=common) for form in forms]
-    for reason in needs.idle(first[0], common.keys() & {"data_dir", "image_size"}).values():
-        raise ValueError(reason)
+    refuse_idle(first, common.keys() - {"data", "iterations", "fused"})
+    with exits.refusing(ModuleNotFoundError):
+        check_images(first[0])
     out.mkdir(parents=True, exist_ok=True)
     run_directory.check_writable(out)
 
@@ -264,19 +255,24 @@ def compared_forms(preset: presets.Preset, arguments: argparse.Namespace, common
             trial = presets.described(resolved[name]) | {"seed": resolved[name].seed}
             return measured(trial, directory, finished, arguments.data_dir, arguments.fused)
 
-        return train_all(resolved, out / folder / "runs.json", arguments.jobs, measure)
+        return several.train_all(resolved, out / folder / "runs.json", arguments.jobs, measure, exits.say)
 
     def work() -> dict[str, Any]:
         tuned, pilots = tuning.tune(preset, common, lambda resolved, folder: make(resolved, f"pilots/{folder}"))
-        keys = list(itertools.product(forms, seeds))
-        chosen = {(f, s): presets.settings_of(preset, tuned[f].choice, seed=s, common=common) for f, s in keys}
-        lines = make({f"{f}-seed{s}": settings for (f, s), settings in chosen.items()}, "runs")
-        lines = [line | {"form": form} for (form, _), line in zip(keys, lines, strict=True)]
-        return side_by_side.document(preset, tuned, pilots, lines)
+
+        def runs(of: Sequence[str], folder: str) -> list[dict[str, Any]]:
+            keys = list(itertools.product(of, seeds))
+            chosen = {(f, s): presets.settings_of(preset, tuned[f].choice, seed=s, common=common) for f, s in keys}
+            lines = make({f"{f}-seed{s}": settings for (f, s), settings in chosen.items()}, folder)
+            return [line | {"form": form} for (form, _), line in zip(keys, lines, strict=True)]
+
+        lines = runs(list(tuned), "runs")
+        if presets.EFFECTIVE in forms:
+            tuned[presets.EFFECTIVE] = tuning.effective(tuned[presets.ITS_SOURCE], lines)
+            lines += runs([presets.EFFECTIVE], "effective")
+        return side_by_side.document(preset, common, tuned, pilots, lines)
 
     document = made(work)
-    if document is None:
-        return 128 + signal.SIGINT
     files.write_text(out / "compare.json", json.dumps(side_by_side.finite(document), indent=2) + "\n")
     files.write_text(out / "compare.md", text := side_by_side.markdown(preset, document))
     side_by_side.picture(out / "compare.png", document, arguments.data_dir)

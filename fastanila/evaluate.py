@@ -17,9 +17,11 @@ moved (how far an element moves) say what the revision does, and tv_proposals_mo
 model's law. A run with task=completion: errors in the missing regions, see `completed`. Densities with modes:
 modes_covered_model and modes_covered_chains.
 
-With --chains the run's sampler goes on from its chains on the fixed energy, and "chains" says how well it mixes (rhat,
-ess_bulk, ess_tail, ess_per_gradient, autocorrelation_time, acceptance: the worst of the energy and the elements, or of
-fixed projections for images; see `evaluation.diagnostics`); RUN/chains.png shows the autocorrelation and the energy.
+With --likelihood "likelihood" has the model's log Z and the held-out data's NLL by annealing, from below and above: see
+`training.likelihood`. With --chains the run's sampler goes on from its chains on the fixed energy, and "chains"
+says how well it mixes (rhat, ess_bulk, ess_tail, ess_per_gradient, autocorrelation_time, acceptance: the worst of the
+energy and the elements, or of fixed projections for images; see `evaluation.diagnostics`); RUN/chains.png shows the
+autocorrelation and the energy.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from .data.images import from_pixels, to_pixels
 from .evaluation import diagnostics, distances, features, inception, ood, plane, plots, vectors
 from .models.wrappers import energies_by_class, marginal
 from .training import build, checkpoint, config, needs, run_directory
+from .training.likelihood import likelihood_of
 from .training.run import Run, data_of, load, updates_past
 
 _MOST_CHAINS = 256  # that `mixing` runs
@@ -100,7 +103,7 @@ def _evaluate(
         return report | vectors.evaluate(run.energy, dataset, chains)
     if start is None:
         started = build.build_start(settings, dataset, device)
-        start = started.tensors().get("population", started.draw(0))
+        start = started.tensors().get("population", started.draw(0))[: settings.chains]
     chains = generate.descended(run, chains, descent, fused=fused)
     energy = run.energy
     if run.classes is not None:
@@ -229,7 +232,12 @@ def main(argv: list[str] | None = None) -> int:
 def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
     """Print what the arguments ask for; the exit code. ``given``: those that the command line has."""
     if not arguments.chains:
-        refuse(given, ["draws", "seed"], "without chains, whose transitions it is of")
+        refuse(given, ["draws"], "without chains, whose transitions it is of")
+    annealing = ["annealing_sampler", "annealing_chains", "temperatures", "settle"]
+    if not arguments.likelihood:
+        refuse(given, annealing, "without likelihood, which it is of")
+    if not (arguments.chains or arguments.likelihood):
+        refuse(given, ["seed"], "without chains or likelihood, whose noise it names")
     run = load(arguments.run, arguments.device)
     for reason in needs.idle(run.settings, given & {"data_dir"}).values():
         raise ValueError(reason)
@@ -243,7 +251,14 @@ def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
         found, trace = mixing(run, arguments.draws, seed=arguments.seed, fused=arguments.fused)
         title = f"{arguments.run}: {found['chains']} chains, {type(run.sampler).__name__}"
         save_mixing(directory / "chains.png", found, trace, title)
-        chains = {"chains": _finite(found)}
+        chains["chains"] = _finite(found)
+    if arguments.likelihood:
+        found = likelihood_of(
+            run, data_dir=arguments.data_dir, sampler=arguments.annealing_sampler, seed=arguments.seed,
+            fused=arguments.fused, chains=arguments.annealing_chains, temperatures=arguments.temperatures,
+            settle=arguments.settle,
+        )  # fmt: skip
+        chains["likelihood"] = _finite(found)
     options = dict(
         other=arguments.ood,
         data_dir=arguments.data_dir,

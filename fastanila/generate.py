@@ -7,6 +7,7 @@ law of states is the sampler's, see its docstring; `run.with_sampler` changes it
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from . import noise
 from .data import classes, completion
 from .models.vae import VAE
 from .noise import Stream
-from .samplers import starts
+from .samplers import ReplicaExchange, starts
+from .samplers.sampler import Sampler
 from .samplers.starts import proposals
 from .training import build
 from .training.run import Run, box_of, updates_past, with_sampler
@@ -41,6 +43,8 @@ def sample(
     fused: bool = True,
     warm_up: int = 0,
     labels: Tensor | None = None,
+    replicas: int | None = None,
+    highest: float | None = None,
 ) -> Tensor:
     """(count, ...) states of the run's sampler on its energy, on the run's device.
 
@@ -50,7 +54,9 @@ def sample(
     times as many from noise; 0 gives the start itself. ``warm_up``: transitions ahead of them in which an exact sampler
     adapts its step size. ``fused=False`` runs the plain definition, eagerly. ``labels``: the class of each state, int64
     (count,), of a run with classes; otherwise its states are of the classes of its chains, and from noise in turn of
-    every class. Raises ValueError for what the run has not.
+    every class. ``replicas``, ``highest``: that many temperatures up to the highest trade places, of which the cold
+    states are returned, by default as in training; their ``warm_up`` moves the temperatures too. Raises ValueError for
+    what the run has not.
     """
     if start is None:
         start = "chains" if run.vae is None else "vae"
@@ -76,7 +82,7 @@ def sample(
             z = classes.state(classes.images(z), every if labels is None else labels)
     if steps is None:
         steps = run.settings.steps * (10 if start == "noise" else 1)
-    return moved(run, z, steps=steps, seed=seed, fused=fused, warm_up=warm_up)
+    return moved(run, z, steps=steps, seed=seed, fused=fused, warm_up=warm_up, replicas=replicas, highest=highest)
 
 
 def _checked_labels(run: Run, labels: Tensor, count: int) -> Tensor:
@@ -105,7 +111,7 @@ def _rows(run: Run, count: int, labels: Tensor | None) -> Tensor:
 
 def moved(
     run: Run, z: Tensor, *, steps: int, seed: int = 0, fused: bool = True, warm_up: int = 0,
-    mask: Tensor | None = None,
+    mask: Tensor | None = None, replicas: int | None = None, highest: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Where the run's sampler takes states (N, ...) in so many transitions; arguments as for `sample`. Where ``mask``
     (bool, of their shape) is False they stay; so does the class that states of a run with classes carry."""
@@ -115,14 +121,24 @@ def moved(
         raise ValueError(f"warm_up adapts an exact sampler's step size, got sampler {run.settings.sampler}")
     if run.classes is not None:
         mask = classes.free(z) if mask is None else mask & classes.free(z)
+    sampler = with_replicas(run, replicas, highest) if steps else run.sampler
+    exchange = sampler if isinstance(sampler, ReplicaExchange) else None
+    if exchange is not None:
+        z = exchange.start(z)
     first = updates_past(run) * run.settings.steps
     with build.arithmetic(run.settings.precision, fused=fused):
-        sampler = run.sampler
         if warm_up:
             sampler, z = sampler.adapt(run.energy, z, steps=warm_up, seed=seed, step=first, mask=mask, compile=fused)
-        return sampler.run(
+        z = sampler.run(
             run.energy, z, steps=steps, seed=seed, step=first + warm_up, mask=mask, compile=fused and steps > 0
         )
+    return z if exchange is None else exchange.cold(z)
+
+
+def with_replicas(run: Run, replicas: int | None = None, highest: float | None = None) -> Sampler:
+    """The run's sampler, or as many replicas of it; by default as many as in training."""
+    wanted = {k: v for k, v in (("replicas", replicas), ("highest", highest)) if v is not None}
+    return build.with_replicas(run.sampler, dataclasses.replace(run.settings, **wanted))
 
 
 def descended(run: Run, z: Tensor, steps: int, *, fused: bool = True) -> Tensor:
@@ -133,7 +149,7 @@ def descended(run: Run, z: Tensor, steps: int, *, fused: bool = True) -> Tensor:
     condition, quiet = build.condition(run.settings), with_sampler(run, "gd")
     masks = [None if condition is None else condition.free(part) for part in z.split(_DESCENDING)]
     parts = [
-        moved(quiet, part, steps=steps, fused=fused, mask=mask)
+        moved(quiet, part, steps=steps, fused=fused, mask=mask, replicas=1)
         for part, mask in zip(z.split(_DESCENDING), masks, strict=True)
     ]
     return torch.cat(parts)
@@ -228,7 +244,8 @@ def completions(
             own = classes.labels(dataset.draw(count, **where)).repeat_interleave(each, 0)
             z, free = classes.state(z, own), torch.cat((free, free[:, :1]), 1)
         steps = 10 * run.settings.steps if steps is None else steps
-        done = moved(run, z, steps=steps, seed=seed, fused=fused, warm_up=warm_up, mask=free)
+        how = dict(steps=steps, seed=seed, fused=fused, warm_up=warm_up)
+        done = moved(run, z, **how, mask=free, replicas=1)  # states with a part held cannot trade places
         done = classes.images(done) if labelled else done
     proposed = completion.images(z).unflatten(0, (count, each)) if conditional else None
     return Completed(completion.images(known), completion.missing(known), proposed, done.unflatten(0, (count, each)))

@@ -59,6 +59,10 @@ class Stream(enum.IntEnum):
     MATCHING = 19  #: the noise that the way to the data begins in; step = update
     TIMES = 20  #: how far on that way; step = update
     FLIPS = 21  #: which images of the data are mirrored; step = update
+    ANNEALING = 22  #: draws of the base that annealing starts from, its data's noise, what its pilot resamples
+    SWAPS = 23  #: which replicas trade places, one a row; step = transitions made so far in the run
+    RESAMPLING = 24  #: where the resampling of weighted walkers begins to count; step = updates made
+    COUPLING = 25  #: what coupled chains share; of transition t the steps 4 t and 4 t + 1
 
 
 def words(

@@ -33,6 +33,7 @@ from .training.run import Run, box_of, data_of, load, updates_past, with_sampler
 
 SUFFIXES = (".png", ".npz")
 _OF_SAMPLER = ("step_size", "threshold", "norm", "leapfrog_steps")
+_TRADING = ("samples", "pairs")  #: of `MODES`, those of whose states replicas can trade places
 _COLUMNS = 8  # of a picture of interpolations
 
 
@@ -89,7 +90,7 @@ def write_arrays(path: Path, **arrays: Tensor) -> None:
 
 def samples(run: Run, arguments: argparse.Namespace, out: Path) -> str:
     """States of the run's sampler. This and the next five write what they make, and return what it is, in words."""
-    z = sample(run, arguments.count, start=arguments.start, **_transitions(arguments))
+    z = sample(run, arguments.count, start=arguments.start, **_transitions(arguments), **_replicas(arguments))
     write(out, z, run)
     return f"{len(z)} samples"
 
@@ -109,7 +110,7 @@ def by_class(run: Run, arguments: argparse.Namespace, out: Path) -> str:
 
 def pairs(run: Run, arguments: argparse.Namespace, out: Path) -> str:
     """What the run's VAE proposes, and where the sampler takes each proposal."""
-    z = sample(run, arguments.count, start="vae", **_transitions(arguments))
+    z = sample(run, arguments.count, start="vae", **_transitions(arguments), **_replicas(arguments))
     proposals = sample(run, arguments.count, start="vae", steps=0, seed=arguments.seed)
     write_pairs(out, run, proposals=proposals, samples=z)
     return f"{len(z)} samples"
@@ -171,6 +172,10 @@ def _transitions(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("steps", "seed", "fused", "warm_up")}
 
 
+def _replicas(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("replicas", "highest")}
+
+
 def main(argv: list[str] | None = None) -> int:
     return exits.run(parsers.sample(), argv, sampled, ValueError, TypeError, checkpoint.CheckpointError)
 
@@ -182,11 +187,15 @@ def sampled(arguments: argparse.Namespace, given: set[str]) -> int:
     for name, least in (("count", 1), ("completions", 1), ("warm_up", 0), ("steps", 0)):
         if (value := getattr(arguments, name)) is not None:
             checks.count(name, value, least)
+    if arguments.replicas is not None:
+        checks.count("replicas", arguments.replicas)
     run = load(arguments.run, arguments.device)
     check_effects(run, arguments, given)
     if changes or arguments.sampler is not None:
         run = with_sampler(run, arguments.sampler or run.settings.sampler, **changes)
-    exits.say(chain.describe(run.sampler, run.energy, run.chains, fused=arguments.fused))
+    trading = mode_of(run, arguments) in _TRADING and arguments.steps != 0
+    sampler = generate.with_replicas(run, **_replicas(arguments)) if trading else run.sampler
+    exits.say(chain.describe(sampler, run.energy, run.chains, fused=arguments.fused))
     out.parent.mkdir(parents=True, exist_ok=True)
     run_directory.check_writable(out.parent)
     with build.arithmetic(run.settings.precision):
@@ -206,7 +215,12 @@ def check_effects(run: Run, arguments: argparse.Namespace, given: set[str]) -> N
         refuse(given, ["data_dir"], "where no data are read: it needs inpaint, reconstruct or task=completion")
     for reason in needs.idle(run.settings, given & {"data_dir"}).values():
         raise ValueError(reason)
-    moves = ("sampler", *_OF_SAMPLER)
+    exchange = ("replicas", "highest")
+    moves = ("sampler", *_OF_SAMPLER, *exchange)
+    if mode_of(run, arguments) not in _TRADING:
+        refuse(given, exchange, "where states cannot trade places: it needs plain samples of a run without classes")
+    if (run.settings.replicas if arguments.replicas is None else arguments.replicas) == 1:
+        refuse(given, ["highest"], "without replicas: it needs replicas above 1")
     if arguments.reconstruct:
         refuse(given, ["steps", "warm_up", *moves], "with reconstruct, which makes no transitions")
     if arguments.steps == 0 or (arguments.interpolate and arguments.steps is None):

@@ -3,17 +3,21 @@
 import dataclasses
 import json
 import math
+import signal
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 
 from fastanila import AdjustedAniLA, Langevin, TamedLangevin, compare, sample
+from fastanila.cli import exits
 from fastanila.compare import Trial
 from fastanila.evaluation import plots
-from fastanila.training import build, config, run_directory
+from fastanila.training import build, config, loop, several
 from fastanila.training import run as run_training
 from fastanila.training import settings as settings_training
+from fastanila.training.job import Diverged
 from fastanila.training.settings import Settings
 
 #: One worker makes the runs that most of them look at.
@@ -30,10 +34,25 @@ def test_equal_gradients_and_equal_clip_levels():
     }  # fmt: skip
     assert {name: of[name].steps for name in wanted} == wanted
     for name, s in of.items():
+        few = compare.settings_of(Trial(name, 7.0, 3), common | {"steps": 22})
+        assert few.steps == {steps: 22, steps - 1: 21, (steps - 1) // 10: 2}[s.steps]
         assert s.sampler == name and s.seed == 3 and s.iterations == 10
     assert of["anila"].threshold == of["anila-mh"].threshold == 7.0
     tamed = build.build_sampler(of["tamed"], (-1.0, 1.0))
     assert tamed._level == pytest.approx(7.0)
+
+
+def test_replicas_share_a_chains_gradients(tmp_path, capsys):
+    common = dict(data="rings", iterations=10, replicas=4, highest=9.0)
+    of = {name: compare.settings_of(Trial(name, None, 3), common) for name in ("langevin", "mala")}
+    assert [(s.replicas, s.steps) for s in of.values()] == [(1, 60), (4, 14)]  # 4 (14 + 1) gradients
+    for flags, message in (
+        (["--replicas", "2"], "replicas has no effect without one of the exact samplers"),
+        (["--samplers", "mala", "--highest", "9"], "highest has no effect without replicas"),
+        (["--preset", "rings", "--replicas", "2"], "replicas has no effect with preset"),
+    ):
+        assert compare.main([*flags, "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_only_samplers_with_a_threshold_are_run_for_each():
@@ -77,7 +96,7 @@ def test_compare_writes_a_table_a_figure_and_goes_on(compared, capsys, monkeypat
     def fails(*_, **__):
         raise AssertionError("a run that is complete was made again")
 
-    monkeypatch.setattr(compare.subprocess, "run", fails)
+    monkeypatch.setattr(several.subprocess, "run", fails)
     assert compare.main(command) == 0
     table = capsys.readouterr().out
     assert "| langevin | - |" in table and "| anila-mh | 5 |" in table and "0 of 1" in table
@@ -89,20 +108,94 @@ def test_a_folder_of_other_runs_is_refused(compared, capsys):
     assert "out holds a run with another step_size" in capsys.readouterr().err
 
 
-def test_a_run_cut_short_ahead_of_its_first_checkpoint_is_made_again(tmp_path, monkeypatch):
-    settings = compare.settings_of(Trial("mala", None, 0), dict(data="rings", iterations=3))
-    directory = tmp_path / "mala-seed0"
+def tiny():
+    return config.resolve(
+        Settings(iterations=3, steps=2, chains=8, batch_size=8, width=4, features=2, sample_every=0, fused=False)
+    )
+
+
+@pytest.mark.parametrize("threads", [None, 1])
+def test_a_run_cut_short_ahead_of_its_first_checkpoint_is_made_again(tmp_path, threads):
+    settings, directory = tiny(), tmp_path / "rings-seed0"
     (directory / "samples").mkdir(parents=True)
     (directory / "config.json").write_text(config.dump(dataclasses.replace(settings, out=str(directory))))
-    seen = []
+    assert several.train(settings, directory, threads) and several.progress(directory) == 3
 
-    class Done:
-        returncode = 0
 
-    monkeypatch.setattr(compare.subprocess, "run", lambda command, **_: seen.append(command) or Done)
-    assert compare.train(settings, directory, threads=1)
-    assert "--resume" not in seen[0] and seen[0][-1] == str(directory)
-    run_directory.check_new(directory)  # what was left is in nobody's way
+@pytest.mark.parametrize("threads", [None, 1])
+def test_a_run_that_ends_early_has_not_ended_well(tmp_path, monkeypatch, threads):
+    """As after --minutes: exit code 0, and updates left."""
+    directory, train = tmp_path / "run", loop.train
+
+    def stops_early(*_, **__):
+        train(dataclasses.replace(tiny(), out=str(directory)), say=lambda line: None, minutes=1e-9)
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr(several.subprocess, "run", stops_early)
+    monkeypatch.setattr(several.loop, "train", stops_early)
+    with pytest.raises(several.Failed, match=r"run: training ended after update 1 of 3$"):
+        several.train(tiny(), directory, threads)
+    monkeypatch.undo()
+    assert several.train(tiny(), directory) and several.progress(directory) == 3  # what is left
+
+
+@pytest.mark.parametrize("threads", [None, 1])
+def test_how_a_training_ended(tmp_path, monkeypatch, threads):
+    def diverges(*_, **__):
+        if threads is None:
+            raise Diverged("not finite")
+        return subprocess.CompletedProcess([], exits.DIVERGED)
+
+    def fails(*_, **__):
+        if threads is None:
+            raise torch._dynamo.exc.TorchDynamoException("no compiler")
+        return subprocess.CompletedProcess([], exits.FAILED, stderr="error: no compiler\n")
+
+    for ends in (diverges, fails):
+        monkeypatch.setattr(several.subprocess, "run", ends)
+        monkeypatch.setattr(several.loop, "train", ends)
+        if ends is diverges:
+            assert not several.train(tiny(), tmp_path / "run", threads)
+        else:
+            with pytest.raises(several.Failed, match=r"run: .*no compiler\)?$"):
+                several.train(tiny(), tmp_path / "run", threads)
+
+
+def test_a_signal_ends_a_comparison_with_its_code(tmp_path, monkeypatch, capsys):
+    for stop, code in ((KeyboardInterrupt(), 130), (loop.Interrupted("SIGTERM: stopped", signal.SIGTERM), 143)):
+
+        def interrupted(*_, stop=stop, **__):
+            raise stop
+
+        monkeypatch.setattr(several.loop, "train", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            compare.main(["--samplers", "mala", "--iterations", "1", "--no-fused", "--out", str(tmp_path / "x")])
+        assert ended.value.code == code and capsys.readouterr().err == "stopped; the same command goes on\n"
+
+
+def test_settings_of_every_run(tmp_path, capsys, monkeypatch):
+    seen = {}
+
+    def noted(resolved, *_):
+        seen.update(resolved)
+        raise several.Failed("seen")
+
+    monkeypatch.setattr(several, "train_all", noted)
+    common = ["--samplers", "langevin", "anila", "--out", str(tmp_path / "x"), "--settings"]
+    assert compare.main([*common, "chains=64", "batch-size=32", "norm=chain", "ema=0.5"]) == 2
+    assert {(s.chains, s.batch_size, s.ema) for s in seen.values()} == {(64, 32, 0.5)}
+    assert seen["anila-b10-seed0"].norm == "chain"
+    for texts, message in (
+        (["chains"], "settings must be of NAME=VALUE, got 'chains'"),
+        (["chains=4", "chains=8"], "settings has chains twice"),
+        (["breadth=4"], "settings has an unknown key 'breadth'"),
+        (["width=wide"], "width must be an integer, got 'wide'"),
+        (["seed=3"], "settings cannot have seed, which the comparison or a flag of its own gives"),
+        (["threshold=3"], "settings cannot have threshold, which"),
+        (["vae_width=3"], "vae_width has no effect with init=persistent"),
+    ):
+        assert compare.main([*common, *texts]) == 2
+        assert f"error: {message}" in capsys.readouterr().err
 
 
 def test_a_diverged_run_is_a_line_of_the_table():
@@ -127,6 +220,7 @@ def test_the_figure_shows_numbers_of_any_sign(tmp_path, monkeypatch):
             dict(sampler="anila", threshold=threshold, seed=0, diverged=False, kid=number)
             for threshold, number in ((2.0, 1.0), (4.0, kid))
         ]
+        lines += [dict(sampler="mala", threshold=None, seed=0, diverged=False, kid=1.0)]
         plots.save_comparison(tmp_path / "x.png", compare.summary(lines), "KID")
     scales, labels, lows = zip(
         *((axis.get_yscale(), axis.get_ylabel(), axis.get_ylim()[0]) for (axis,) in (f.axes for f in figures)),

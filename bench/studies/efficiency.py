@@ -19,7 +19,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from fastanila import HMC, MALA, AdjustedAniLA, AniLA, Langevin, TamedLangevin, data
+from fastanila import HMC, MALA, AdjustedAniLA, AniLA, Langevin, Preconditioned, TamedLangevin, data
 from fastanila.evaluation import diagnostics, quadrature
 from fastanila.models.score import sampling
 from fastanila.samplers.calibration import calibrate
@@ -34,6 +34,8 @@ from .. import markdown
 CLIPPED = 0.1  #: fraction of exact draws' scores beyond the threshold
 STABILITIES = (0.1, 0.01)  #: of `calibrate`, for the unadjusted samplers
 LONGEST = 50  #: leapfrog steps
+KINDS = ("unadjusted", "exact", "metric")
+ADAPTING = 150  #: transitions in which an exact sampler adapts
 _DIM, _FUNNEL_DIM, _FUNNEL_SD = 50, 10, 3.0
 _REFERENCE = 100_000  #: exact draws that the chains are compared with
 _COMPARED = 20_000  #: states, about, evenly spaced in time, that are compared with them
@@ -48,7 +50,8 @@ ABOUT = (
     "let a tenth of the scores of exact draws clip; tamed's is 1. Step sizes: exact samplers by adapt to an "
     "acceptance of 0.574 (hmc 0.8, with leapfrog steps that cover pi / 2 times the widest coordinate's spread, up to "
     "50); the others by calibrate at stability 0.1 and 0.01, which is in brackets. A coordinate that needs more "
-    "transitions than these to forget its start shows part of its bias only."
+    "transitions than these to forget its start shows part of its bias only. A metric is what adapt(metric=True) of "
+    "mala learns in {adapting} transitions; step sizes and thresholds are then those of z over its scale."
 )
 
 
@@ -123,10 +126,21 @@ def _normals(dim: int) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- samplers
 
 
-def samplers(target: Target, chains: int, adapting: int) -> Iterator[tuple[str, Sampler]]:
-    """Each sampler by name, its numbers chosen as ABOUT says."""
-    calibrating, start = target.draws[:4096], target.draws[:chains]
-    how = dict(steps=adapting, seed=1, compile=False)
+def samplers(
+    target: Target, chains: int, adapting: int, *, kinds: Sequence[str] = KINDS
+) -> Iterator[tuple[str, Sampler]]:
+    """Each sampler of these kinds by name, its numbers chosen as ABOUT says."""
+    start, how = target.draws[:chains], dict(steps=adapting, seed=1, compile=False)
+    if "unadjusted" in kinds:
+        yield from unadjusted(target)
+    if "exact" in kinds:
+        yield from adjusted(target, start, how)
+    if "metric" in kinds:
+        yield from with_metric(target, start, how)
+
+
+def unadjusted(target: Target) -> Iterator[tuple[str, Sampler]]:
+    calibrating = target.draws[:4096]
     for stability in STABILITIES:
         for name, sampler in (
             ("langevin", Langevin()),
@@ -138,6 +152,10 @@ def samplers(target: Target, chains: int, adapting: int) -> Iterator[tuple[str, 
             if name == "tamed":  # its b without unit is kept as the step shrinks, which lets its bias vanish
                 chosen = dataclasses.replace(chosen, threshold=TamedLangevin().threshold)
             yield f"{name} ({stability:g})", chosen
+
+
+def adjusted(target: Target, start: Tensor, how: dict) -> Iterator[tuple[str, Sampler]]:
+    calibrating = target.draws[:4096]
     step_size = calibrate(target.energy, calibrating).step_size
     yield "mala", MALA(step_size=step_size).adapt(target.energy, start, **how).sampler
     for norm in ("element", "chain"):
@@ -146,13 +164,30 @@ def samplers(target: Target, chains: int, adapting: int) -> Iterator[tuple[str, 
     yield "hmc", hmc(target, HMC(step_size=step_size), start, how)
 
 
-def hmc(target: Target, sampler: HMC, start: Tensor, how: dict) -> HMC:
+def with_metric(target: Target, start: Tensor, how: dict) -> Iterator[tuple[str, Sampler]]:
+    calibrating = target.draws[:4096]
+    mala = MALA().calibrate(target.energy, calibrating).adapt(target.energy, start, metric=True, **how).sampler
+    yield "mala, metric", mala
+    for norm in ("element", "chain"):
+        chosen = Preconditioned(AdjustedAniLA(norm=norm), mala.scale)
+        chosen = chosen.calibrate(target.energy, calibrating, clip_fraction=CLIPPED)
+        yield f"anila-mh, {norm}, metric", chosen.adapt(target.energy, start, **how).sampler
+    yield "hmc, metric", hmc(target, Preconditioned(HMC(step_size=mala.step_size), mala.scale), start, how)
+
+
+def hmc(target: Target, sampler: HMC | Preconditioned, start: Tensor, how: dict) -> HMC | Preconditioned:
     """Adapted twice: the number of leapfrog steps follows from their length, and that from their number."""
     low, high = torch.quantile(target.draws, torch.tensor([0.25, 0.75]), 0)
-    widest = ((high - low) / 1.349).max().item()  # a standard deviation, if normal
+    spread = (high - low) / 1.349  # a standard deviation, if normal
+    if isinstance(sampler, Preconditioned):
+        spread = spread / sampler.scale
     sampler = sampler.adapt(target.energy, start, **how).sampler
-    count = round(math.pi / 2 * widest / math.sqrt(sampler.step_size))
-    sampler = dataclasses.replace(sampler, leapfrog_steps=min(max(count, 1), LONGEST))
+    count = round(math.pi / 2 * spread.max().item() / math.sqrt(sampler.step_size))
+    changed = dict(leapfrog_steps=min(max(count, 1), LONGEST))
+    if isinstance(sampler, Preconditioned):
+        sampler = dataclasses.replace(sampler, sampler=dataclasses.replace(sampler.sampler, **changed))
+    else:
+        sampler = dataclasses.replace(sampler, **changed)
     return sampler.adapt(target.energy, start, **how).sampler
 
 
@@ -169,9 +204,10 @@ def result(target: Target, name: str, sampler: Sampler, chains: int, gradients: 
     )[transitions // 5 :]  # fmt: skip
     values = with_energy(target.energy, states)
     ess = diagnostics.ess_bulk(values).min().item()
+    moving = sampler.sampler if isinstance(sampler, Preconditioned) else sampler
     return Result(
         target=target.name,
-        sampler=name if not isinstance(sampler, HMC) else f"{name}, {sampler.leapfrog_steps} leapfrog steps",
+        sampler=name if not isinstance(moving, HMC) else f"{name}, {moving.leapfrog_steps} leapfrog steps",
         step_size=float(sampler.step_size),
         threshold=float(getattr(sampler, "threshold", math.inf)),
         acceptance=torch.stack(accepted).mean().item() if sampler.is_exact else math.nan,
@@ -215,7 +251,7 @@ def cells(r: Result) -> list[str]:
 
 
 def report(results: Sequence[Result], chains: int, gradients: int) -> str:
-    about = ABOUT.format(chains=chains, gradients=gradients, floor=1000 / (0.8 * gradients))
+    about = ABOUT.format(chains=chains, gradients=gradients, floor=1000 / (0.8 * gradients), adapting=ADAPTING)
     columns = ["step size", "threshold", "acceptance", "ESS / 1,000 gradients", "variance", "KS"]
     return f"{about}\n\n" + markdown.table(["target", "sampler", *columns], "ll" + "r" * 6, map(cells, results))
 
@@ -223,17 +259,25 @@ def report(results: Sequence[Result], chains: int, gradients: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, help="a trained run in two dimensions; default: a short one is trained")
+    parser.add_argument("--target", default="", help="only targets whose name has this in it")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of samplers")
     parser.add_argument("--chains", type=int, default=128)
     parser.add_argument("--gradients", type=int, default=2000, help="of each chain")
     parser.add_argument("--write", action="store_true", help="put the table into bench/RESULTS.md")
     arguments = parser.parse_args(argv)
+    if arguments.write and (arguments.target or set(arguments.kinds) != set(KINDS)):
+        parser.error("--write is for the whole table, without --target and --kinds")
     diagnostics.arviz()  # or fail now, and not after the training
-    with tempfile.TemporaryDirectory() as folder:
-        run = load(arguments.run, "cpu") if arguments.run else trained(folder)
+    chosen = [t for t in (gaussian(1.0), gaussian(100.0), funnel(), eight_gaussians()) if arguments.target in t.name]
+    if arguments.target in "learned energy":
+        with tempfile.TemporaryDirectory() as folder:
+            chosen.append(learned(load(arguments.run, "cpu") if arguments.run else trained(folder)))
+    if not chosen:
+        parser.error(f"--target: no target has {arguments.target!r} in its name")
     results = []
-    for target in (gaussian(1.0), gaussian(100.0), funnel(), eight_gaussians(), learned(run)):
+    for target in chosen:
         began = time.monotonic()
-        for name, sampler in samplers(target, arguments.chains, adapting=150):
+        for name, sampler in samplers(target, arguments.chains, ADAPTING, kinds=arguments.kinds):
             results.append(result(target, name, sampler, arguments.chains, arguments.gradients))
             print(*cells(results[-1]), sep=", ", file=sys.stderr, flush=True)
         print(f"{target.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)

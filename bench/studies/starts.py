@@ -1,8 +1,8 @@
 """Where chains start, at the same number of gradients: `python -m bench.studies.starts --out DIR [--write BLOCK]`.
 
-Trains the same energy with chains that persist, start from noise, or at a VAE's proposals, as many transitions an
-update, and compares the models, and how far chains then have to go. With images (--data digits --inits vae): what the
-transitions make of a VAE's proposals.
+Trains the same energy with chains that persist, by themselves or weighted, start from noise, or at a VAE's proposals,
+as many transitions an update, and compares the models, and how far chains then have to go. With images (--data digits
+--inits vae): what the transitions make of a VAE's proposals.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from typing import Any
 from torch import Tensor
 
 from fastanila import data, generate
-from fastanila.compare import train_all
 from fastanila.evaluate import evaluate
 from fastanila.evaluation import plane as plane_evaluation
 from fastanila.evaluation import quadrature
-from fastanila.training import config, defaults
+from fastanila.training import config, defaults, several
 from fastanila.training import run as run_training
 from fastanila.training import settings as settings_training
 
@@ -60,7 +59,7 @@ def needed(run: run_training.Run) -> int | None:
     cells = quadrature.grid(quadrature.widened(density.box, 1.25), 400, device)
     log_q = quadrature.model_log_density(run.energy, cells)
     truth = plane_evaluation.bin_masses(log_q, cells, density.box, _BINS)
-    if run.settings.init == "persistent":
+    if run.settings.init in ("persistent", "weighted"):
         distinct = plane_evaluation.spaced(run.chains, _CHAINS)
     else:
         distinct = generate.sample(run, _CHAINS, start=run.settings.init, steps=0)
@@ -156,7 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", nargs="+", default=["rings", "25gaussians"], help="data sets, of one kind")
     parser.add_argument("--data-dir", help="folder of the images")
     inits = ["persistent", "noise", "vae"]
-    parser.add_argument("--inits", nargs="+", choices=inits, default=inits, help="where chains start; of images vae")
+    parser.add_argument(
+        "--inits", nargs="+", choices=[*inits, "weighted"], default=inits, help="where chains start; of images vae"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="transitions of an update; default the data set's")
     parser.add_argument("--iterations", type=int, help="updates; default the data set's")
@@ -178,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for data_set, init, seed in itertools.product(arguments.data, arguments.inits, arguments.seeds)
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    lines = train_all(
+    lines = several.train_all(
         resolved, arguments.out / "starts.json", arguments.jobs,
         lambda name, directory, finished: measured(directory, resolved[name], finished),
     )  # fmt: skip

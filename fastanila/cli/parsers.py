@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..samplers import EXACT
 from ..training import presets
 from ..training.settings import names_of
 
@@ -47,8 +48,13 @@ def sample() -> argparse.ArgumentParser:
     parser.add_argument("--norm", choices=names_of("norm"), help="its norm; default: as the run's")
     parser.add_argument("--leapfrog-steps", type=int, help="leapfrog steps of hmc")
     parser.add_argument(
-        "--warm-up", type=int, default=0, help="transitions in which an exact sampler adapts its step size"
+        "--warm-up", type=int, default=0,
+        help="transitions in which an exact sampler adapts its step size, and replicas their temperatures",
+    )  # fmt: skip
+    parser.add_argument(
+        "--replicas", type=int, help="temperatures that trade places, of an exact sampler; default: as the run's"
     )
+    parser.add_argument("--highest", type=float, help="temperature of the hottest replica; default: as the run's")
     parser.add_argument("--seed", type=int, default=0, help="names the noise")
     parser.add_argument("--device", default="auto", help=_DEVICE)
     parser.add_argument("--fused", action=argparse.BooleanOptionalAction, default=True, help="compile the transition")
@@ -76,7 +82,23 @@ def evaluate() -> argparse.ArgumentParser:
         "--fid", action="store_true", help="FID too, of images (needs the fid extra, and a network once)"
     )
     parser.add_argument("--draws", type=int, default=1000, help="transitions that --chains makes (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="names the noise of --chains")
+    parser.add_argument(
+        "--likelihood", action="store_true", help="log Z and the held-out data's NLL by annealing, with a bracket"
+    )
+    parser.add_argument(
+        "--temperatures", type=int, default=1000, help="temperatures of --likelihood, each way (default: 1000)"
+    )
+    parser.add_argument(
+        "--annealing-chains", type=int, default=256, help="chains of --likelihood, each way (default: 256)"
+    )
+    parser.add_argument(
+        "--settle", type=int, default=1000,
+        help="transitions from data to the model's law, ahead of the upper bound of --likelihood (default: 1000)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--annealing-sampler", choices=EXACT, help="sampler of --likelihood; default: the run's if exact, or mala"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="names the noise of --chains and --likelihood")
     parser.add_argument(
         "--fused", action=argparse.BooleanOptionalAction, default=True, help="compile the transitions it makes"
     )
@@ -110,6 +132,18 @@ def compare() -> argparse.ArgumentParser:
     parser.add_argument(
         "--step-size", type=float, help="step size of every sampler; default each one's for the data set"
     )
+    parser.add_argument(
+        "--replicas", type=int, default=1,
+        help="temperatures at which the exact samplers' chains trade places, with as many gradients in all",
+    )  # fmt: skip
+    parser.add_argument("--highest", type=float, help="temperature of the hottest replica; default train's")
+    parser.add_argument(
+        "--pilots", type=int, help="with a preset: updates of a pilot, 0 to tune nothing; default the preset's own"
+    )
+    parser.add_argument(
+        "--settings", nargs="+", default=[], metavar="NAME=VALUE",
+        help="other settings of every run, as fastanila.train has them: chains=128 width=8",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, help="folder of the runs, compare.json and compare.png")
     parser.add_argument(
         "--fused", action=argparse.BooleanOptionalAction, default=True, help="compiled transitions with the fused step"
@@ -128,7 +162,7 @@ def ergodicity() -> argparse.ArgumentParser:
         help="density: normal (the default), skewed, logistic, double-well, gaussian, correlated, banana, or a 2-D "
         "data set whose density has a score",
     )  # fmt: skip
-    target.add_argument("--run", help="run directory: the energy it learned, in two dimensions")
+    target.add_argument("--run", help="run directory: the energy it learned, in two dimensions but for --coupling")
     target.add_argument("--table", action="store_true", help="print the table of biases, and nothing else")
     parser.add_argument("--parameter", type=float, nargs="+", help="of the named target; several make a family")
     parser.add_argument("--sampler", choices=names_of("sampler"), help="default: anila, or the run's own")
@@ -139,5 +173,20 @@ def ergodicity() -> argparse.ArgumentParser:
     parser.add_argument("--box", type=float, nargs=2, metavar=("LOW", "HIGH"), help="box along every axis")
     parser.add_argument("--beta", type=float, default=0.25, help="of V = pi^-beta (default 0.25)")
     parser.add_argument("--radius", type=float, help="of the ball; default: it holds 95 %% of every target, or more")
-    parser.add_argument("--out", help="directory for ergodicity.json and ergodicity.png")
+    parser.add_argument("--out", help="directory for ergodicity.json and ergodicity.png, or coupling.json and .png")
+    parser.add_argument(
+        "--coupling", action="store_true",
+        help="pairs of chains that meet, in place of a grid, in any dimension: bounds the total variation to the law",
+    )  # fmt: skip
+    parser.add_argument("--pairs", type=int, default=256, help="how many, of --coupling (default: 256)")
+    parser.add_argument("--lag", type=int, help="transitions that one of a pair is ahead; default: found by 64 pairs")
+    parser.add_argument("--budget", type=int, default=2000, help="transitions in which pairs may meet (default: 2000)")
+    parser.add_argument(
+        "--warm-up", type=int, default=0, help="transitions in which --coupling's sampler adapts its step size first"
+    )
+    parser.add_argument(
+        "--gradient", type=int, default=0, metavar="PAIRS",
+        help="of a run: cost and variance of an unbiased gradient in its parameters, by so many pairs that meet",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="names the noise of --coupling")
     return parser

@@ -90,8 +90,9 @@ def by_form(lines: Sequence[dict[str, Any]], rival: str) -> list[dict[str, Any]]
     """A row for each form, of runs by several seeds, in the order in which they come.
 
     ``each`` is the measure of every seed whose run did not diverge, ``mean`` and ``sd`` are over them (sd: None for
-    one), ``less`` is how much less it is than that of the form ``rival``, seed by seed, with ``less_sd``; the others
-    are means. Raises ValueError where no run reports a measure.
+    one), ``less`` is how much less it is than that of the form ``rival``, seed by seed, with ``less_sd``. ``wins``
+    counts the seeds where it is less at all, of ``pairs``. The others are means. Raises ValueError where no run reports
+    a measure.
     """
     measure = measure_of(lines)
     of_rival = {line["seed"]: score(line, measure) for line in lines if line["form"] == rival}
@@ -106,6 +107,7 @@ def by_form(lines: Sequence[dict[str, Any]], rival: str) -> list[dict[str, Any]]
             {"form": form, "of": measure, "seeds": len(group), "failed": len(group) - len(well), "each": each}
             | {"mean": fmean(each) if each else None, "sd": stdev(each) if len(each) > 1 else None}
             | {"less": fmean(less) if less else None, "less_sd": stdev(less) if len(less) > 1 else None}
+            | {"wins": sum(x > 0 for x in less), "pairs": len(less)}
             | {k: fmean(line[k] for line in well) for k in SHOWN if k != measure and well and all(k in x for x in well)}
         )
     return rows
@@ -118,7 +120,8 @@ def form_table(rows: Sequence[dict[str, Any]], labels: Mapping[str, str], tuned:
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for row in rows:
         cells = [labels[row["form"]], tuned[row["form"]]]
-        cells += [_spread(row["mean"], row["sd"]), _spread(row["less"], row["less_sd"])]
+        wins = f" ({row['wins']} of {row['pairs']})" if row["pairs"] else ""
+        cells += [_spread(row["mean"], row["sd"]), _spread(row["less"], row["less_sd"]) + wins]
         cells += [f"{row[k]:.3g}" if k in row else "-" for k in shown] + [f"{row['failed']} of {row['seeds']}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -150,27 +153,33 @@ def save_grids(path: str | Path, sets: Mapping[str, Tensor], box: tuple[float, f
 
 
 def save_planes(path: str | Path, density, models: Mapping[str, tuple[Callable[[Tensor], Tensor], Tensor]]) -> None:
-    """The data, and by name each model's density with its chains (N, 2) under it, in the data's box.
+    """The data, and by name each model's density with its chains (N, 2) under it, in the data's box, six in a row.
 
+    All densities have one scale, which ends at the greatest of the data's density.
     ``models``: by name (energy, chains).
     """
     from matplotlib.figure import Figure
 
     low, high = density.box
-    columns = len(models) + 1
-    figure = Figure(figsize=(2.1 * columns, 4.6), layout="constrained")
-    above, below = figure.subplots(2, columns)
+    columns = min(6, len(models) + 1)
+    rows = -(-(len(models) + 1) // columns)
+    figure = Figure(figsize=(2.1 * columns, 4.4 * rows), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    pairs = [(axes[2 * row, column], axes[2 * row + 1, column]) for row in range(rows) for column in range(columns)]
+    for axis in axes.flatten():
+        axis.set(xlim=(low, high), ylim=(low, high), aspect="equal", xticks=[], yticks=[])
     points = density.draw(4096, seed=0, step=0, purpose="held-out", device="cpu")
-    above[0].scatter(*points.T.numpy(), s=0.3, color="black", linewidths=0)
-    above[0].set_title("data", fontsize="small")
-    below[0].set_axis_off()
-    for top, bottom, (name, (energy, chains)) in zip(above[1:], below[1:], models.items(), strict=True):
+    pairs[0][0].scatter(*points.T.numpy(), s=0.3, color="black", linewidths=0)
+    pairs[0][0].set_title("data", fontsize="small")
+    most = quadrature.data_log_density(density, quadrature.grid(density.box, 150, "cpu")).max().exp().item()
+    for (top, bottom), (name, (energy, chains)) in zip(pairs[1:], models.items(), strict=False):
         cells = quadrature.grid(density.box, 150, chains.device)
         with torch.no_grad():
             learned = quadrature.model_log_density(energy, cells).exp().reshape(cells.n, cells.n).cpu()
-        top.imshow(learned.T.numpy(), origin="lower", extent=(low, high, low, high), cmap="magma")
+        box = (low, high, low, high)
+        top.imshow(learned.T.numpy(), origin="lower", extent=box, cmap="magma", vmin=0.0, vmax=most)
         top.set_title(name, fontsize="small")
         bottom.scatter(*chains.detach().float().cpu().T.numpy(), s=1, color="tab:red", linewidths=0)
-    for axis in (*above, *below):
-        axis.set(xlim=(low, high), ylim=(low, high), aspect="equal", xticks=[], yticks=[])
+    for axis in (pairs[0][1], *(axis for pair in pairs[len(models) + 1 :] for axis in pair)):
+        axis.set_axis_off()
     plots.save_figure(path, figure)

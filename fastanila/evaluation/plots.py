@@ -102,7 +102,7 @@ def save_chains(path: str | Path, rho: Tensor, states: Tensor, names: Sequence[s
 
 
 def save_comparison(path: str | Path, rows: Sequence[dict], label: str) -> None:
-    """Each sampler's number in `compare.summary` against the threshold: a point a seed, a line through the medians.
+    """Each sampler's number in `comparison.summary` against the threshold: a point a seed, a line through the medians.
 
     ``label``: what the number is. The axis is logarithmic unless a number is not positive, as KID near the data's own.
     """
@@ -116,8 +116,8 @@ def save_comparison(path: str | Path, rows: Sequence[dict], label: str) -> None:
         levels = [row["threshold"] for row in own]
         for row in own:
             if row["threshold"] is None:
-                label = f"{sampler} (no threshold)"
-                axis.axhline(row[row["of"]], color=color, linewidth=1, linestyle="--", label=label)
+                name = f"{sampler} (no threshold)"
+                axis.axhline(row[row["of"]], color=color, linewidth=1, linestyle="--", label=name)
             else:
                 axis.scatter([row["threshold"]] * len(row["each"]), row["each"], color=color, s=10)
         if own and levels[0] is not None:

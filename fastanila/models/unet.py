@@ -44,7 +44,7 @@ class UNet(nn.Module):
         if self.outputs == 1:
             return self.scale * (x.float() * f).sum((1, 2, 3)) + confined
         each = self.scale * (x.float()[:, None] * f.unflatten(1, (self.outputs, -1))).sum((2, 3, 4))
-        return each + (confined[:, None] if self.confinement else 0.0)
+        return each + (confined[:, None] if isinstance(confined, Tensor) else confined)
 
 
 class _Field(nn.Module):
@@ -60,7 +60,7 @@ class _Field(nn.Module):
         self.last = Conv2d(first, outputs * channels, 3, 1, 1)
         with torch.no_grad():  # a small field at the start, as every one of the blocks adds to it
             self.last.weight.mul_(0.1)
-            self.last.bias.zero_()
+            self.last.get_parameter("bias").zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         whole = self.down[0](self.first(x))

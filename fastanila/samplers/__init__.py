@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from .calibration import calibrate
     from .hmc import HMC
     from .langevin import AniLA, GradientDescent, Langevin, TamedLangevin
+    from .metric import Preconditioned
     from .metropolis import MALA, AdjustedAniLA
     from .sampler import Sampler
+    from .tempering import ReplicaExchange
 
     SAMPLERS: dict[str, type[Sampler]]  #: by the name that the commands know them by
 
@@ -24,6 +26,8 @@ __all__ = [
     "CodedAniLA",
     "GradientDescent",
     "Langevin",
+    "Preconditioned",
+    "ReplicaExchange",
     "Sampler",
     "ShrunkNoise",
     "TamedLangevin",
@@ -49,7 +53,8 @@ _ALL = _UNADJUSTED | _EXACT
 #: The names of the samplers whose law is the model's own (`Sampler.is_exact`).
 EXACT = tuple(_EXACT)
 
-_HOMES = {place.partition(".")[2]: place for place in (*_ALL.values(), "sampler.Sampler", "calibration.calibrate")}
+_OTHERS = ("sampler.Sampler", "calibration.calibrate", "metric.Preconditioned", "tempering.ReplicaExchange")
+_HOMES = {place.partition(".")[2]: place for place in (*_ALL.values(), *_OTHERS)}
 
 
 def __getattr__(name: str):

@@ -57,6 +57,11 @@ def makes_whole_chains(sampler, energy, z: Tensor, mask: Tensor | None = None) -
 
 def describe(sampler, energy, z: Tensor, *, fused: bool, update: bool = False) -> str:
     """One line on the device and the implementation that `chain_of` selects; ``update``: within a training update."""
+    words, replicas = _described(sampler, energy, z, fused, update), getattr(sampler, "replicas", 1)
+    return words if replicas == 1 else f"{words}, {replicas} replicas up to temperature {sampler.temperatures[-1]:g}"
+
+
+def _described(sampler, energy, z: Tensor, fused: bool, update: bool) -> str:
     if not fused:
         return f"{z.device.type}: plain definition, eager"
     whole = makes_whole_chains(sampler, energy, z)

@@ -10,13 +10,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, ops
+from .. import ops
 from ..models.score import Evaluate
 from ..ops import reference
 from ..ops.metropolis import metropolis_step
 from ..ops.reference import Proposal
-from . import calibration
-from .sampler import Sampler, check_run, check_settings
+from . import adaptation
+from .sampler import Sampler, check_settings
 from .state import Info, State
 
 #: Settings of the unadjusted samplers that these have not, and why.
@@ -26,11 +26,11 @@ REFUSALS = {
     "refresh": "a gain held from the chain's start would make the reverse move unlike the one proposed",
 }
 
-_ABOVE_ALL = 1e30  #: an energy that no state has
+ABOVE_ALL = 1e30  #: an energy that no state has
 
 
 class Adapted(NamedTuple):
-    sampler: Any  #: of the same type, with the step size found, which stays as it is
+    sampler: Any  #: of the same type, or a `Preconditioned` of it, with what was found, which stays as it is
     z: Tensor  #: (B, ...) the chains, which went on meanwhile
 
 
@@ -67,6 +67,10 @@ class Adjusted(Sampler):
             raise ValueError(f"energy must be given, for {type(self).__name__} compares energies, got a score only")
         return State(z, energy=energy.float(), score=score)
 
+    def proposed(self, state: State, *, seed, step, offset: int = 0, mask: Tensor | None = None) -> State:
+        """The state with the proposal that transition ``step`` judges, of samplers that make it ahead."""
+        return state
+
     def adapt(
         self,
         energy: Callable[[Tensor], Tensor],
@@ -78,6 +82,7 @@ class Adjusted(Sampler):
         offset: int = 0,
         mask: Tensor | None = None,
         target_acceptance: float | None = None,
+        metric: bool = False,
         compile: bool = True,
     ) -> Adapted:
         """Move the step size, by dual averaging (Hoffman and Gelman 2014), to a mean acceptance over all chains.
@@ -90,29 +95,21 @@ class Adjusted(Sampler):
             energy: as for `run`, with z, seed, step, offset, mask and compile.
             steps: transitions to make, at least one.
             target_acceptance: in (0, 1), default 0.574 (Roberts and Rosenthal 1998), HMC 0.8.
+            metric: learn a diagonal metric too, and return a `Preconditioned` of this sampler: see its `adapt`.
 
         Raises:
             ValueError, TypeError: naming the argument, as `run` does.
         """
-        target = self.target_acceptance if target_acceptance is None else target_acceptance
-        if not 0 < target < 1:
-            raise ValueError(f"target_acceptance must be between 0 and 1, got {target}")
-        check_run(self, z, steps, seed, step, offset, mask)
-        checks.count("steps", steps)
-        if energy is None:
-            raise ValueError(f"energy must be given, for {type(self).__name__} compares energies, got None")
-        checks.callables(energy=energy)
-        found = calibration.dual_averaging(self.step_size, z.device)
-        place = self.numbers.index("step_size")
+        settings = dict(
+            steps=steps, seed=seed, step=step, offset=offset, mask=mask, target_acceptance=target_acceptance,
+            compile=compile,
+        )  # fmt: skip
+        if metric:
+            from .metric import Preconditioned  # whose file knows this one
 
-        with self._chain(energy, z, None, mask, seed, step, compile) as (chain, state, seed_t, step_t):
-            numbers = list(self.numbers_on(z.device))
-            for t in range(steps):
-                numbers[place] = found.step_size
-                state, info = chain(1, tuple(numbers), state, seed_t, step_t + t, offset, mask)
-                state = state._replace(proposal=None)  # made with a step size that changes: it is made anew
-                found = calibration.averaged(found, info.acceptance.mean(), target)
-        return Adapted(dataclasses.replace(self, step_size=found.kept.item()), state.z)
+            return Preconditioned(self).adapt(energy, z, metric=True, **settings)
+        found = adaptation.warm_up(self, energy, z, metric=False, **settings)
+        return Adapted(dataclasses.replace(self, step_size=found.step_size), found.z)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,23 +131,27 @@ class _AdjustedStep(Adjusted):
         leads to z, its energy, its score and the proposal of ``step``."""
         if state.score is None:
             z = state.z
-            above = torch.full((len(z),), _ABOVE_ALL, dtype=torch.float32, device=z.device)
+            above = torch.full((len(z),), ABOVE_ALL, dtype=torch.float32, device=z.device)
             before = State(z, energy=above, score=torch.zeros_like(z), proposal=z.clone())
             state = advance(before, seed, step - 1, offset, mask)
             # rejected: energy or score at z is not finite. From an infinite energy nothing is accepted: the chain stays
-            return state._replace(energy=torch.where(state.energy == _ABOVE_ALL, math.inf, state.energy))
-        if state.proposal is None:
-            settings = dict(step_size=self.step_size, norm=self.norm, seed=seed, step=step, offset=offset, mask=mask)
-            return state._replace(proposal=ops.anisotropic_step(state.z, state.score, self.threshold, **settings))
-        return state
+            return state._replace(energy=torch.where(state.energy == ABOVE_ALL, math.inf, state.energy))
+        return (
+            state
+            if state.proposal is not None
+            else self.proposed(state, seed=seed, step=step, offset=offset, mask=mask)
+        )
+
+    def proposed(self, state, *, seed, step, offset=0, mask=None):
+        settings = dict(step_size=self.step_size, norm=self.norm, seed=seed, step=step, offset=offset, mask=mask)
+        return state._replace(proposal=ops.anisotropic_step(state.z, state.score, self.threshold, **settings))
 
     def transition(self, evaluate, state, *, seed, step, offset=0, mask=None, statistics=True):
         settings = dict(step_size=self.step_size, norm=self.norm, seed=seed, offset=offset, mask=mask)
         if state.score is None:
             state = self.init(evaluate, state.z)
         if state.proposal is None:
-            first = ops.anisotropic_step(state.z, state.score, self.threshold, step=step, **settings)
-            state = state._replace(proposal=first)
+            state = self.proposed(state, seed=seed, step=step, offset=offset, mask=mask)
         proposal_energy, proposal_score = evaluate(state.proposal)
         moved = metropolis_step(
             state.z,

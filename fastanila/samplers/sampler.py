@@ -199,6 +199,11 @@ class Sampler:
         moved = {name: _number(x, device) for name, x in settings.items() if isinstance(x, Tensor)}
         return dataclasses.replace(self, **moved) if moved else self
 
+    def built_in(self) -> tuple[type[Sampler], tuple]:
+        """The kind of sampler, and (name, value) of the settings that a compiled transition has as constants."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in self.numbers]
+        return type(self), tuple((name, getattr(self, name)) for name in names)
+
     def with_numbers(self, numbers: tuple[Tensor, ...]) -> Sampler:
         return dataclasses.replace(self, **dict(zip(self.numbers, numbers, strict=True)))
 

@@ -75,6 +75,8 @@ class PersistentStart:
     Each drawn chain starts again from uniform noise with probability ``reinit``. The population is a multiple of the
     count, so every chain is visited equally often and never twice in an update; ValueError if it is not. A chain keeps
     its class, if it has one, until it restarts; labels: see `from_noise`.
+
+    replicas: R temperatures of each chain, the cold ones first in the population (R chains) and in what is drawn.
     """
 
     def __init__(
@@ -82,18 +84,19 @@ class PersistentStart:
         seed: int | Tensor,
         device=None,
         labels: Tensor | None = None,
+        replicas: int = 1,
     ):  # fmt: skip
         if population % count:
             raise ValueError(f"chains must be a multiple of batch_size ({count}), got {population}")
         self.count, self.box, self.reinit, self.seed, self.device = count, box, reinit, seed, device
-        self.labels = labels
+        self.labels, self.population, self.replicas = labels, population, replicas
         # update -1, so that the first restarts differ from the starts
-        self.chains = self._fresh((population, *shape), (1 << 56) - 1)
+        self.chains = self._fresh((replicas * population, *shape), (1 << 56) - 1)
 
     def draw(self, update: int | Tensor, given: Tensor | None = None) -> Tensor:
         z = self.chains[self._rows(update)]
         u = noise.uniform(
-            (self.count, *[1] * (z.dim() - 1)), seed=self.seed, step=update, stream=Stream.RESTART, device=self.device
+            (len(z), *[1] * (z.dim() - 1)), seed=self.seed, step=update, stream=Stream.RESTART, device=self.device
         )
         return torch.where(u <= self.reinit, self._fresh(z.shape, update), z)
 
@@ -108,7 +111,11 @@ class PersistentStart:
         return {"population": self.chains}
 
     def _rows(self, update: int | Tensor) -> Tensor:
-        return update * self.count % len(self.chains) + torch.arange(self.count, device=self.chains.device)
+        device = self.chains.device
+        cold = update * self.count % self.population + torch.arange(self.count, device=device)
+        if self.replicas == 1:
+            return cold
+        return (self.population * torch.arange(self.replicas, device=device)[:, None] + cold).flatten()
 
 
 class AmortizedStart(_Fresh):

@@ -27,6 +27,10 @@ class State(NamedTuple):
     score: Tensor | None = None  #: (B, ...), at z
     proposal: Tensor | None = None  #: (B, ...), for the next transition to judge
 
+    def unproposed(self) -> State:
+        """The same, whose next proposal is made anew."""
+        return self._replace(proposal=None)
+
 
 class Info(NamedTuple):
     """What one transition saw, by chain, at the state it started from: each (B,) float32."""

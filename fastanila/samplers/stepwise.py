@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -76,8 +75,7 @@ class CompiledTransition(NamedTuple):
 
 def compiled_transition(sampler, energy, score=None) -> CompiledTransition:
     """The sampler's transition, with what was compiled and captured of it before."""
-    static = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name not in sampler.numbers}
-    which = type(sampler), tuple(static.items())
+    which = sampler.built_in()
     transitions = kept_of(energy, score).transitions
     if which not in transitions:
         transitions[which] = Transition(_compiled_transition(*which), Latest(SHAPES))
@@ -89,7 +87,7 @@ def compiled_transition(sampler, energy, score=None) -> CompiledTransition:
 def _compiled_transition(kind: type, static: tuple) -> Callable:
     """The energy is an argument, which Dynamo looks at in each call, so that what is compiled does not keep it."""
     template = kind(**dict(static))
-    if not kind.is_one_graph:
+    if not template.is_one_graph:
         return _compiled_evaluation(template)
 
     def transition(energy, score, numbers, state, seed, step, offset, mask, statistics):

@@ -36,6 +36,7 @@ from ..models.score import evaluator, sampling
 from ..ops import reference
 from ..samplers import SAMPLERS
 from ..samplers.langevin import AniLA
+from ..samplers.metric import Preconditioned
 from ..samplers.sampler import Sampler
 from .targets import Box, Target
 
@@ -144,6 +145,9 @@ def _cell_masses(mean, sd, edges, *, clamped: bool) -> tuple[sparse.csr_array, n
 
 def _metropolised(proposals: sparse.csr_array, sampler: Sampler, z: Tensor, score: Tensor, energy: Tensor):
     """The kernel of an adjusted sampler with these masses of its proposals, which are rejected as it rejects them."""
+    if isinstance(sampler, Preconditioned):  # which rejects as the sampler does that moves y = z / scale
+        scale = sampler.scale_on(z)
+        z, score, sampler = z / scale, score * scale, sampler.sampler
     moves = proposals.tocoo()
     i, j = (torch.from_numpy(index.astype(np.int64)) for index in (moves.row, moves.col))
     accepted = []

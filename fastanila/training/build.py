@@ -18,7 +18,7 @@ from ..models.energies import MLP, ConvNet
 from ..models.unet import UNet
 from ..models.wrappers import Autocast
 from ..ops import dispatch
-from ..samplers import SAMPLERS, starts
+from ..samplers import SAMPLERS, ReplicaExchange, starts, weighted
 from ..samplers.sampler import Sampler
 from . import config, own
 from .learner import as_number
@@ -89,7 +89,7 @@ def _network(settings: Settings, shape: tuple[int, ...], given: nn.Module | None
     confinement = settings.confinement + settings.reference_sd**-2
     with _seeded(settings.seed):
         if settings.energy == "mlp":
-            return MLP(
+            network = MLP(
                 math.prod(shape),
                 settings.width,
                 settings.depth,
@@ -98,11 +98,16 @@ def _network(settings: Settings, shape: tuple[int, ...], given: nn.Module | None
                 confinement=confinement,
                 seed=settings.seed,
             )
-        image = dict(confinement=confinement, outputs=count or 1)
-        if settings.energy == "unet":
-            network: nn.Module = UNet(*shape[:2], settings.width, **image)
         else:
-            network = ConvNet(*shape[:2], settings.width, activation=settings.activation, **image)
+            image = dict(confinement=confinement, outputs=count or 1)
+            if settings.energy == "unet":
+                network = UNet(*shape[:2], settings.width, **image)
+            else:
+                network = ConvNet(*shape[:2], settings.width, activation=settings.activation, **image)
+        if settings.init == "weighted":  # begins as the Gaussian that it is relative to
+            last = network.layers.last if settings.energy == "unet" else network.head
+            for p in last.parameters():
+                nn.init.zeros_(p)
         if settings.classes:
             return wrappers.ClassEnergy(network, count)
         return wrappers.ConditionalEnergy(network) if settings.task == "completion" else network
@@ -184,6 +189,40 @@ def build_sampler(settings: Settings, box: tuple[float, float]) -> Sampler:
     return kind(**own)
 
 
+def with_replicas(sampler: Sampler, settings: Settings) -> Sampler:
+    """The sampler, or as many replicas of it as the settings want."""
+    if settings.replicas == 1:
+        return sampler
+    return ReplicaExchange.of(sampler, replicas=settings.replicas, highest=settings.highest)
+
+
+def fitted(settings: Settings, dataset: Dataset) -> Settings:
+    """The settings, whose energy with init="weighted" begins as a Gaussian that covers the data: with neither a
+    reference nor a confinement given, the reference is N(0, s^2 I) with the data's own mean square s^2."""
+    needed = settings.init == "weighted" and not own.is_own(settings.energy)
+    if not needed or settings.confinement + settings.reference_sd**-2 > 0:
+        return settings
+    return dataclasses.replace(settings, reference_sd=_root_mean_square(settings, dataset) / settings.temperature**0.5)
+
+
+def _first_sd(settings: Settings, dataset: Dataset) -> float:
+    """Of the Gaussian that walkers begin as: the first energy's law; of an energy of the user's own the data's."""
+    if own.is_own(settings.energy):
+        return _root_mean_square(settings, dataset)
+    settings = fitted(settings, dataset)
+    return (settings.temperature / (settings.confinement + settings.reference_sd**-2)) ** 0.5
+
+
+def _root_mean_square(settings: Settings, dataset: Dataset) -> float:
+    """Over the elements of some data, with the noise that is added to them."""
+    drawn = dataset.draw(_FITTED, seed=settings.seed, step=0)
+    return (drawn.double().square().mean().item() + settings.data_noise**2) ** 0.5
+
+
+#: Data to which the first Gaussian is fitted.
+_FITTED = 4096
+
+
 def build_start(
     settings: Settings, dataset: Dataset, device, proposer: vae.VAE | None = None, seed: Tensor | None = None
 ):
@@ -194,13 +233,16 @@ def build_start(
     labels = dataset.labels if settings.classes else None
     if settings.init == "vae":
         return starts.AmortizedStart(count, proposer, seed=seed)
+    if settings.init == "weighted":
+        sd = _first_sd(settings, dataset)
+        return weighted.WeightedStart(count, settings.witnesses, dataset.shape, sd, seed=seed, device=device)
     if settings.init == "data":
         return starts.DataStart(count, dataset, seed=seed, device=device)
     if settings.init == "noise":
         return starts.NoiseStart(count, dataset.shape, dataset.box, seed=seed, device=device, labels=labels)
     return starts.PersistentStart(
         count, settings.chains, dataset.shape, dataset.box, seed=seed, device=device,
-        reinit=as_number(settings.reinit, device), labels=labels,
+        reinit=as_number(settings.reinit, device), labels=labels, replicas=settings.replicas,
     )  # fmt: skip
 
 

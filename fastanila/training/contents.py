@@ -10,6 +10,8 @@ The tensors of the file:
     amortized.optimizer.<kind>.<parameter>
     proposals                         (B, ...) where the last update started its chains, of init="vae"
     start.<name>                      what the chain start keeps: start.population (chains, ...) of init="persistent"
+                                      and "weighted"; of that also start.witnesses (witnesses, ...), and
+                                      start.log_weights and start.witness_log_weights, float64, one a chain
     chains                            (B, ...) where the last update left its chains, unless they are in a population
 
 Its state, as JSON: iteration (updates made), seconds (spent in them), data (the data's fingerprint, or null), box

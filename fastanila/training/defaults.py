@@ -30,6 +30,9 @@ _EXACT_PLANE: dict[str, Any] = dict(step_size=0.02, steps=40)
 #: to another: an energy that is not held near zero then tilts without end.
 _AMORTIZED_PLANE: dict[str, Any] = dict(energy_l2=0.1)
 
+#: The first law is a Gaussian fitted to the data (`build.fitted`), and the energy is relative to it.
+_WEIGHTED: dict[str, Any] = dict(confinement=0.0)
+
 # Images: energies of order one, so chains at a low temperature (noise_scale^2), as all deep image EBMs have it: a
 # transition adds noise of 0.01 to a pixel in [-1, 1] and moves it by at most step_size threshold / 2.
 _IMAGES: dict[str, Any] = dict(
@@ -92,6 +95,7 @@ def defaults(
     own |= translated(own, "anila", own["sampler"])
     if table["energy"] == "mlp":
         own |= (_EXACT_PLANE if own["sampler"] in EXACT else {}) | (_AMORTIZED_PLANE if init == "vae" else {})
+    own |= _WEIGHTED if init == "weighted" else {}
     return own | (_COMPLETION if task == "completion" else {})
 
 

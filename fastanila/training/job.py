@@ -54,7 +54,7 @@ def prepare(
     if settings.tensorboard:
         tensorboard_writer()
     dataset = build.load_data(settings, device) if found is None else build.load_data(settings, device, given=found)
-    vae, first = None, 0
+    settings, vae, first = build.fitted(settings, dataset), None, 0
     if settings.init == "vae":
         network, first = build.build_vae(settings, dataset.shape, dataset.box), settings.vae_warm_up
         vae = learner.build(network, settings, settings.vae_lr, settings.vae_lr_decay, device)
@@ -65,7 +65,10 @@ def prepare(
     seed = noise.as_word64(settings.seed, device)
     start = build.build_start(settings, dataset, device, vae and vae.model, seed)
     with torch.no_grad():
-        chains = start.draw(0, dataset.draw(settings.batch_size, seed=settings.seed, step=0, device=device)).clone()
+        chains = start.draw(0, dataset.draw(settings.batch_size, seed=settings.seed, step=0, device=device))
+        chains = chains[: settings.batch_size].clone()
+    if settings.init == "weighted":
+        start.begin(ebm.module.eval())
     job = Job(
         settings=dataclasses.replace(settings, out=str(directory)),
         directory=directory,
@@ -109,7 +112,8 @@ def check_finite(job: Job) -> None:
 def describe(job: Job) -> str:
     """One line on the device and the implementation in use."""
     energy = build.at_precision(job.ebm.module, job.settings.precision)
-    return chain.describe(job.sampler, energy, job.chains, fused=job.settings.fused, update=True)
+    sampler = build.with_replicas(job.sampler, job.settings)
+    return chain.describe(sampler, energy, job.chains, fused=job.settings.fused, update=True)
 
 
 #: Checkpoints kept that a run may go back to.

@@ -51,7 +51,8 @@ def build(
     rate = Schedule(lr, decay, settings.iterations, first)
     if matching:
         rate = rate._replace(matching=settings.matching, matching_lr=settings.matching_lr)
-    return Learner(network, optimizer, averaged(network) if settings.ema else None, rate)
+    keeps = settings.ema or settings.init == "weighted"  # whose witnesses follow the average, also one of decay 0
+    return Learner(network, optimizer, averaged(network) if keeps else None, rate)
 
 
 class Schedule(NamedTuple):

@@ -23,7 +23,7 @@ class Classification(NamedTuple):
 class Likelihood(NamedTuple):
     loss: Tensor  #: to be minimised, 0-dim
     energy_data: Tensor  #: mean U(data), 0-dim, detached
-    energy_chains: Tensor  #: mean U(chains), 0-dim, detached
+    energy_chains: Tensor  #: mean U(chains), weighted as in the loss, 0-dim, detached
     classification: Classification | None = None  #: of energies with classes
 
 
@@ -33,6 +33,7 @@ def likelihood(
     chains: Tensor,
     energy_l2: float | Tensor = 0.0,
     class_weight: float | Tensor | None = None,
+    log_weights: Tensor | None = None,
 ) -> Likelihood:
     """The likelihood gradient as a loss: mean U(data) - mean U(chains), chains detached.
 
@@ -41,6 +42,9 @@ def likelihood(
     its multiple of mean U(data)^2 + mean U(chains)^2, which keeps the energies near zero (Du and Mordatch 2019).
 
     data: (N, ...), chains: (M, ...), of one dtype and device; energy maps either to one float32 energy a state.
+
+    ``log_weights``: (M,), of chains whose law is the model's with the weights softmax(log_weights): means over chains
+    are weighted by them (Carbone, Hua, Coste and Vanden-Eijnden 2023).
 
     ``class_weight``: of states that carry their class, and a `wrappers.ClassEnergy`. The energies are then U(x, y), so
     that with chains of the data's classes it is the likelihood of x given y; and the loss has the weight times the
@@ -58,12 +62,17 @@ def likelihood(
         accuracy = (each.detach().argmin(1) == y).float().mean()
         classification = Classification(cross_entropy.detach(), accuracy)
     on_data, on_chains = u.split((len(data), len(chains)))
-    loss = on_data.mean() - on_chains.mean()
+    share = None if log_weights is None else log_weights.detach().softmax(0).to(u.dtype)
+
+    def over_chains(x: Tensor) -> Tensor:
+        return x.mean() if share is None else (share * x).sum()
+
+    loss = on_data.mean() - over_chains(on_chains)
     if isinstance(energy_l2, Tensor) or energy_l2:
-        loss = loss + energy_l2 * (on_data.square().mean() + on_chains.square().mean())
+        loss = loss + energy_l2 * (on_data.square().mean() + over_chains(on_chains.square()))
     if class_weight is not None:
         loss = loss + class_weight * cross_entropy
-    return Likelihood(loss, on_data.mean().detach(), on_chains.mean().detach(), classification)
+    return Likelihood(loss, on_data.mean().detach(), over_chains(on_chains).detach(), classification)
 
 
 class ELBO(NamedTuple):

@@ -16,10 +16,11 @@ from torch import nn
 from .. import files
 from ..data import classes, completion, samples
 from ..evaluation import plane, plots, vectors
-from ..samplers import starts
+from ..samplers import starts, weighted
 from . import build
 from .config import tensorboard_writer
 from .job import Job
+from .live import live
 from .update import Update, revision
 
 
@@ -108,6 +109,8 @@ class Progress:
             + (f" matching {row['matching']:.3f}" if "matching" in row else "")
             + (f" moved {row['moved']:.3f} recon {row['reconstruction']:.3f} kl {row['kl']:.2f}" if "kl" in row else "")
             + (f" accepted {row['acceptance']:.1%}" if row.get("acceptance", 1) < 1 else "")
+            + (f" ess {row['ess']:.1%}" if "ess" in row else "")
+            + (f" nll live {row['nll_live']:.3f}" if "nll_live" in row else "")
             + (f" nll {row['nll']:.3f}" if "nll" in row else "")
             + (f" accuracy {row['accuracy']:.1%}" if "accuracy" in row else "")
         )
@@ -165,6 +168,7 @@ def summary(job: Job, made: Update) -> dict[str, float | int]:
         row |= {"vae_grad_norm": made.grad_norms[1].item(), "vae_lr": job.rate * job.vae.rate.at(job.iteration - 1)}
     if made.classification is not None:
         row |= {name: value.item() for name, value in made.classification._asdict().items()}
+    row |= live(job)
     if job.rolled_back:
         row |= {"rollback": len(job.rolled_back), "diverged": job.rolled_back[-1].diverged}
     return row
@@ -193,19 +197,23 @@ def evaluated(job: Job) -> nn.Module:
 
 def picture(job: Job, path: Path) -> None:
     """What the chains are at, in the order of their classes if they have any; of init="vae" the last update's proposals
-    above what became of them."""
+    above what became of them, and of init="weighted" resampled by their weights."""
+    chains = job.chains
+    if job.settings.init == "weighted":
+        walkers = job.start.walkers
+        chains = weighted.evenly(walkers.states, walkers.log_weights, seed=job.seed, step=job.iteration)
     if job.data.shape == (2,):
         title = f"{job.data.name}, {job.iteration} updates"
-        plots.save_plane(path, evaluated(job), job.data, job.chains, title, proposals=job.proposals)
+        plots.save_plane(path, evaluated(job), job.data, chains, title, proposals=job.proposals)
         return
-    if job.chains.dim() == 2:
-        vectors.save_pairs(path, job.data, job.chains, f"{job.data.name}, {job.iteration} updates", job.proposals)
+    if chains.dim() == 2:
+        vectors.save_pairs(path, job.data, chains, f"{job.data.name}, {job.iteration} updates", job.proposals)
         return
-    shown = [x for x in (job.proposals, job.chains) if x is not None]
+    shown = [x for x in (job.proposals, chains) if x is not None]
     if job.settings.task == "completion":
-        shown = [completion.images(x) for x in (completion.hidden(job.chains), *shown)]
+        shown = [completion.images(x) for x in (completion.hidden(chains), *shown)]
     if job.settings.classes:
-        z = job.chains[:64]
+        z = chains[:64]
         shown = [classes.images(z)[classes.labels(z).argsort(stable=True)]]
     if len(shown) == 1:
         plots.save_images(path, shown[0][:64], job.data.box)

@@ -58,7 +58,9 @@ NEEDS = (
     Need(("matching_lr",), "matching", lambda matching: matching > 0, "matching above 0"),
     Need(("feature_scale",), "features", lambda features: features > 0, "features above 0"),
     *_of_samplers(),
+    Need(("highest",), "replicas", lambda replicas: replicas > 1, "replicas above 1"),
     _one_of(("reinit",), "init", "persistent"),
+    _one_of(("witnesses",), "init", "weighted"),
     _one_of(("rollbacks",), "on_divergence", "rollback"),
     _one_of(("latent", "vae_width", "kl_weight", "vae_warm_up", "vae_lr", "vae_lr_decay"), "init", "vae"),
 )  # fmt: skip

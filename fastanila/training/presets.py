@@ -40,7 +40,7 @@ FORMS: dict[str, Form] = {
     "hmc": Form("HMC", {"sampler": "hmc"}),
     "gd": Form("gradient descent", {"sampler": "gd"}),
 }
-#: Not tuned: its step size is that of AniLA, tuned, times the mean gain that AniLA had there.
+#: Not tuned: its step size is that of AniLA, tuned, times the mean gain of AniLA's runs.
 EFFECTIVE, ITS_SOURCE = "langevin-effective", "anila"
 
 

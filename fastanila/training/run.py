@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ..data import images, registry
 from ..models import vae
 from ..models.wrappers import Tempered
-from ..samplers import EXACT, SAMPLERS
+from ..samplers import EXACT, SAMPLERS, weighted
 from ..samplers.sampler import Sampler
 from . import checkpoint, config, defaults, own
 from .build import Dataset, at_precision, build_energy, build_sampler, build_vae, device_of, load_data
@@ -26,7 +27,8 @@ from .settings import Settings
 class Run(NamedTuple):
     energy: nn.Module  #: the moving average where the run keeps one, in eval mode
     sampler: Sampler
-    chains: Tensor  #: (B, ...) the chains as the run left them
+    #: (B, ...) the chains as the run left them; of replicas the cold ones, of init="weighted" resampled by weight
+    chains: Tensor
     settings: Settings
     iteration: int  #: updates made
     vae: vae.VAE | None = None  #: of init="vae": what proposes where chains start; its moving average, as the energy's
@@ -71,10 +73,11 @@ def _load(directory: Path, device: torch.device, energy: nn.Module | None, data:
     network = build_energy(settings, shape, copy.deepcopy(energy), found.classes)
     model = at_precision(trained(network, found.energy), settings.precision)
     proposer = trained(build_vae(settings, shape, box), found.vae or MISSING) if settings.init == "vae" else None
-    sampler = build_sampler(settings, box)
-    return Run(
-        model, sampler, found.chains, settings, found.iteration, proposer, found.fingerprint, box, data, found.classes
-    )
+    sampler, chains = build_sampler(settings, box), found.chains[: settings.chains]
+    if "log_weights" in found.start:
+        seed = found.rollbacks[-1].seed if found.rollbacks else settings.seed
+        chains = weighted.evenly(chains, found.start["log_weights"], seed=seed, step=found.iteration)
+    return Run(model, sampler, chains, settings, found.iteration, proposer, found.fingerprint, box, data, found.classes)
 
 
 def refuse_given(settings: Settings, directory: str | Path, energy: Any, data: Any) -> None:
@@ -106,7 +109,8 @@ def with_sampler(run: Run, sampler: str, **changes: Any) -> Run:
     before = run.settings
     own = defaults.translated(vars(before), before.sampler, sampler, changes.get("step_size")) | changes
     refresh = before.refresh if "refresh" in known else "transition"
-    settings = dataclasses.replace(before, sampler=sampler, refresh=refresh, **own)
+    replicas = before.replicas if sampler in EXACT else 1
+    settings = dataclasses.replace(before, sampler=sampler, refresh=refresh, replicas=replicas, **own)
     config.check(settings)
     heated = sampler in EXACT and before.noise_scale != 1.0
     energy = Tempered(run.energy, before.noise_scale**2).eval() if heated else run.energy
@@ -128,6 +132,8 @@ def read_settings(directory: str | Path) -> Settings:
 def resumed_settings(settings: Settings, directory: str | Path) -> Settings:
     """The settings to go on with. Raises ValueError for one that would change the numbers of the run."""
     before = read_settings(directory)
+    if settings.init == "weighted" and math.isinf(settings.reference_sd):  # fitted to the data where the run began
+        settings = dataclasses.replace(settings, reference_sd=before.reference_sd)
     for field in dataclasses.fields(Settings):
         was, now = getattr(before, field.name), getattr(settings, field.name)
         if was != now and field.name not in config.RESUMABLE and field.name != "out":

@@ -91,6 +91,12 @@ class Settings:
         None, "Step size eps, squared units of data; of hmc the square of its leapfrog step."
     )
     leapfrog_steps: int = setting(10, "Leapfrog steps, each with a gradient, of one transition of hmc.")
+    replicas: int = setting(
+        1,
+        "Temperatures at which an exact sampler's chains run side by side and trade places, so that the cold ones, "
+        "which alone teach, cross between modes. Each makes as many gradients as all chains did without.",
+    )
+    highest: float = setting(20.0, "Temperature of the hottest replica; the others lie between it and 1.")
     noise_scale: float | None = setting(
         None, "Langevin noise scale sigma; below 1 the chains run at the temperature sigma^2. Exact samplers have none."
     )
@@ -106,11 +112,18 @@ class Settings:
     steps: int | None = setting(None, "Transitions a chain makes for one update (K).")
     chains: int | None = setting(None, "Persistent chains, a multiple of --batch-size; otherwise equal to it.")
     batch_size: int | None = setting(None, "Data, and chains, that one update sees.")
-    init: Literal["persistent", "data", "noise", "vae"] | None = setting(
+    init: Literal["persistent", "data", "noise", "vae", "weighted"] | None = setting(
         None,
         "Where an update's chains start: where they were left (persistent: PCD), at data (data: CD), in uniform noise "
-        "(noise: short-run), or at the proposals of a VAE that learns from the chains (vae). Default persistent; of "
-        "completion vae.",
+        "(noise: short-run), at the proposals of a VAE that learns from the chains (vae), or where they were left and "
+        "with weights that follow each change of the energy (weighted: Jarzynski). Default persistent; of completion "
+        "vae.",
+    )
+    witnesses: int | None = setting(
+        None,
+        "Chains beside those of init=weighted that the gradient never sees, moved and weighted alike: they measure log "
+        "Z, and so the model's likelihood while it learns. A multiple of 16; 0 for none. Default as many as "
+        "--batch-size, rounded up.",
     )
     reinit: float | None = setting(
         None, "Probability that a persistent chain restarts from noise in an update it takes part in."

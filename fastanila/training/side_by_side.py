@@ -17,11 +17,17 @@ RIVAL = "langevin"  #: the form that the others are set against
 
 
 def document(
-    preset: Preset, tuned: Mapping[str, tuning.Tuned], pilots: list[dict[str, Any]], lines: list[dict[str, Any]]
+    preset: Preset,
+    common: Mapping[str, Any],
+    tuned: Mapping[str, tuning.Tuned],
+    pilots: list[dict[str, Any]],
+    lines: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Everything that was found, as JSON has it. ``lines``: of the runs that are compared, with their forms."""
+    """Everything that was found, as JSON has it. ``common``: settings that won over the preset's. ``lines``: of the
+    runs that are compared, with their forms."""
     return {
         "preset": preset.name,
+        "settings": preset.settings | dict(common),
         "measure": comparison.measure_of(lines),
         "rule": tuning.rule(preset),
         "tuned": {
@@ -50,14 +56,21 @@ def markdown(preset: Preset, found: Mapping[str, Any]) -> str:
     lines = [f"# {preset.title}: forms of the sampler side by side", ""]
     lines += [comparison.form_table(found["summary"], {k: f.label for k, f in FORMS.items()}, words, RIVAL), ""]
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(line["seed"] for line in found["runs"]))
-    lines += [f"{found['rule']} Mean and standard deviation over the seeds {seeds}. What is 'less' is better.", ""]
     lines += [
-        "Numbers with * are the least or the largest that the pilots tried; with ! all pilots of the form failed.",
+        f"{found['rule']} Mean and standard deviation over the seeds {seeds}. 'Less than' is by how much the measure "
+        f"is less than {FORMS[RIVAL].label}'s with the same seed, and for how many seeds it is less at all.",
         "",
     ]
+    if found["pilots"]:
+        edge = (
+            "Numbers with * are the least or the largest that the pilots tried; with ! all that could tune it failed."
+        )
+        lines += [edge, ""]
     lines += ["| setting | value | the papers' | chosen, because |", "| --- | --- | --- | --- |"]
-    for name, value in preset.settings.items():
+    for name, value in found["settings"].items():
         cells = [name, str(value), preset.papers.get(name, ""), preset.chosen.get(name, "")]
+        if value != preset.settings.get(name):
+            cells[2:] = ["", f"asked for; the preset has {preset.settings.get(name, 'the default')}"]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -2,8 +2,9 @@
 
 An update draws data, starts chains, moves them K transitions of the sampler, and takes an Adam step along
 mean grad U(data) - mean grad U(chains). With init="vae" the chains start at what a VAE proposes, and the VAE takes an
-Adam step of its own along its ELBO's gradient at where the chains end (Xie, Zheng and Li). Updates of a warm-up by
-matching have no chains: see `matching`. An update reads nothing back: the number of updates made and whether they are
+Adam step of its own along its ELBO's gradient at where the chains end (Xie, Zheng and Li). With init="weighted" means
+over chains are weighted, and the weights follow the step: see `samplers.weighted`. Updates of a warm-up by matching
+have no chains: see `matching`. An update reads nothing back: the number of updates made and whether they are
 still finite are tensors too, so that on CUDA the whole of it is one graph, captured once and replayed.
 """
 
@@ -23,13 +24,14 @@ from ..models.wrappers import for_chains
 from ..noise import Stream
 from ..samplers import starts
 from ..samplers.chain import chain_of
-from ..samplers.state import Info, State
+from ..samplers.state import Info, State, mapped
 from . import build
 from .defaults import ENERGIES
 from .job import Job
 from .learner import as_number, averaged_parameters, clipped_norm, follow, gradients, move
 from .losses import ELBO, Classification, Likelihood, elbo, likelihood
 from .matching import matching
+from .weighing import build_weighing
 
 #: An energy beyond this has left everything that training could bring back.
 _LARGEST_ENERGY = 1e8
@@ -67,8 +69,9 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
     on_chains = for_chains(energy) if s.fused else energy
     # An energy of the user's own that does not compile may run eagerly, with a warning; not where all is one graph.
     strict = s.energy in ENERGIES or compiles_once(device)
-    chain = chain_of(job.sampler, on_chains, z=job.chains, compile=s.fused, capture=False, strict=strict)
-    numbers = job.sampler.numbers_on(device)
+    sampler = build.with_replicas(job.sampler, s)
+    chain = chain_of(sampler, on_chains, z=job.chains, compile=s.fused, capture=False, strict=strict)
+    numbers = sampler.numbers_on(device)
     step_size = as_number(float(s.step_size), device)
     one = torch.ones((), dtype=torch.float32, device=device)
     # tensors, because a number would be a constant of what is compiled, and another one would compile it anew
@@ -78,6 +81,10 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
     schedules = [learner.rate.on(device) for learner in job.learners]
     seed, factor = job.seed, job.lr_factor
     rates = [group["lr"] for learner in job.learners for group in learner.optimizer.param_groups]
+
+    def cold(x: Tensor) -> Tensor:
+        """Of what has rows for all replicas, the cold ones, which alone teach."""
+        return x if s.replicas == 1 else x[: s.batch_size]
 
     def begin(iteration: Tensor):
         """What an update draws, and the step of its first transition: a chain's index is its place in this update's
@@ -102,9 +109,9 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
         few = slice(-(-len(batch) // 8))
         return Likelihood(loss, energy(batch[few]).mean(), energy(start[few]).mean())
 
-    def learn(batch: Tensor, chains: Tensor) -> Likelihood:
+    def learn(batch: Tensor, chains: Tensor, log_weights: Tensor | None) -> Likelihood:
         l2 = energy_l2 if s.energy_l2 else 0.0
-        return likelihood(energy, batch, chains, l2, class_weight if s.classes else None)
+        return likelihood(energy, batch, chains, l2, class_weight if s.classes else None, log_weights)
 
     def teach(batch: Tensor, chains: Tensor, xi: Tensor, iteration: Tensor) -> ELBO:
         lesson = torch.where(iteration < warm_up, batch, chains) if s.vae_warm_up else chains
@@ -121,7 +128,7 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
             rate.copy_(schedule.at(iteration) * factor)
         decays = [torch.where(broken, 1.0, average_decay(iteration - x.first, ema)) for x in schedules]
         job.start.keep(iteration, z, unless=broken)
-        job.chains.copy_(torch.where(broken, job.chains, z))
+        job.chains.copy_(torch.where(broken, job.chains, cold(z)))
         if job.proposals is not None:
             job.proposals.copy_(torch.where(broken, job.proposals, start))
         job.broken.copy_(broken)
@@ -132,6 +139,7 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
     # What runs once an update: on a CPU it takes a twentieth of it, and would take longer to compile than that saves.
     compile = compiled if s.fused and compiles_once(device) else lambda function: function
     begin_of, learn_of, teach_of, settle_of, follow_of = map(compile, (begin, learn, teach, settle, follow))
+    weighing = build_weighing(job, energy, compile, strict=strict) if s.init == "weighted" else None
 
     def update() -> Update:
         for learner in job.learners:
@@ -144,16 +152,18 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
                 if s.fused:
                     for_chains(energy)  # the parameters of now
                 state, info = chain(s.steps, numbers, state, seed, first, 0, free)
+            chains, info = cold(state.z), mapped(cold, info)
+            moved = None if weighing is None else weighing.move(state.z, seed, first)
         matched = match(batch, job.made) if matches or s.matching_weight else None
         if matches:
             matched.backward(one)
-            result = watched(batch, state.z, matched)
+            result = watched(batch, chains, matched)
         else:
-            result = learn_of(batch, state.z)
+            result = learn_of(batch, chains, None if weighing is None else job.start.walkers.log_weights)
             (result.loss if matched is None else result.loss + matching_weight * matched).backward(one)
         teaching = None
         if job.vae is not None:
-            lesson = teach_of(batch, state.z, xi, job.made)
+            lesson = teach_of(batch, chains, xi, job.made)
             lesson.loss.backward(one)
             teaching = Teaching(lesson.reconstruction, lesson.kl)
         with torch.no_grad():
@@ -161,11 +171,15 @@ def build_update(job: Job, *, matches: bool = False) -> Callable[[], Update]:
             norms = iter(torch._foreach_norm([g for of in grads for g in of]))
             norms = [list(itertools.islice(norms, len(of))) for of in grads]
             energies = [result.energy_data, result.energy_chains]
+            if moved is not None:
+                energies += [u.mean().float() for u in moved[:2] if len(u)]
             totals, broken, decays = settle_of(job.made, energies, norms, grads, state.z, start)
             for learner in job.learners:
                 move(learner, unless=broken)
-            if s.ema:
+            if job.ebm.average is not None:
                 follow_of(*averaged_parameters(job.learners), decays)
+            if weighing is not None:
+                weighing.follow(job.made, moved, broken)
         matched = None if matched is None else matched.detach()
         return Update(result.energy_data, result.energy_chains, totals, matched, info, teaching, result.classification)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.studies import efficiency
-from fastanila import MALA, Langevin
+from fastanila import MALA, Langevin, Preconditioned
 
 
 def quick_target():
@@ -71,9 +71,13 @@ def test_a_law_that_is_wrong_shows_beside_its_effective_size():
 def test_every_sampler_has_a_row_and_hmc_counts_its_leapfrog_steps():
     target = quick_target()
     chosen = dict(efficiency.samplers(target, chains=16, adapting=20))
-    assert len(chosen) == 12 and [name for name, s in chosen.items() if s.is_exact] == [
-        "mala", "anila-mh, element", "anila-mh, chain", "hmc",
+    exact = ["mala", "anila-mh, element", "anila-mh, chain"]
+    assert len(chosen) == 16 and [name for name, s in chosen.items() if s.is_exact] == [
+        *exact, "hmc", *(f"{name}, metric" for name in exact), "hmc, metric",
     ]  # fmt: skip
+    metrics = dict(efficiency.samplers(target, chains=16, adapting=20, kinds=["metric"]))
+    assert [*metrics] == [*chosen][12:] and metrics["hmc, metric"].step_size == chosen["hmc, metric"].step_size
+    assert isinstance(chosen["hmc, metric"], Preconditioned) and chosen["hmc, metric"].scale.shape == (2,)
     hmc = chosen["hmc"]
     reach = hmc.leapfrog_steps * math.sqrt(hmc.step_size)
     assert 1 <= hmc.leapfrog_steps <= efficiency.LONGEST and 0.3 < reach < 5

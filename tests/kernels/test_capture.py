@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from fastanila import AniLA, Langevin
+from fastanila import AdjustedAniLA, AniLA, Langevin, ReplicaExchange
 from fastanila.models import MLP, ConvNet, GaussianMixture, UNet
 from fastanila.models.wrappers import Autocast
 from fastanila.samplers import chain, whole_chain
@@ -68,6 +68,17 @@ def test_a_captured_run_equals_the_transitions_one_by_one(name, sampler, capture
     torch.testing.assert_close(captured, sampler.run(energy, z, steps=21, seed=1, step=4), **close)
     torch.testing.assert_close(again, sampler.run(energy, z, steps=21, seed=1, step=25), **close)
     assert not torch.allclose(captured, again)
+
+
+def test_captured_replicas_equal_those_on_the_cpu(captures):
+    """But for a chain whose acceptance or exchange is decided by the last bit."""
+    energy, z = MLP(2, width=32, features=16).cuda(), start(65, 2)
+    replicas = ReplicaExchange.of(AdjustedAniLA(2.0, 0.2), replicas=5, highest=9.0)
+    ends = [replicas.run(energy, z, steps=21, seed=1, step=step) for step in (4, 25)]
+    assert len(captures) == 1  # the second replays the first one's
+    for step, end in zip((4, 25), ends, strict=True):
+        want = replicas.run(energy.cpu(), z.cpu(), steps=21, seed=1, step=step, compile=False)
+        assert torch.isclose(end.cpu(), want, rtol=1e-3, atol=1e-3).all(1).float().mean() > 0.9
 
 
 def test_schedules_parameters_and_shapes_reach_the_replays(captures):

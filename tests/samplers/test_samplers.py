@@ -62,7 +62,8 @@ every_sampler = pytest.mark.parametrize("sampler", ALL, ids=str)
 def test_all_are_known_by_name():
     assert {type(s) for s in ALL} == set(SAMPLERS.values())
     assert set(settings.names_of("sampler")) == set(SAMPLERS)
-    assert {kind.__name__ for kind in SAMPLERS.values()} | {"Sampler", "calibrate", "load"} == set(fastanila.__all__)
+    others = {"Preconditioned", "ReplicaExchange", "Sampler", "calibrate", "load"}
+    assert {kind.__name__ for kind in SAMPLERS.values()} | others == set(fastanila.__all__)
     assert all(getattr(fastanila, kind.__name__) is kind for kind in SAMPLERS.values())
     assert [name for name, kind in SAMPLERS.items() if kind.is_exact] == [*EXACT]
     assert all(s.gradients == (3 if isinstance(s, HMC) else 1) for s in ALL)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import fake_device
-from fastanila import MALA, AdjustedAniLA, AniLA, Langevin
+from fastanila import MALA, AdjustedAniLA, AniLA, Langevin, Preconditioned, ReplicaExchange
 from fastanila.models import MLP, ConvNet, GaussianMixture
 from fastanila.samplers import whole_chain
 from fastanila.samplers.sampler import Sampler
@@ -180,6 +180,8 @@ CASES: dict[str, Case] = {
     "transition: convnet, bf16, a frozen gain": transition(convnet, IMAGES, FROZEN, "bf16"),
     "transition: convnet, adjusted by chain": transition(convnet, IMAGES, AdjustedAniLA(50.0, 0.001, norm="chain")),
     "transition: convnet, adjusted by element": transition(convnet, IMAGES, ADJUSTED),
+    "transition: mlp, 5 replicas": transition(mlp, VECTORS, ReplicaExchange.of(ADJUSTED, replicas=5, highest=9.0)),
+    "transition: mlp, a metric": transition(mlp, VECTORS, Preconditioned(ADJUSTED, torch.tensor([0.5, 1.6]))),
     "run: mixture": run(mixture, VECTORS, ANILA),
     "run: mlp": run(mlp, VECTORS, ANILA),
     "run: mixture, adjusted": run(mixture, VECTORS, ADJUSTED),
@@ -194,12 +196,15 @@ CASES: dict[str, Case] = {
         **SMALL, init="noise", energy_l2=0.1, data_noise=0.1, clip_grad=0.1, refresh="update", norm="chain"
     ),
     "update: rings, adjusted": update(**SMALL | dict(sampler="anila-mh", threshold=1.0)),
+    "update: rings, replicas": update(**SMALL | dict(sampler="anila-mh", threshold=1.0, replicas=3)),
     "update: rings, hmc": update(**SMALL | dict(sampler="hmc", leapfrog_steps=3)),
     "update: digits": update(**SMALL_IMAGES, clip_grad=1.0),
     "update: digits, bf16": update(**SMALL_IMAGES, precision="bf16"),
     "update: digits, the warm-up by matching": update(**SMALL_IMAGES, matching=10, activation="silu", flips=True),
     "update: digits, matching beside the likelihood": update(**SMALL_IMAGES, matching_weight=1.0, activation="silu"),
     "update: digits, classes": update(**SMALL_IMAGES, classes=True),
+    "update: rings, weighted": update(**SMALL | dict(sampler="mala", init="weighted", witnesses=16)),
+    "update: digits, weighted": update(**SMALL_IMAGES | dict(sampler="mala", init="weighted", step_size=0.01)),
     "update: rings, a small vae": update(**SMALL, init="vae", vae_width=16, vae_warm_up=2),
     "update: digits, completion": update(
         **SMALL | dict(data="digits", width=8, features=0),

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastanila import compare, train
+from fastanila import compare, data, train
 from fastanila.data import registry
-from fastanila.evaluation import comparison, quadrature
+from fastanila.evaluation import comparison, extractors, plots, quadrature
 from fastanila.samplers import EXACT, SAMPLERS
-from fastanila.training import build, config, needs, presets, side_by_side, tuning
+from fastanila.training import build, config, needs, presets, several, side_by_side, tuning
 from fastanila.training.presets import Choice
 from fastanila.training.settings import Settings
 from run_files import quiet
@@ -95,6 +95,16 @@ def test_forms_have_equal_gradients(name):
         assert other.step_size == pytest.approx(4 * settings.step_size)
         expected = {"tamed": settings.threshold}.get(settings.sampler, 0.5 * settings.threshold)  # 0.5 sqrt(4)
         assert other.threshold == pytest.approx(expected)
+
+
+def test_a_start_that_is_asked_for_is_that_of_every_form_without_one_of_its_own():
+    preset, start = presets.read("rings"), dict(step_size=0.02, threshold=5.0, steps=20)
+    of = {f: presets.settings_of(preset, Choice(f), seed=0, common=start) for f in preset.comparison.forms}
+    for form in ("langevin", "anila", "anila-channel", "shrunk-noise", "anila-mh", "mala", "gd"):
+        assert of[form].step_size == 0.02 and of[form].steps == 20 - (form in ("anila-mh", "mala"))
+    assert of["anila"].threshold == of["shrunk-noise"].threshold == of["anila-mh"].threshold == 5.0
+    assert build.build_sampler(of["tamed"], (-1.0, 1.0))._level == pytest.approx(5.0)
+    assert (of["anila-coded"].step_size, of["anila-coded"].threshold) == (0.0196, 1.02)
 
 
 def test_the_printed_and_the_coded_form_begin_with_the_papers_numbers():
@@ -202,14 +212,32 @@ def test_the_rule_is_steps_first_then_thresholds():
     assert [len(resolved) for _, resolved in calls] == [9, 3]
     assert all(s.iterations == 200 and s.seed == 0 for _, resolved in calls for s in resolved.values())
     assert {s.step_size for s in calls[1][1].values()} == {0.02}  # at the best step size alone
-    assert list(tuned) == ["langevin", "anila", "langevin-effective", "mala"] and len(lines) == 12
+    assert list(tuned) == ["langevin", "anila", "mala"] and len(lines) == 12
     assert tuned["langevin"] == (Choice("langevin", 1, 1), (), False)
     assert tuned["anila"] == (Choice("anila", 4, 0.2), ("step_size", "threshold"), False)
     assert tuned["mala"] == (Choice("mala", 0.25, 1), ("step_size",), False)
-    # Langevin's step is then AniLA's, 4 times the start, times the mean gain
-    assert tuned["langevin-effective"].choice.step_size == pytest.approx(1.6)
-    effective = presets.settings_of(preset, tuned["langevin-effective"].choice, seed=1)
-    assert (effective.sampler, effective.step_size) == ("langevin", pytest.approx(0.005 * 1.6))
+
+
+def test_the_mean_step_is_that_of_the_runs_which_are_compared():
+    preset = presets.read("rings")
+    source = tuning.Tuned(Choice("anila", 4, 0.2), ("step_size",), False)
+    gains = {1: 0.5, 2: 0.7, 3: math.nan}
+    lines = [dict(form="anila", seed=s, diverged=s == 3, gamma_mean=gain) for s, gain in gains.items()]
+    lines += [dict(form="langevin", seed=1, diverged=False, gamma_mean=1.0)]
+    found = tuning.effective(source, lines)
+    assert found == (Choice("langevin-effective", pytest.approx(4 * 0.6), 1), (), False)
+    settings = presets.settings_of(preset, found.choice, seed=1)
+    assert (settings.sampler, settings.step_size) == ("langevin", pytest.approx(0.005 * 4 * 0.6))
+    assert tuning.effective(source, lines[2:]) == (Choice("langevin-effective", 4, 1), (), True)
+
+
+def test_without_pilots_every_form_has_its_own_start():
+    preset = presets.read("rings")
+    none = presets.changed(preset, pilots=preset.comparison.pilots._replace(iterations=0))
+    tuned, lines = tuning.tune(none, {}, lambda *_: pytest.fail("a pilot"))
+    assert lines == [] and set(tuned) == set(preset.comparison.forms) - {"langevin-effective"}
+    assert all(found == (Choice(form), (), False) for form, found in tuned.items())
+    assert tuning.rule(none).startswith("Nothing is tuned: every form has its own start. Langevin at AniLA's mean step")
 
 
 def test_a_form_whose_pilots_all_fail_keeps_the_least_step():
@@ -247,7 +275,8 @@ def test_rows_are_means_and_differences_seed_by_seed():
     assert third["mean"] is None and third["failed"] == 1
     labels = {form: presets.FORMS[form].label for form in presets.FORMS}
     text = comparison.form_table([first, second, third], labels, dict.fromkeys(labels, "eps 1"), "langevin")
-    assert "| AniLA, by element | eps 1 | 4.25 ± 0.35 | 1.75 ± 1.1 | 0.1 | 1 | 1 of 3 |" in text.splitlines()
+    assert (second["wins"], second["pairs"], first["pairs"]) == (2, 2, 0)
+    assert "| AniLA, by element | eps 1 | 4.25 ± 0.35 | 1.75 ± 1.1 (2 of 2) | 0.1 | 1 | 1 of 3 |" in text.splitlines()
     assert len({row.count("|") for row in text.splitlines()}) == 1
 
 
@@ -268,12 +297,12 @@ def in_process(monkeypatch):
     made = []
 
     def trained(settings, directory, threads):
-        if compare.progress(directory) is None:
+        if several.progress(directory) is None:
             made.append(directory.name)
             quiet(dataclasses.replace(settings, out=str(directory)))
         return True
 
-    monkeypatch.setattr(compare, "train", trained)
+    monkeypatch.setattr(several, "train", trained)
     return made
 
 
@@ -290,7 +319,8 @@ def test_a_preset_is_compared(in_process, tmp_path, monkeypatch, capsys):
         return {"iteration": run.iteration, "gap": gap}
 
     monkeypatch.setattr(compare, "evaluate", coarse)
-    command = ["--preset", "rings", "--no-fused", "--iterations", "2", "--out", str(tmp_path)]
+    command = ["--preset", "rings", "--no-fused", "--iterations", "2", "--settings", "chains=32"]
+    command += ["--out", str(tmp_path)]
     assert compare.main(command) == 0
     assert in_process == [
         "langevin-step1-b1", "langevin-step4-b1", "anila-step1-b1", "anila-step4-b1", in_process[4],
@@ -304,14 +334,53 @@ def test_a_preset_is_compared(in_process, tmp_path, monkeypatch, capsys):
     assert found["summary"][1]["less"] == pytest.approx(plain["gap"] - ours["gap"])
     chosen, step_size = found["tuned"]["anila"]["factors"], tiny.settings["step_size"]
     assert ours["step_size"] == pytest.approx(chosen[0] * step_size)
-    (pilot,) = (x for x in found["pilots"] if x["form"] == "anila" and x["factors"] == chosen)
-    assert effective["step_size"] == pytest.approx(ours["step_size"] * pilot["gamma_mean"])
+    assert effective["step_size"] == pytest.approx(ours["step_size"] * ours["gamma_mean"])
     page = (tmp_path / "compare.md").read_text()
     assert page in capsys.readouterr().out and "| Langevin at AniLA's mean step |" in page
     assert r"\|s\| seldom exceeds it" in page and "times 0.1, 1." in page
+    assert "| chains | 32 |  | asked for; the preset has 16 |" in page and "| steps | 4 |  | quick |" in page
     assert (tmp_path / "compare.png").stat().st_size > 10_000
     in_process.clear()
     assert compare.main(command) == 0 and in_process == []  # all of it is there
+
+
+def test_planes_have_a_panel_each(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda _, figure: figures.append(figure))
+    density = registry.load("rings")
+    models = {f"form {n}": (lambda z: z.square().sum(1), torch.full((3, 2), float(n))) for n in range(7)}
+    comparison.save_planes(tmp_path / "x.png", density, models)
+    (figure,) = figures
+    named = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert named == ["data", *models] and sum(axis.axison for axis in figure.axes) == 1 + 2 * 7
+    (scale,) = {image.get_clim() for axis in figure.axes for image in axis.images}
+    cells = quadrature.grid(density.box, 150)
+    assert scale == (0.0, pytest.approx(quadrature.data_log_density(density, cells).max().exp().item()))
+    places = {axis.get_title(): axis.get_subplotspec() for axis in figure.axes}
+    for axis in figure.axes:  # the chains lie under the density of the same form
+        if axis.axison and axis.collections and not axis.get_title():
+            place = axis.get_subplotspec()
+            ((number, _), *_) = axis.collections[0].get_offsets()
+            above = places[f"form {number:.0f}"]
+            assert (place.rowspan.start, place.colspan) == (above.rowspan.stop, above.colspan)
+
+
+def test_what_measuring_needs_is_missed_ahead_of_the_trainings(tmp_path, monkeypatch, capsys):
+    out = ["--data", "image-folder", "--samplers", "gd", "--out", str(tmp_path / "x")]
+    for preset in ([], ["--preset", "flowers"]):
+        assert compare.main([*preset, *out, "--data-dir", str(tmp_path / "none")]) == 2
+        assert "none" in capsys.readouterr().err
+
+    def missing():
+        raise ModuleNotFoundError("pip install fastanila[features]")
+
+    monkeypatch.setattr(extractors, "efficientnet_lite0", missing)
+    colour = data.Images("made-up", *(torch.zeros(4, 3, 16, 16, dtype=torch.uint8),) * 2)
+    monkeypatch.setattr(build, "load_data", lambda *_: colour)
+    for preset in ([], ["--preset", "flowers"]):
+        assert compare.main([*preset, *out]) == 2
+        assert capsys.readouterr().err == "error: pip install fastanila[features]\n"
+    assert not (tmp_path / "x").exists()
 
 
 def test_images_are_shown_as_grids(tmp_path):
@@ -332,6 +401,12 @@ def test_what_goes_with_a_preset_and_what_does_not(tmp_path, capsys):
         ("--preset rings --step-size 1", "step_size has no effect with preset, which tunes them"),
         ("--preset completion --samplers hmc", "samplers must be of langevin, .* with preset=completion, got hmc"),
         ("--preset rings --image-size 8", "image_size has no effect with data=rings"),
+        ("--preset rings --pilots -1", "pilots must be at least 0, got -1"),
+        ("--preset rings --settings norm=chain lr=x", "lr must be a number, got 'x'"),
+        ("--preset rings --settings vae_lr=1", "vae_lr has no effect with init=persistent"),
+        ("--preset rings --seeds 1 2 1", "seeds must differ from one another, got 1 2 1"),
+        ("--samplers mala mala", "samplers must differ from one another, got mala mala"),
+        ("--pilots 3", "pilots has no effect without preset, whose forms they tune"),
         ("--samplers anila-channel", "samplers must be of .* without preset, got anila-channel"),
     ):
         assert compare.main([*flags.split(), *out]) == 2

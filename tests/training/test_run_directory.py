@@ -7,10 +7,10 @@ import threading
 
 import pytest
 
-from fastanila import compare, files
+from fastanila import files
 from fastanila import train as command
 from fastanila.cli import exits
-from fastanila.training import checkpoint, config, loop, metrics, run, run_directory
+from fastanila.training import checkpoint, config, loop, metrics, run, run_directory, several
 from fastanila.training import job as job_training
 from fastanila.training.settings import Settings
 from run_files import final, numbers, quiet, rows
@@ -128,11 +128,8 @@ def test_compare_deletes_nothing_where_a_run_has_no_checkpoint(tmp_path, monkeyp
     directory.mkdir()
     (directory / "thesis.tex").write_text("all of it")
 
-    class Done:
-        returncode = 0
-
-    monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: Done)
-    compare.train(config.resolve(Settings(**TINY)), directory, threads=1)
+    with pytest.raises(run_directory.Taken, match="holds other files"):
+        several.train(config.resolve(Settings(**TINY)), directory)
     assert (directory / "thesis.tex").read_text() == "all of it"
 
 
