@@ -13,7 +13,7 @@ import torch
 import fastanila
 from fastanila import compare, ergodicity, evaluate, files, sample, train
 from fastanila.cli import exits
-from fastanila.training import checkpoint, config
+from fastanila.training import checkpoint, config, several
 from fastanila.training.settings import Settings
 from run_files import quiet
 
@@ -111,8 +111,9 @@ def test_what_cannot_be_written_is_told_ahead_of_the_work(home, tmp_path, where,
     out = tmp_path / "file" / "x" if where != "proc" else Path("/proc/nope")
     if where == "proc" and not os.path.isdir("/proc/self"):
         pytest.skip("needs /proc")
-    for work in ((sample, "mode_of"), (ergodicity, "family"), (compare, "train")):
+    for work in ((ergodicity, "family"), (several, "train")):
         monkeypatch.setattr(*work, lambda *_: pytest.fail("worked for nothing"))
+    monkeypatch.setitem(sample.MODES, "samples", lambda *_: pytest.fail("worked for nothing"))
     for main, flags in (
         (sample.main, [str(home / "run"), "--out", str(out / "s.png")]),
         (ergodicity.main, ["--out", str(out)]),
@@ -171,7 +172,7 @@ def test_a_tilde_is_the_home_folder_everywhere(home, tmp_path, monkeypatch, caps
     assert evaluate.main(["~/run"]) == 0
     assert ergodicity.main(["--run=~/run", "--out=~/law", "--resolution=12"]) == 0
     assert (home / "law" / "ergodicity.json").is_file()
-    monkeypatch.setattr(compare, "train", lambda settings, directory, threads: False)
+    monkeypatch.setattr(several, "train", lambda settings, directory, threads: False)
     assert compare.main(["--out=~/compared", "--iterations=2"]) == 0 and (home / "compared" / "compare.png").is_file()
     assert not list(tmp_path.iterdir())
 

@@ -281,14 +281,15 @@ def test_the_bracket_holds_the_truth_in_19_of_20_repetitions():
     assert schedule.step_sizes.min() < 0.8 * schedule.step_sizes.max()  # it is no Gaussian
     up = work.anneal(base.draw(20 * 64, seed=0, step=50), schedule, up=True).log_weights
     down = work.anneal(exact, schedule, up=False).log_weights
-    held, widths = 0, []
+    held, notes, widths = 0, 0, []
     for a, b in zip(up.view(20, 64), down.view(20, 64), strict=True):
         high = likelihood.log_mean(b)
         bracket = likelihood.Bracket(likelihood.log_mean(a), high._replace(value=-high.value), 0.6, 120)
         held += bracket.lower <= log_z <= bracket.upper
         widths.append(bracket.upper - bracket.lower)
-        assert bracket.note(2) is None
+        notes += bracket.note(2) is not None
     assert held >= 19 and max(widths) < 0.6
+    assert notes <= 2  # sides 2.5 standard errors out of order: one in 160, three of 20 in 3e-4
     assert abs(likelihood.log_mean(up).value - log_z) < 0.05 and abs(likelihood.log_mean(down).value + log_z) < 0.05
 
 
