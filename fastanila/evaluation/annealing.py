@@ -120,7 +120,8 @@ class Annealer:
         energy: the model's, (B, ...) -> (B,), with what its states are confined to (`Folded`).
         base: `Uniform` or `Gaussian`, which covers the energy's law.
         sampler: an exact one; its step size is where the pilot begins.
-        seed, step: of the noise. Its transitions take the steps from ``step`` on, no step twice.
+        seed: of the noise.
+        step: its transitions take the steps from there on, no step twice.
 
     Raises ValueError for a sampler that is not exact: its weights would be of no law.
     """

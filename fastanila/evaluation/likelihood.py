@@ -109,7 +109,8 @@ def bracket(
         box: (low, high) of every element, where the model is confined to one; Z is then the integral over it.
         temperatures: at which a chain is weighed, each way, with one transition between two of them.
         settle: transitions that the starts make first; 0 where they are exact draws of the model.
-        seed, step: name the noise; transitions take the steps from ``step`` on.
+        seed: names the noise.
+        step: the first of the transitions' steps.
 
     Raises ValueError for a sampler that is not exact, and for an energy that no path from the base leads to.
     """

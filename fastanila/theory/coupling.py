@@ -77,7 +77,8 @@ def couple(first: Proposal, second: Proposal, shared: Draws) -> Coupled:
     Which of the two is decided by the states alone, and so each draw has its law.
 
     Args:
-        first, second: of B states each, (B, ...).
+        first: of B states, (B, ...).
+        second: likewise.
         shared: independent of both.
     """
     (mean_x, sd_x), (mean_y, sd_y) = first, second
@@ -195,7 +196,8 @@ def lagged(
     Args:
         sampler: `MALA` or `AdjustedAniLA`.
         energy: U, a callable (B, ...) -> (B,), deterministic and of each state by itself.
-        x, y: where X and Y start, (B, ...) floating point: draws of one law pi_0, y independent of x or not.
+        x: where X starts, (B, ...) floating point: draws of a law pi_0.
+        y: where Y starts, draws of the same law, independent of x or not.
         lag: how many transitions X is ahead, at least 1.
         budget: transitions of X at most, at least ``lag``.
         seed: names the randomness, with step + t and a pair's place in the batch, on `Stream.COUPLING`.
