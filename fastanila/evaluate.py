@@ -244,21 +244,21 @@ def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
     if run.settings.task == "completion" or run.chains.dim() != 4:
         refuse(given, ["count", "fid", "descent"], "but on a model of whole images")
     checks.count("descent", arguments.descent, least=0)
-    chains: dict[str, Any] = {}
+    beside: dict[str, Any] = {}
     if arguments.chains:
         directory = config.path_of("run", arguments.run)
         run_directory.check_writable(directory)
         found, trace = mixing(run, arguments.draws, seed=arguments.seed, fused=arguments.fused)
         title = f"{arguments.run}: {found['chains']} chains, {type(run.sampler).__name__}"
         save_mixing(directory / "chains.png", found, trace, title)
-        chains["chains"] = _finite(found)
+        beside["chains"] = _finite(found)
     if arguments.likelihood:
         found = likelihood_of(
             run, data_dir=arguments.data_dir, sampler=arguments.annealing_sampler, seed=arguments.seed,
             fused=arguments.fused, chains=arguments.annealing_chains, temperatures=arguments.temperatures,
             settle=arguments.settle,
         )  # fmt: skip
-        chains["likelihood"] = _finite(found)
+        beside["likelihood"] = _finite(found)
     options = dict(
         other=arguments.ood,
         data_dir=arguments.data_dir,
@@ -268,7 +268,7 @@ def evaluated(arguments: argparse.Namespace, given: set[str]) -> int:
         descent=arguments.descent,
     )
     report = evaluate(run, **options)
-    exits.say(json.dumps({"run": str(arguments.run), **_finite(report), **chains}, indent=2))
+    exits.say(json.dumps({"run": str(arguments.run), **_finite(report), **beside}, indent=2))
     return exits.DONE
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import noise
 from ..models.score import evaluator, sampling
 from ..noise import Stream
+from ..samplers import weighted
 from ..samplers.chain import chain_of
 from ..samplers.sampler import Sampler
 from ..samplers.state import State
@@ -206,7 +207,10 @@ class Annealer:
                 change, hard = _change(difference, 1.0 - betas[-1])
                 betas.append(1.0 if change >= 1.0 - betas[-1] else betas[-1] + change)
                 hardness.append(hardness[-1] + hard)
-                rows = systematic(-change * difference, seed=self.seed, step=self.drawn())
+                u = noise.uniform(
+                    (), seed=self.seed, step=self.drawn(), stream=Stream.ANNEALING, device=difference.device
+                )
+                rows = weighted.systematic(-change * difference, u)
                 state = AnnealedState(*(x[rows] for x in state))
                 state, length = self._adapted(state, betas[-1], length, _PILOT_MOVES)
                 step_sizes.append(length)
@@ -233,14 +237,6 @@ class Annealer:
         return state, math.exp(sum(half) / len(half))
 
 
-def systematic(log_weights: Tensor, *, seed: int, step: int) -> Tensor:
-    """Which of the rows go on, (B,) int64: each as often as its weight says, up to one (systematic resampling)."""
-    count, device = len(log_weights), log_weights.device
-    shift = noise.uniform((1,), seed=seed, step=step, stream=Stream.ANNEALING, device=device).double()
-    places = (torch.arange(count, device=device) + 1 - shift) / count
-    return torch.searchsorted(log_weights.softmax(0).cumsum(0), places).clamp(max=count - 1)
-
-
 def interpolated(x: Tensor, at: Tensor, values: Tensor) -> Tensor:
     """The values (M,) at the rising places ``at`` (M,), interpolated linearly at x."""
     right = torch.searchsorted(at, x).clamp(1, len(at) - 1)
@@ -253,8 +249,7 @@ def _change(difference: Tensor, most: float) -> tuple[float, float]:
     size, and how hard the way is: the standard deviation of weights that are log-normal and keep as much."""
 
     def kept(change: float) -> float:
-        w = -change * difference
-        return (2 * torch.logsumexp(w, 0) - torch.logsumexp(2 * w, 0)).exp().item() / len(w)
+        return weighted.ess(-change * difference).item()
 
     change = most
     if not kept(most) >= _CESS:

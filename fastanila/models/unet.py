@@ -16,9 +16,9 @@ class UNet(nn.Module):
     """Energy of images (B, channels, size, size): U(x) = scale <x, f(x)> + confinement / 2 |x|^2, f a U-Net.
 
     Its gradient is scale (f(x) + J(x)^T x): a field of a U-Net's detail, where a network that ends in one number has
-    only what comes back through it. The product is that of Du et al. 2023 ("Reduce, reuse, recycle"), and of Wang and
-    Du 2025 for equilibrium matching. f has three levels, of ``width`` times 1, 2 and 3 channels, and a residual block
-    (two convolutions, SiLU, no norm) on each way, and two at the bottom.
+    only what comes back through it. The product is that of Wang and Du 2025 (equilibrium matching with an explicit
+    energy). f has three levels, of ``width`` times 1, 2 and 3 channels, and a residual block (two convolutions, SiLU,
+    no norm) on each way, and two at the bottom.
 
     ``size`` must be a multiple of 4, and at least 8. With several ``outputs`` it has as many energies, (B, outputs),
     for the classes of a `wrappers.ClassEnergy`. Energies are float32 under autocast too. Raises ValueError for another

@@ -42,16 +42,10 @@ def warm_up(
     compile: bool,
 ) -> Found:
     """What `Adjusted.adapt` finds. ``metric``: of a `Preconditioned`, whose scale is learned too."""
-    target = sampler.target_acceptance if target_acceptance is None else target_acceptance
-    if not 0 < target < 1:
-        raise ValueError(f"target_acceptance must be between 0 and 1, got {target}")
-    check_run(sampler, z, steps, seed, step, offset, mask)
-    checks.count("steps", steps, least=LEAST if metric else 1)
+    check(sampler, energy, z, steps, seed, step, offset, mask, least=LEAST if metric else 1)
     if metric and not len(z):
         raise ValueError("z must have chains to learn a metric from, got none")
-    if energy is None:
-        raise ValueError(f"energy must be given, for {type(sampler).__name__} compares energies, got None")
-    checks.callables(energy=energy)
+    target = aim(sampler, target_acceptance)
     found = calibration.dual_averaging(sampler.step_size, z.device)
     place = sampler.numbers.index("step_size")
     begin, *ends = (int(part * steps) for part in _WINDOWS)
@@ -73,6 +67,23 @@ def warm_up(
             if t + 1 in ends:
                 numbers[-1], moments, state = scale_of(moments, free), None, State(state.z)
     return Found(found.kept.item(), numbers[-1] if metric else None, state.z)
+
+
+def aim(sampler: Any, target_acceptance: float | None) -> float:
+    """The acceptance rate to adapt to: the sampler's own by default. Raises ValueError for one that cannot be."""
+    target = sampler.target_acceptance if target_acceptance is None else target_acceptance
+    if not 0 < target < 1:
+        raise ValueError(f"target_acceptance must be between 0 and 1, got {target}")
+    return target
+
+
+def check(sampler, energy, z, steps, seed, step, offset, mask, *, least: int = 1) -> None:
+    """Raise ValueError, TypeError naming the argument of a warm-up that cannot be; ``least``: of its transitions."""
+    check_run(sampler, z, steps, seed, step, offset, mask)
+    checks.count("steps", steps, least=least)
+    if energy is None:
+        raise ValueError(f"energy must be given, for {type(sampler).__name__} compares energies, got None")
+    checks.callables(energy=energy)
 
 
 # ---------------------------------------------------------------------------------------------------------- the metric

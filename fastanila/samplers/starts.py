@@ -89,7 +89,7 @@ class PersistentStart:
         if population % count:
             raise ValueError(f"chains must be a multiple of batch_size ({count}), got {population}")
         self.count, self.box, self.reinit, self.seed, self.device = count, box, reinit, seed, device
-        self.labels, self.population, self.replicas = labels, population, replicas
+        self.labels, self.replicas = labels, replicas
         # update -1, so that the first restarts differ from the starts
         self.chains = self._fresh((replicas * population, *shape), (1 << 56) - 1)
 
@@ -111,11 +111,11 @@ class PersistentStart:
         return {"population": self.chains}
 
     def _rows(self, update: int | Tensor) -> Tensor:
-        device = self.chains.device
-        cold = update * self.count % self.population + torch.arange(self.count, device=device)
+        device, population = self.chains.device, len(self.chains) // self.replicas
+        cold = update * self.count % population + torch.arange(self.count, device=device)
         if self.replicas == 1:
             return cold
-        return (self.population * torch.arange(self.replicas, device=device)[:, None] + cold).flatten()
+        return (population * torch.arange(self.replicas, device=device)[:, None] + cold).flatten()
 
 
 class AmortizedStart(_Fresh):

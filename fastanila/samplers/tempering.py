@@ -14,11 +14,11 @@ from torch import Tensor
 from .. import checks, noise
 from ..models.score import Evaluate
 from ..noise import Stream
-from . import calibration
+from . import adaptation, calibration
 from .ladder import between, equalised, exchanged, geometric
 from .metropolis import ABOVE_ALL, Adapted, Adjusted
 from .replicas import Replicas, Rows, restated, rows_of, tempered, traded
-from .sampler import Sampler, check_run
+from .sampler import Sampler
 from .state import State
 
 
@@ -182,14 +182,8 @@ class ReplicaExchange(Sampler):
         have the law: count them as warm-up. Arguments and errors as for `Adjusted.adapt`.
         """
         self._check(z, mask)
-        target = self.sampler.target_acceptance if target_acceptance is None else target_acceptance
-        if not 0 < target < 1:
-            raise ValueError(f"target_acceptance must be between 0 and 1, got {target}")
-        check_run(self, z, steps, seed, step, offset, mask)
-        checks.count("steps", steps)
-        if energy is None:
-            raise ValueError("energy must be given, for ReplicaExchange compares energies, got None")
-        checks.callables(energy=energy)
+        adaptation.check(self, energy, z, steps, seed, step, offset, mask)
+        target = adaptation.aim(self.sampler, target_acceptance)
         rounds, refused, since = {steps // 8, steps // 4, steps // 2} - {0}, torch.zeros(()), 0
         now = self
         found = calibration.dual_averaging(self._step_sizes(z.device))

@@ -1,5 +1,6 @@
 """The warm-up by matching: its loss by its definition, its place in a run, and what it teaches."""
 
+import copy
 import dataclasses
 import json
 
@@ -70,6 +71,16 @@ def test_chains_take_over_where_the_warm_up_ends(tmp_path):
     assert ["clip_fraction" in row for row in logged] == [False] * 3 + [True] * 3
     assert all("matching" in row for row in logged)
     assert not torch.equal(prepared.start.chains, before)
+
+
+def test_the_warm_up_tells_the_energies_of_an_eighth_of_its_data_and_of_the_noise(tmp_path):
+    prepared = job.prepare(settings(tmp_path, batch_size=20, chains=40, data_noise=0.0))
+    energy = copy.deepcopy(prepared.ebm.module).double()
+    made = update.build_update(prepared, matches=True)()
+    data = update.draw_data(prepared, 0, prepared.seed)[0][:3]
+    for told, states in ((made.energy_data, data), (made.energy_chains, prepared.start.draw(0)[:3])):
+        assert told.item() == pytest.approx(energy(states.double()).mean().item(), rel=1e-5, abs=1e-6)
+    assert abs(made.energy_data.item() - made.energy_chains.item()) > 1e-4  # a swap would show
 
 
 def test_a_run_resumed_in_its_warm_up_is_the_run_in_one_go(tmp_path):
